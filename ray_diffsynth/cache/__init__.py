@@ -1,0 +1,1 @@
+"""The contract between the stages: content-addressed Parquet tables behind a committed manifest."""

@@ -1,0 +1,225 @@
+"""One value <-> bytes, shape and dtype: what a cell of the cache holds. Lossless; data only, never code (law 6).
+
+Kinds, told apart by the `dtype` string:
+
+- a torch dtype's name (`bfloat16`, `float8_e4m3fn`, `bool` …): a tensor, little-endian, compressed as the codec says;
+- `json`: None, bool, int, float, str, and lists and dicts (string keys) of these;
+- `png`: a picture; `pixels:<mode>`: a picture uncompressed, with codec `none` (between processes);
+- `tree`: lists, tuples and dicts that hold tensors or pictures: a JSON header, then the leaves one after another.
+
+`planes-zstd` stores the low and the high bytes of 16-bit tensors apart before zstd: the high bytes (sign, exponent) of
+Gaussian bfloat16 latents compress to about 0.37 of their size, the mantissa bytes hardly at all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from ray_diffsynth.errors import UserError
+
+CODECS = ("planes-zstd", "zstd", "none")
+ZSTD_LEVEL = 1
+JSON, PNG, PIXELS, TREE = "json", "png", "pixels:", "tree"
+
+_DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
+}
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_PIXEL_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+
+Buffer: TypeAlias = bytes | bytearray | memoryview | pa.Buffer
+
+
+class CodecError(UserError, ValueError):
+    """A value that cannot be stored, or bytes that do not decode to what their shape and dtype say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A stored value: see the module. `shape` is that of a tensor or of pixels (h, w, channels), else empty."""
+
+    data: bytes
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def check_codec(codec: str) -> None:
+    """Raises CodecError for an unknown codec."""
+    if codec not in CODECS:
+        raise CodecError(f"cache codec {codec!r} is unknown; use one of {', '.join(CODECS)}")
+
+
+def _zstd() -> pa.Codec:
+    return pa.Codec("zstd", compression_level=ZSTD_LEVEL)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON gives `value` back as it is: exact types only (True is no int, a tuple is no list)."""
+    if value is None or type(value) in (bool, int, float, str):
+        return True
+    if type(value) is list:
+        return all(_is_plain(item) for item in value)
+    return type(value) is dict and all(type(key) is str and _is_plain(item) for key, item in value.items())
+
+
+def encode_value(value: Any, codec: str = "planes-zstd") -> Encoded:
+    """Store a tensor (comes back on the CPU), numpy array (comes back as a tensor), plain value, picture or nesting.
+
+    Raises CodecError naming the type that cannot be stored.
+    """
+    check_codec(codec)
+    if isinstance(value, torch.Tensor):
+        return _encode_tensor(value, codec)
+    if isinstance(value, np.ndarray):
+        return _encode_tensor(_tensor_of(value), codec)
+    if isinstance(value, Image.Image):
+        return _encode_picture(value, codec)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if _is_plain(value):
+        try:
+            return Encoded(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), (), JSON)
+        except UnicodeEncodeError:
+            # A lone surrogate has no UTF-8; JSON's escapes can hold it.
+            return Encoded(json.dumps(value, separators=(",", ":")).encode(), (), JSON)
+    if isinstance(value, list | tuple | dict):
+        return _encode_tree(value, codec)
+    raise CodecError(
+        f"a {type(value).__module__}.{type(value).__qualname__} cannot be cached; units may hand on tensors, numpy "
+        "arrays, PIL pictures, text, numbers, None, and lists, tuples and dicts of these"
+    )
+
+
+def decode_value(data: Buffer, shape: tuple[int, ...] | list[int], dtype: str, codec: str) -> Any:
+    """The value that `encode_value` stored. Raises CodecError when the bytes do not fit shape and dtype."""
+    check_codec(codec)
+    view = memoryview(data)
+    try:
+        if dtype == JSON:
+            return json.loads(bytes(view))
+        if dtype == TREE:
+            return _decode_tree(view, codec)
+        if dtype == PNG:
+            with Image.open(io.BytesIO(view), formats=("PNG",)) as picture:
+                picture.load()
+                return picture.copy()
+        if dtype.startswith(PIXELS):
+            return Image.frombytes(dtype.removeprefix(PIXELS), (shape[1], shape[0]), bytes(view))
+        return _decode_tensor(view, tuple(shape), dtype, codec)
+    except CodecError:
+        raise
+    # Damaged bytes show as whatever the decoder of the kind raises: JSONDecodeError, ArrowInvalid, OSError …
+    except (ValueError, OSError, LookupError, TypeError, SyntaxError, RuntimeError, pa.ArrowException) as error:
+        raise CodecError(f"{len(view)} bytes do not decode as {dtype} {list(shape)} ({codec}): {error}") from error
+
+
+def _tensor_of(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    try:
+        # A copy: torch shares no memory with a read-only or negatively strided array.
+        return torch.from_numpy(native.copy(order="C"))
+    except TypeError as error:
+        raise CodecError(f"a numpy array of dtype {array.dtype} cannot be cached; only numbers can") from error
+
+
+def _has_planes(dtype: torch.dtype, codec: str) -> bool:
+    return codec == "planes-zstd" and dtype.itemsize == 2
+
+
+def _encode_tensor(tensor: torch.Tensor, codec: str) -> Encoded:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise CodecError(f"a {tensor.layout} {name} tensor on {tensor.device} cannot be cached; make it a dense one")
+    try:
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        raw = plain.reshape(-1).view(torch.uint8).numpy()
+    except RuntimeError as error:
+        raise CodecError(f"a tensor of dtype {name} cannot be cached: {error}") from error
+    if _has_planes(tensor.dtype, codec):
+        raw = np.ascontiguousarray(raw.reshape(-1, 2).T)
+    data = raw.tobytes() if codec == "none" or not raw.size else _zstd().compress(raw, asbytes=True)
+    return Encoded(data, tuple(tensor.shape), name)
+
+
+def _decode_tensor(view: memoryview, shape: tuple[int, ...], name: str, codec: str) -> torch.Tensor:
+    if name not in _DTYPES:
+        raise CodecError(f"dtype {name!r} is unknown; the cache was written by a newer version, or is damaged")
+    dtype = _DTYPES[name]
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    raw: Any = view if codec == "none" else _zstd().decompress(view, decompressed_size=size)
+    if len(raw) != size:
+        raise CodecError(f"{len(raw)} bytes stand for a {name} tensor of shape {list(shape)}, which has {size}")
+    flat = np.frombuffer(raw, dtype=np.uint8)
+    if _has_planes(dtype, codec):
+        whole = np.empty((size // 2, 2), dtype=np.uint8)
+        whole[:, 0], whole[:, 1] = flat[: size // 2], flat[size // 2 :]
+        flat = whole.reshape(-1)
+    else:
+        flat = flat.copy()  # the caller may write to its tensor, not to a shared buffer
+    return torch.from_numpy(flat).view(dtype).reshape(shape)
+
+
+def _encode_picture(picture: Image.Image, codec: str) -> Encoded:
+    if codec == "none" and picture.mode in _PIXEL_CHANNELS and "transparency" not in picture.info:
+        shape = (picture.height, picture.width, _PIXEL_CHANNELS[picture.mode])
+        return Encoded(picture.tobytes(), shape, PIXELS + picture.mode)
+    if picture.mode not in _PNG_MODES:
+        raise CodecError(f"a picture of mode {picture.mode} cannot be cached as PNG; convert it to RGB")
+    out = io.BytesIO()
+    picture.save(out, format="PNG", compress_level=1)
+    return Encoded(out.getvalue(), (), PNG)
+
+
+def _encode_tree(value: Any, codec: str) -> Encoded:
+    leaves: list[bytes] = []
+
+    def spec(node: Any) -> Any:
+        if type(node) in (list, tuple):
+            return {type(node).__name__: [spec(item) for item in node]}
+        if type(node) is dict and all(type(key) is str for key in node):
+            return {"dict": [[key, spec(item)] for key, item in node.items()]}
+        if isinstance(node, list | tuple | dict):
+            raise CodecError(
+                f"a {type(node).__qualname__} cannot be cached; use plain lists, tuples and dicts with text keys"
+            )
+        leaf = encode_value(node, codec)
+        leaves.append(leaf.data)
+        return {"leaf": [leaf.dtype, list(leaf.shape), len(leaf.data)]}
+
+    header = json.dumps(spec(value), separators=(",", ":")).encode()
+    return Encoded(b"".join([len(header).to_bytes(8, "little"), header, *leaves]), (), TREE)
+
+
+def _decode_tree(view: memoryview, codec: str) -> Any:
+    at = 8 + int.from_bytes(view[:8], "little")
+    header = json.loads(bytes(view[8:at]))
+
+    def build(node: dict[str, Any]) -> Any:
+        nonlocal at
+        ((kind, content),) = node.items()
+        if kind == "leaf":
+            dtype, shape, size = content
+            at += size
+            if at > len(view):
+                raise CodecError(f"a nested value ends at byte {at} of {len(view)}")
+            return decode_value(view[at - size : at], shape, dtype, codec)
+        if kind == "dict":
+            return {key: build(item) for key, item in content}
+        items = [build(item) for item in content]
+        return tuple(items) if kind == "tuple" else items
+
+    value = build(header)
+    if at != len(view):
+        raise CodecError(f"{len(view) - at} bytes are left behind a nested value")
+    return value

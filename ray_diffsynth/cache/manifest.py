@@ -1,0 +1,256 @@
+"""The commit point of a cache: `manifest.json`, and the index and quarantine tables that it names by their hash.
+
+Whatever lies in the folder besides what a committed manifest names does not exist for a reader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ray_diffsynth.cache.errors import CacheError as CacheError
+from ray_diffsynth.cache.errors import repair_advice
+from ray_diffsynth.data import storage
+
+MANIFEST_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+INDEX_FOLDER, QUARANTINE_FOLDER = "index", "quarantine"
+
+QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in ("sample_id", "source", "error", "message", "group", "key")])
+"""`group` and `key` tell what could not be encoded; null for a row that failed before that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSpec:
+    """A group of stage-1 units: what its table holds (parameters, distinct rows, bytes) and what it depends on.
+
+    `parts` is the readable fingerprint. `empty_key` is the row of the empty caption, `empty_at` its (file, row group,
+    row); None in groups that no caption flows into.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    fingerprint: str
+    parts: dict[str, str] = field(default_factory=dict)
+    rows: int = 0
+    nbytes: int = 0
+    empty_key: str | None = None
+    empty_at: tuple[str, int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A committed cache. `buckets`: name -> samples, in index order. `counts` has at least samples, quarantined, total.
+
+    `commit` fills in the three fields of the index and quarantine files. No times and no host names: the same cache
+    has the same manifest and the same `hash`.
+    """
+
+    family: str
+    task: str
+    trainable: tuple[str, ...]
+    parameters: tuple[str, ...]
+    groups: tuple[GroupSpec, ...]
+    buckets: dict[str, int]
+    counts: dict[str, int]
+    codec: str
+    dtype: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    index_file: str = ""
+    index_hash: str = ""
+    quarantine_file: str = ""
+    version: int = MANIFEST_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `version` first, buckets in their order."""
+        return {"version": self.version} | asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Manifest:
+        """The inverse of `to_dict`. Raises TypeError or KeyError for absent or unknown fields."""
+        values = dict(content)
+        groups = []
+        for group in values["groups"]:
+            at = group.get("empty_at")
+            tuples = {"parameters": tuple(group["parameters"]), "empty_at": at and (str(at[0]), int(at[1]), int(at[2]))}
+            groups.append(GroupSpec(**{**group, **tuples}))
+        for name in ("trainable", "parameters"):
+            values[name] = tuple(values[name])
+        return cls(**{**values, "groups": tuple(groups)})
+
+    @classmethod
+    def load(cls, cache: str) -> Manifest:
+        """The committed manifest of a cache. Raises CacheError: absent, damaged, or of another version."""
+        path = storage.join(cache, MANIFEST_FILE)
+        try:
+            content = json.loads(storage.read_bytes(path))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            what = "is not there" if not storage.exists(cache) else f"holds no committed cache (no {MANIFEST_FILE})"
+            raise CacheError(
+                f"{cache} {what}; run jobs/preprocess.py with --output_path {cache} to its end, "
+                "and give stage 2 that folder as --dataset_base_path"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise CacheError(f"{path} is damaged ({error}); {repair_advice(cache)}") from error
+        version = content.get("version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > MANIFEST_VERSION:
+            raise CacheError(
+                f"{path} has version {version}, this program reads version {MANIFEST_VERSION}: it was written by a "
+                "newer ray_diffsynth; upgrade, or preprocess into another --output_path"
+            )
+        try:
+            if version != MANIFEST_VERSION:
+                raise ValueError(f"version is {version!r}")
+            return cls.from_dict(content)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CacheError(f"{path} is damaged ({type(error).__name__}: {error}); {repair_advice(cache)}") from error
+
+    def hash(self) -> str:
+        """Hex blake2b-128 of the content: two caches with the same hash give the same training."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def group(self, name: str) -> GroupSpec:
+        """The group of that name. Raises CacheError."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise CacheError(f"the cache has no group {name!r}; its groups are {', '.join(g.name for g in self.groups)}")
+
+    def read_index(self, cache: str) -> pa.Table:
+        """The index, a row per sample in training order. Raises CacheError if it is absent or not the committed one."""
+        table = _read_table(cache, self.index_file, index_schema(g.name for g in self.groups), self.index_hash)
+        if {name: len(rows) for name, rows in bucket_ranges(table).items()} != self.buckets:
+            raise CacheError(f"the index {self.index_file} of {cache} has other buckets than its manifest")
+        return table
+
+    def read_quarantine(self, cache: str) -> pa.Table:
+        """The samples that were left out, with their reasons. Raises CacheError."""
+        return _read_table(cache, self.quarantine_file, QUARANTINE_SCHEMA, None)
+
+
+def index_schema(groups: Iterable[str]) -> pa.Schema:
+    """sample_id, source, bucket, then key, file, row group and row in each group."""
+    columns = [(name, pa.string()) for name in ("sample_id", "source", "bucket")]
+    for group in groups:
+        columns += [(f"{group}_key", pa.string()), (f"{group}_file", pa.string())]
+        columns += [(f"{group}_row_group", pa.int32()), (f"{group}_row", pa.int32())]
+    return pa.schema(columns)
+
+
+def bucket_ranges(index: pa.Table) -> dict[str, range]:
+    """Bucket -> its rows in the index. Raises CacheError when a bucket's rows are not together."""
+    ranges: dict[str, range] = {}
+    if not index.num_rows:
+        return ranges
+    runs = pc.run_end_encode(index.column("bucket").combine_chunks())
+    start = 0
+    for run in runs.chunks if isinstance(runs, pa.ChunkedArray) else [runs]:
+        for end, name in zip(run.run_ends.to_pylist(), run.values.to_pylist(), strict=True):
+            if name in ranges:
+                raise CacheError(f"the rows of bucket {name} are not together in the index; sort it by bucket first")
+            ranges[name] = range(start, end)
+            start = end
+    return ranges
+
+
+def _table_bytes(table: pa.Table) -> pa.Buffer:
+    out = pa.BufferOutputStream()
+    pq.write_table(table, out, compression="zstd")
+    return out.getvalue()
+
+
+def _hash(data: bytes | pa.Buffer) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _read_table(cache: str, file: str, schema: pa.Schema, digest: str | None) -> pa.Table:
+    path = storage.join(cache, file)
+    try:
+        data = storage.read_bytes(path)
+        # The name is the hash as well, so that the quarantine needs no field of its own for it.
+        if _hash(data) != (digest or file.rpartition("/")[2].removesuffix(".parquet")):
+            raise ValueError("its content does not match its hash in the manifest")
+        return pq.read_table(pa.BufferReader(data)).select(schema.names).cast(schema)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise CacheError(f"{path} cannot be used: {error}; {repair_advice(cache)}") from error
+
+
+def _check(manifest: Manifest, index: pa.Table, quarantine: pa.Table) -> None:
+    """Law 4, before anything is written."""
+    counts = manifest.counts
+    if counts["samples"] != index.num_rows or counts["quarantined"] != quarantine.num_rows:
+        raise CacheError(
+            f"the manifest counts {counts['samples']} samples and {counts['quarantined']} quarantined, "
+            f"its tables have {index.num_rows} and {quarantine.num_rows}"
+        )
+    if counts["samples"] + counts["quarantined"] != counts["total"]:
+        raise CacheError(
+            f"{counts['samples']} samples and {counts['quarantined']} quarantined do not add up to {counts['total']}"
+        )
+    if len(pc.unique(index.column("sample_id"))) != index.num_rows:
+        raise CacheError("a sample_id stands twice in the index")
+    if index.num_rows and any(index.column(name).null_count for name in index.column_names if name != "source"):
+        raise CacheError("the index has a row without a location in some group")
+    ranges = {name: len(rows) for name, rows in bucket_ranges(index).items()}
+    if list(ranges.items()) != list(manifest.buckets.items()):
+        raise CacheError(f"the manifest has the buckets {manifest.buckets}, its index {ranges}")
+
+
+def _with_empty_location(group: GroupSpec, index: pa.Table) -> GroupSpec:
+    """`empty_at` from a sample that has the empty caption, when the writer did not say where it is."""
+    if group.empty_key is None or group.empty_at is not None:
+        return group
+    at = pc.index(index.column(f"{group.name}_key"), group.empty_key).as_py()
+    if at < 0:
+        raise CacheError(f"the group {group.name} has an empty caption, {group.empty_key}, but no place of it (empty_at)")
+    file, row_group, row = (index.column(f"{group.name}_{name}")[at].as_py() for name in ("file", "row_group", "row"))
+    return replace(group, empty_at=(file, row_group, row))
+
+
+def commit(cache: str, manifest: Manifest, index: pa.Table, quarantine: pa.Table) -> Manifest:
+    """Make a cache readable: write index and quarantine under the names of their hashes, then manifest.json.
+
+    A crash before the last rename leaves the manifest that was there; the tables that only the old manifest named are
+    removed afterwards. The shards must be written. Returns the manifest with its files filled in. Raises CacheError
+    when counts, buckets and tables do not add up.
+    """
+    index = index.cast(index_schema(group.name for group in manifest.groups)).combine_chunks()
+    for name in set(QUARANTINE_SCHEMA.names) - set(quarantine.column_names):
+        quarantine = quarantine.append_column(name, pa.nulls(quarantine.num_rows, pa.string()))
+    quarantine = quarantine.select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA).combine_chunks()
+    _check(manifest, index, quarantine)
+    index_data, quarantine_data = _table_bytes(index), _table_bytes(quarantine)
+    digest = _hash(index_data)
+    whole = replace(
+        manifest,
+        groups=tuple(_with_empty_location(group, index) for group in manifest.groups),
+        index_file=f"{INDEX_FOLDER}/{digest}.parquet",
+        index_hash=digest,
+        quarantine_file=f"{QUARANTINE_FOLDER}/{_hash(quarantine_data)}.parquet",
+    )
+    before = _named_files(cache)
+    storage.write_bytes_atomic(storage.join(cache, whole.index_file), index_data)
+    storage.write_bytes_atomic(storage.join(cache, whole.quarantine_file), quarantine_data)
+    text = json.dumps(whole.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    storage.write_bytes_atomic(storage.join(cache, MANIFEST_FILE), text.encode())
+    for file in before - {whole.index_file, whole.quarantine_file}:
+        storage.remove(storage.join(cache, file))
+    return whole
+
+
+def _named_files(cache: str) -> set[str]:
+    """Index and quarantine of the manifest that a commit replaces; none when there is no readable one."""
+    try:
+        old = Manifest.load(cache)
+    except CacheError:
+        return set()
+    return {old.index_file, old.quarantine_file}
+

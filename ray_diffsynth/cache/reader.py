@@ -1,0 +1,181 @@
+"""Random access to the samples of a committed cache, by index row; row groups are kept while memory lasts."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_diffsynth.cache.codec import CodecError
+from ray_diffsynth.cache.errors import CacheError as CacheError
+from ray_diffsynth.cache.errors import repair_advice
+from ray_diffsynth.cache.manifest import Manifest, bucket_ranges
+from ray_diffsynth.cache.schema import RowView, table_parameters
+from ray_diffsynth.cache.store import READ_ERRORS, shard_header, shard_path
+from ray_diffsynth.data import storage
+
+
+class _Strings(Sequence[str]):
+    """An Arrow string column as a sequence: a million ids without a million Python objects."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._array = column.combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[str]: ...
+    def __getitem__(self, at: int | slice) -> str | Sequence[str]:
+        if isinstance(at, slice):
+            return list(self._array.take(pa.array(range(len(self))[at], pa.int64())).to_pylist())
+        return str(self._array[range(len(self))[at]].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        for scalar in self._array:
+            yield scalar.as_py()
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    """A row group in memory, still encoded."""
+
+    table: pa.Table
+    parameters: tuple[str, ...]
+    codec: str
+
+
+_Place = tuple[str, str, int]  # group, file, row group
+
+
+class CacheReader:
+    """The samples of a cache in training order: buckets by area, each in the order of the dataset.
+
+    Several threads may read at once. `bytes_read` and `rows_read` count what came from files, `rows_served` the samples
+    handed out: rows_read / (rows_served x groups) is the read amplification.
+    """
+
+    def __init__(self, cache: str, *, verify: bool = True, max_cached_bytes: int = 512 << 20) -> None:
+        """Open a committed cache. `verify` checks each row's checksum; `max_cached_bytes` bounds the kept row groups.
+
+        Raises CacheError when there is none, or its index is damaged.
+        """
+        self.cache = storage.absolute(cache)
+        self.verify = verify
+        self.max_cached_bytes = max_cached_bytes
+        self.manifest = Manifest.load(self.cache)
+        index = self.manifest.read_index(self.cache).combine_chunks()
+        self.sample_ids: Sequence[str] = _Strings(index.column("sample_id"))
+        self.buckets: Mapping[str, range] = bucket_ranges(index)
+        self.bytes_read = 0
+        self.rows_read = 0
+        self.rows_served = 0
+        self._index = index
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[_Place, _RowGroup] = OrderedDict()
+        self._kept_bytes = 0
+        self._loading: defaultdict[_Place, threading.Lock] = defaultdict(threading.Lock)
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def read(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Parameter -> value of the samples at these index rows, in this order; the tensors are the caller's own.
+
+        Each row group is read once for all the rows that lie in it. Raises IndexError for a row outside the index,
+        CacheError naming the file for anything absent or damaged.
+        """
+        if wrong := [row for row in rows if not 0 <= row < len(self)]:
+            raise IndexError(f"row {wrong[0]} is outside the index of {len(self)} samples")
+        samples: list[dict[str, Any]] = [{} for _ in rows]
+        for group in (spec.name for spec in self.manifest.groups):
+            columns = [self._index.column(f"{group}_{name}") for name in ("key", "file", "row_group", "row")]
+            wanted: defaultdict[_Place, list[tuple[int, str, int]]] = defaultdict(list)
+            for position, row in enumerate(rows):
+                key, file, row_group, at = (column[int(row)].as_py() for column in columns)
+                wanted[group, file, row_group].append((position, key, at))
+            for place, members in wanted.items():
+                loaded = self._row_group(place)
+                for position, key, at in members:
+                    samples[position].update(self._values(place, loaded, key, at))
+        with self._lock:
+            self.rows_served += len(rows)
+        return samples
+
+    def read_empty(self) -> dict[str, Any]:
+        """Parameters of the empty caption, which every group with a caption holds. Raises CacheError if none does."""
+        values: dict[str, Any] = {}
+        for spec in self.manifest.groups:
+            if spec.empty_key is not None and spec.empty_at is not None:
+                file, row_group, at = spec.empty_at
+                place = (spec.name, file, row_group)
+                values.update(self._values(place, self._row_group(place), spec.empty_key, at))
+        if not values:
+            raise CacheError(f"the cache {self.cache} holds no empty caption; run jobs/preprocess.py again to add it")
+        return values
+
+    def _row_group(self, place: _Place) -> _RowGroup:
+        with self._lock:
+            loading = self._loading[place]
+        # One thread reads a row group, the others wait for it instead of reading it too.
+        with loading:
+            with self._lock:
+                if place in self._kept:
+                    self._kept.move_to_end(place)
+                    return self._kept[place]
+            loaded = self._load(place)
+            with self._lock:
+                self.bytes_read += loaded.table.nbytes
+                self.rows_read += loaded.table.num_rows
+                if place in self._kept:
+                    # Another thread read it too: its lock was dropped with the row group in between.
+                    self._kept_bytes -= self._kept.pop(place).table.nbytes
+                self._kept[place] = loaded
+                self._kept_bytes += loaded.table.nbytes
+                while self._kept_bytes > self.max_cached_bytes and len(self._kept) > 1:
+                    gone, dropped = self._kept.popitem(last=False)
+                    self._kept_bytes -= dropped.table.nbytes
+                    self._loading.pop(gone, None)
+            return loaded
+
+    def _load(self, place: _Place) -> _RowGroup:
+        group, file, row_group = place
+        try:
+            with (
+                storage.open_input(shard_path(self.cache, group, file)) as source,
+                pq.ParquetFile(source) as parquet,
+            ):
+                header = shard_header(parquet)
+                if not 0 <= row_group < parquet.num_row_groups:
+                    raise CacheError(f"has {parquet.num_row_groups} row groups, not the row group {row_group}")
+                table = parquet.read_row_group(row_group, use_threads=False).combine_chunks()
+                # The file's own codec: shards that an earlier run wrote with another one stay in use.
+                return _RowGroup(table, table_parameters(table.schema), header["codec"])
+        except FileNotFoundError as error:
+            raise self._damage(place, "it is absent") from error
+        except (CacheError, *READ_ERRORS) as error:
+            raise self._damage(place, str(error)) from error
+
+    def _values(self, place: _Place, loaded: _RowGroup, key: str, at: int) -> dict[str, Any]:
+        if not 0 <= at < loaded.table.num_rows:
+            raise self._damage(place, f"its row group {place[2]} has {loaded.table.num_rows} rows, not the row {at}")
+        view = RowView(loaded.table, at, loaded.parameters)
+        if view.key != key:
+            raise self._damage(place, f"row {at} has the key {view.key}, the index says {key}")
+        if self.verify and not view.is_intact(loaded.codec):
+            raise self._damage(place, f"row {at} ({key}) does not match its checksum")
+        try:
+            return view.decode(loaded.codec)
+        except CodecError as error:
+            raise self._damage(place, str(error)) from error
+
+    def _damage(self, place: _Place, reason: str) -> CacheError:
+        path = shard_path(self.cache, place[0], place[1])
+        return CacheError(f"the cache file {path} cannot be used: {reason}; {repair_advice(self.cache)}")

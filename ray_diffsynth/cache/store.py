@@ -1,0 +1,163 @@
+"""Group tables on disk: one Parquet file per shard, written whole or not at all, the same bytes for the same rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_diffsynth.cache.codec import check_codec
+from ray_diffsynth.cache.errors import CacheError as CacheError
+from ray_diffsynth.cache.schema import KEY, row_views, table_from_rows, table_parameters, table_schema
+from ray_diffsynth.data import storage
+
+SHARD_VERSION = 1
+_METADATA = b"ray_diffsynth"
+READ_ERRORS = (OSError, pa.ArrowException, ValueError, KeyError)
+"""What reading a damaged Parquet file raises."""
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One row of a group: its content address and its parameters (those that a unit returned)."""
+
+    key: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a group: `<cache>/<group>/<file>`, the keys of its rows in order, and its size in bytes.
+
+    Row i stands in row group i // rows_per_group, at i % rows_per_group. `failed` are the keys that were tried with the
+    others and could not be encoded, with error class and message: a rerun need not try them again.
+    """
+
+    group: str
+    file: str
+    bucket: str
+    keys: tuple[str, ...]
+    nbytes: int
+    codec: str
+    rows_per_group: int
+    failed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(row group, row in it) of the file's row `position`, as the index wants them."""
+        return divmod(position, self.rows_per_group)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"keys": list(self.keys)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Shard:
+        """The inverse of `to_dict`."""
+        failed = {key: (error, message) for key, (error, message) in content.get("failed", {}).items()}
+        return cls(**{**content, "keys": tuple(content["keys"]), "failed": failed})
+
+
+def shard_path(cache: str, group: str, file: str) -> str:
+    """Path or URL of a shard."""
+    return storage.join(cache, group, file)
+
+
+def _as_table(
+    rows: Sequence[GroupRow] | pa.Table, parameters: Sequence[str] | None, codec: str, where: str
+) -> pa.Table:
+    if isinstance(rows, pa.Table):
+        # Ray may hand on a table of another but equal layout (chunks, element names): back to the one on disk.
+        table = rows.combine_chunks().cast(table_schema(table_parameters(rows.schema)))
+        for view in row_views(table):
+            if not view.is_intact(codec):
+                raise CacheError(f"{where}: row {view.key} was damaged on its way, or not encoded with {codec}")
+        return table
+    if parameters is None:
+        parameters = tuple(dict.fromkeys(name for row in rows for name in row.values))
+    return table_from_rows([row.key for row in rows], [row.values for row in rows], parameters, codec)
+
+
+def write_shard(
+    cache: str,
+    group: str,
+    name: str,
+    bucket: str,
+    rows: Sequence[GroupRow] | pa.Table,
+    *,
+    codec: str,
+    parameters: Sequence[str] | None = None,
+    rows_per_group: int | None = None,
+    failed: Mapping[str, Sequence[str]] | None = None,
+) -> Shard:
+    """Write `<cache>/<group>/<name>.parquet` atomically; equal rows give equal bytes (no time, no host in the file).
+
+    A table must come from `table_from_rows` with the same codec: its checksums are verified. `parameters` are the
+    columns (default: those that the rows have, in order of appearance). One row group holds all rows unless
+    `rows_per_group` is given. Raises CacheError for no rows and none failed, repeated keys, or a checksum that does not
+    hold.
+    """
+    check_codec(codec)
+    path = shard_path(cache, group, f"{name}.parquet")
+    table = _as_table(rows, parameters, codec, path)
+    keys = tuple(table.column(KEY).to_pylist())
+    reasons = {key: (error, message) for key, (error, message) in (failed or {}).items()}
+    if not keys and not reasons:
+        raise CacheError(f"{path}: a shard needs at least one row, or one that failed")
+    if len(set(keys)) < len(keys):
+        raise CacheError(f"{path}: the key {next(k for k in keys if keys.count(k) > 1)} comes twice in one shard")
+    per_group = rows_per_group or max(len(keys), 1)
+    header: dict[str, Any] = {"version": SHARD_VERSION, "group": group, "bucket": bucket, "codec": codec, "rows_per_group": per_group}
+    header["failed"] = reasons
+    table = table.replace_schema_metadata({_METADATA: json.dumps(header, sort_keys=True)})
+    out = pa.BufferOutputStream()
+    # Values are compressed already and each is its own: no dictionary, no compression, no min/max of whole latents.
+    pq.write_table(
+        table, out, row_group_size=per_group, compression="NONE", use_dictionary=False, write_statistics=[KEY]
+    )
+    data = out.getvalue()
+    storage.write_bytes_atomic(path, data)
+    return Shard(group, f"{name}.parquet", bucket, keys, data.size, codec, per_group, reasons)
+
+
+def shard_header(file: pq.ParquetFile) -> dict[str, Any]:
+    """`version`, `group`, `bucket`, `codec` and `rows_per_group` of an open shard. Raises CacheError, KeyError."""
+    text = (file.schema_arrow.metadata or {}).get(_METADATA)
+    if text is None:
+        raise CacheError("is a Parquet file of another program, not a shard of a cache")
+    header: dict[str, Any] = json.loads(text)
+    if header["version"] != SHARD_VERSION:
+        raise CacheError(f"has version {header['version']}, this program reads version {SHARD_VERSION}")
+    return header
+
+
+def read_shard_header(cache: str, group: str, file: str, *, verify: bool = False) -> Shard:
+    """The shard as its own file describes it (to recover what an interrupted run wrote).
+
+    `verify` also reads every row and its checksum. Raises CacheError naming the file when it is absent or damaged.
+    """
+    path = shard_path(cache, group, file)
+    try:
+        with storage.open_input(path) as source, pq.ParquetFile(source) as parquet:
+            header = shard_header(parquet)
+            if header["group"] != group:
+                raise CacheError(f"belongs to the group {header['group']}, not {group}")
+            table = parquet.read(None if verify else [KEY])
+            if verify and (bad := [view.key for view in row_views(table) if not view.is_intact(header["codec"])]):
+                raise CacheError(f"{len(bad)} of {table.num_rows} rows do not match their checksum, first {bad[0]}")
+            keys = tuple(table.column(KEY).to_pylist())
+            facts = {name: header[name] for name in ("group", "bucket", "codec", "rows_per_group", "failed")}
+            return Shard.from_dict({**facts, "file": file, "keys": keys, "nbytes": source.size()})
+    except (CacheError, *READ_ERRORS) as error:
+        raise CacheError(f"the cache file {path} cannot be used: {error}") from error
+
+
+def list_shards(cache: str, group: str) -> list[str]:
+    """Names of the shard files that lie in a group's folder, committed or not, sorted; unfinished writes are left out.
+
+    For recovery and pruning only: a reader takes what the manifest names.
+    """
+    return storage.list_files(storage.join(cache, group), suffix=".parquet")

@@ -1,0 +1,271 @@
+"""The command line of the jobs: flags and YAML into a checked configuration, errors into messages and exit codes.
+
+Exit codes: 0 done, 1 an error while running, 2 a bad configuration, 130 interrupted. This module imports no torch
+and no ray, so that ``--help`` and a typing mistake take well under a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentParser
+
+from ray_diffsynth.config import CommonConfig, PreprocessConfig, TrainConfig
+from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, NO_EFFECT, REFUSED
+from ray_diffsynth.errors import ConfigError, UserError, nearest
+
+C = TypeVar("C", bound=CommonConfig)
+
+# The groups of --help. A field that is not listed here appears under "Further options".
+GROUPS: dict[str, tuple[str, ...]] = {
+    "What to do": ("task", "output_path", "seed", "resume"),
+    "Data": (
+        *("dataset_base_path", "dataset_metadata_path", "data_file_keys", "extra_inputs", "dataset_repeat"),
+        *("dataset_num_workers", "height", "width", "max_pixels", "cache_codec"),
+    ),
+    "Model": (
+        *("model", "model_id_with_origin_paths", "model_paths", "tokenizer_path", "processor_path", "family", "dtype"),
+        *("trainable_models", "preset_lora_path", "preset_lora_model"),
+    ),
+    "LoRA": ("lora_base_model", "lora_target_modules", "lora_rank", "lora_alpha", "lora_checkpoint"),
+    "Optimisation": (
+        *("learning_rate", "num_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "weight_decay"),
+        *("max_grad_norm", "loss_weighting", "min_timestep_boundary", "max_timestep_boundary"),
+        *("use_gradient_checkpointing", "use_gradient_checkpointing_offload"),
+    ),
+    "Saving and logging": ("save_steps", "keep_checkpoints", "log_every", "verbose"),
+    "Cluster": ("num_workers", "resources", "ray_address"),
+}
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser with errors of one line that name the flag, the value and the fix."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _refuse(self.prog, _readable(message))
+
+
+def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str | None = None) -> C:
+    """Read ``config_class`` from flags and ``--config`` files; later ones win.
+
+    Exits with 2 and one message if something is unknown or cannot work. Notes on options that have no effect here go
+    to stderr, one line each.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    prog = prog or Path(sys.argv[0]).name
+    try:
+        arguments, given = _arguments(config_class, argv)
+        values = vars(_make_parser(config_class, prog).parse_args(arguments))
+        config = config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+        _check_ray_job_paths(config)
+    except ConfigError as error:
+        _refuse(prog, str(error))
+    if isinstance(config, TrainConfig) and config.reads_cache:
+        for name in sorted(given & DECIDED_BY_CACHE.keys()):
+            _note(name, DECIDED_BY_CACHE[name])
+    return config
+
+
+def main(config_class: type[C], run: Callable[[C], object], argv: Sequence[str] | None = None) -> int:
+    """Parse, call ``run`` with the configuration, and turn what it raises into a message and an exit code."""
+    config = parse(config_class, argv)
+    _show_messages(config.verbose)
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from what is already written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        user_error = find_user_error(error)
+        if user_error is None:
+            traceback.print_exc()
+            return 1
+        if config.verbose:
+            traceback.print_exc()
+        print(f"error: {user_error}", file=sys.stderr)
+        return 2 if isinstance(user_error, ConfigError) else 1
+    return 0
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """The UserError that caused ``error``, through chained exceptions and Ray's wrappers around remote ones."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        remote = getattr(current, "cause", None)  # ray.exceptions.RayTaskError: the original, without the remote trace
+        if isinstance(current, UserError) and not isinstance(remote, UserError):
+            return current
+        failures = getattr(current, "worker_failures", None)  # ray.train.WorkerGroupError: rank -> exception
+        waiting += [remote, *(failures.values() if isinstance(failures, dict) else ())]
+        waiting += [current.__cause__, None if current.__suppress_context__ else current.__context__]
+    return None
+
+
+def _make_parser(config_class: type[CommonConfig], prog: str) -> ArgumentParser:
+    usage = f"{prog} --dataset_base_path PATH --model MODEL [options]"
+    parser = _Parser(prog=prog, usage=usage, description=inspect.getdoc(config_class))
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML file of options; one file may serve both jobs."
+    )
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    hints, sentences = get_type_hints(config_class), _sentences(config_class)
+    listed = {name for names in GROUPS.values() for name in names}
+    groups = {**GROUPS, "Further options": tuple(name for name in fields if name not in listed)}
+    for title, names in groups.items():
+        if not (mine := [name for name in names if name in fields]):
+            continue
+        group = parser.add_argument_group(title)
+        for name in mine:
+            hint, options = hints[name], dict[str, Any](help=sentences[name])
+            if get_origin(hint) is Literal:  # the configuration refuses bad values itself, with the nearest name
+                options["metavar"] = "{" + ",".join(get_args(hint)) + "}"
+                hint = str
+            elif hint is not bool:  # jsonargparse shows a bool's values itself
+                options["metavar"] = _metavar(name, hint)
+            if fields[name].default is dataclasses.MISSING:
+                options["required"] = True
+            else:
+                options["default"] = fields[name].default
+            group.add_argument(f"--{name}", type=hint, **options)
+    return parser
+
+
+def _metavar(name: str, hint: object) -> str:
+    kinds = {"int": "N", "float": "X", "str": "PATH" if name.endswith("_path") else "TEXT", "dict": "JSON"}
+    written = hint.__name__ if isinstance(hint, type) else str(hint)
+    return next(shown for kind, shown in kinds.items() if written.startswith(kind))
+
+
+def _sentences(config_class: type[CommonConfig]) -> dict[str, str]:
+    """The docstring below each field, the subclass's over the base's."""
+    sentences: dict[str, str] = {}
+    for cls in reversed([cls for cls in config_class.__mro__ if dataclasses.is_dataclass(cls)]):
+        parsed = docstring_parser.parse_from_object(cls)
+        sentences |= {p.arg_name: " ".join((p.description or "").split()) for p in parsed.params}
+    return sentences
+
+
+def _arguments(config_class: type[CommonConfig], argv: list[str]) -> tuple[list[str], set[str]]:
+    """``argv`` without the options that have no effect here, and the names of the fields that are given.
+
+    A bare boolean flag gets its ``true``, and a YAML file is read and checked here, to be handed on as JSON.
+    """
+    hints = get_type_hints(config_class)
+    arguments: list[str] = []
+    given: set[str] = set()
+    for flag, value in _flags(argv):
+        name = flag.removeprefix("--")
+        if not flag.startswith("--") or name in ("help", "print_config"):
+            arguments += [flag] if value is None else [f"{flag}={value}"]
+        elif name == "config":
+            if value is None:
+                raise ConfigError("--config needs the path of a YAML file")
+            settings = _read_yaml(config_class, value)
+            given |= settings.keys()
+            arguments += ["--config", json.dumps(settings)]
+        elif _is_field(config_class, name.split(".")[0], name, flag):
+            given.add(name)
+            if value is None and hints.get(name) is bool:
+                value = "true"
+            arguments += [flag] if value is None else [f"{flag}={value}"]
+    return arguments, given
+
+
+def _flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+    """``--a 1 --b --c=2`` → ("--a", "1"), ("--b", None), ("--c", "2"); stray words come through as flags."""
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        if word.startswith("--") and "=" in word:
+            flag, value = word.split("=", 1)
+            yield flag, value
+        elif word.startswith("--") and waiting and not waiting[0].startswith("--"):
+            yield word, waiting.pop(0)
+        else:
+            yield word, None
+
+
+def _read_yaml(config_class: type[CommonConfig], path: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ConfigError(f"--config {path} is not a YAML mapping of options; write one `name: value` a line")
+    return {key: value for key, value in settings.items() if _is_field(config_class, key, key, f"{path}: {key}")}
+
+
+def _is_field(config_class: type[CommonConfig], field: str, name: str, shown: str) -> bool:
+    """Whether ``name`` is an option of this job; notes it if it has no effect, raises ConfigError if it is unknown."""
+    fields = {f.name for f in dataclasses.fields(config_class)}
+    if field in fields:
+        return True
+    for other in (PreprocessConfig, TrainConfig):
+        if field in {f.name for f in dataclasses.fields(other)}:
+            _note(name, f"it belongs to jobs/{other.job}.py")
+            return False
+    if field in NO_EFFECT:
+        _note(name, NO_EFFECT[field])
+        return False
+    if field in REFUSED:
+        raise ConfigError(f"{shown}: {REFUSED[field]}")
+    close = nearest(field, fields)
+    raise ConfigError(f"{shown} is not an option" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+
+
+def _check_ray_job_paths(config: CommonConfig) -> None:
+    """In a job of `ray job submit` the working folder is a copy that Ray deletes: results may not be left in it."""
+    inside = "runtime_resources/working_dir_files" in Path.cwd().as_posix()
+    if inside and "://" not in config.output_path and not os.path.isabs(config.output_path):
+        raise ConfigError(
+            f"output_path={config.output_path} is relative, which in a submitted Ray job is a folder that Ray deletes; "
+            "use an absolute path or a URL that all machines see"
+        )
+
+
+def _readable(message: str) -> str:
+    """jsonargparse's message on one line: the key, what was expected, the value."""
+    text = " ".join(message.split())
+    if missing := re.search(r"arguments are required: (\w+)", text):
+        return f"--{missing[1]} is missing"
+    key = re.search(r'[Kk]ey "([^"]+)"', text)
+    value = re.search(r"(?:Given value|Got value): (.*?)\.?$", text)
+    expected = dict.fromkeys(re.findall(r"Expected an? (?:<class '(\w+)'>|(\w+))", text))
+    if key and value and expected:
+        kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "a JSON object"}
+        names = [kinds.get(a or b, a or b) for a, b in expected if (a or b) != "NoneType"]
+        return f"--{key[1]} {value[1]}: expected {' or '.join(names)}"
+    return text
+
+
+def _show_messages(verbose: bool) -> None:
+    """This package's log messages go to stderr as they are; of other libraries only warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ray_diffsynth").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _note(name: str, reason: str) -> None:
+    print(f"note: --{name} has no effect here: {reason}", file=sys.stderr)
+
+
+def _refuse(prog: str, message: str) -> NoReturn:
+    print(f"{prog}: {message}\nSee {prog} --help.", file=sys.stderr)
+    raise SystemExit(2)

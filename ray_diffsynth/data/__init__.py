@@ -1,0 +1,1 @@
+"""From a metadata file to decoded, sized samples. No torch, no Ray."""

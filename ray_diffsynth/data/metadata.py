@@ -1,0 +1,214 @@
+"""The rows of a dataset with their sample ids: what can be used, and what cannot with the reason (law 4)."""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from ray_diffsynth.data import storage
+from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable, read_folder
+from ray_diffsynth.errors import did_you_mean
+
+__all__ = ["DatasetError", "Metadata", "Quarantined", "read_metadata", "resolve_file"]
+
+_NULL_WORDS = ("nan", "null")
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A sample that is left out: its id, where it comes from, the class of the error and a message."""
+
+    sample_id: str
+    source: str
+    error: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """`table`: column `sample_id` (string), then the file's columns, in its order. total = rows + rejected."""
+
+    table: pa.Table
+    rejected: list[Quarantined]
+    total: int
+
+
+def resolve_file(base_path: str, value: str) -> str:
+    """Path or URL of a file that a metadata row names: relative to `base_path`, absolute, or a URL.
+
+    A name stored in another Unicode normal form than the disk's (a dataset zipped on macOS) is found too.
+    """
+    path = storage.join(base_path, value)
+    if not storage.is_remote(path) and not os.path.exists(path):
+        for form in ("NFC", "NFD"):
+            other = storage.join(base_path, unicodedata.normalize(form, value))
+            if os.path.exists(other):
+                return other
+    return path
+
+
+def _find(base_path: str, metadata_path: str | None) -> str | None:
+    """The metadata file; None for a folder of pictures."""
+    if metadata_path is not None:
+        inside = storage.join(base_path, metadata_path)
+        # Relative to the working directory as in DiffSynth-Studio, else to the dataset.
+        return inside if not storage.exists(metadata_path) and storage.exists(inside) else metadata_path
+    if not storage.exists(base_path):
+        raise DatasetError(f"the dataset folder {base_path} does not exist; check --dataset_base_path")
+    found = [path for suffix in READERS if storage.exists(path := storage.join(base_path, f"metadata{suffix}"))]
+    if len(found) > 1:
+        raise DatasetError(
+            f"{base_path} has several metadata files ({', '.join(found)}); name one with --dataset_metadata_path"
+        )
+    return found[0] if found else None
+
+
+def _read(
+    base_path: str, metadata_path: str | None, file_columns: Sequence[str], text_columns: Sequence[str]
+) -> tuple[str, RawTable]:
+    path = _find(base_path, metadata_path)
+    if path is None:
+        file_column = "image" if "image" in file_columns or not file_columns else file_columns[0]
+        text_column = "prompt" if "prompt" in text_columns or not text_columns else text_columns[0]
+        return base_path, read_folder(base_path, file_column, text_column)
+    suffix = os.path.splitext(path)[1].lower()
+    if storage.exists(path) and (suffix not in READERS or storage.is_folder(path)):
+        raise DatasetError(f"{path} is not a metadata file; supported are {', '.join(READERS)}")
+    return path, READERS.get(suffix, READERS[".csv"])(path)
+
+
+def _check_columns(path: str, raw: RawTable, required: Sequence[str]) -> None:
+    if not raw.rows:
+        raise DatasetError(f"{path} has no rows")
+    if all(row.values is None for row in raw.rows):
+        raise DatasetError(f"{path} has no readable row; the first: {raw.rows[0].error}")
+    for column in required:
+        if column not in raw.columns:
+            raise DatasetError(
+                f"{path} has no column {column!r}; its columns are {', '.join(raw.columns)}; "
+                f"{did_you_mean(column, raw.columns)} Rename the column, or choose others with --data_file_keys"
+            )
+    if "sample_id" in raw.columns:
+        raise DatasetError(f"{path}: the column name 'sample_id' is taken by ray_diffsynth; rename it")
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _paths(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _problem(
+    values: Mapping[str, Any], files: Sequence[str], texts: Sequence[str], required: Sequence[str], absent_text: str
+) -> tuple[str, str] | None:
+    """(error class, message) of the first thing wrong with a row."""
+    for column in (c for c in files if c in required or not _is_missing(values.get(c))):
+        value = values.get(column)
+        if _is_missing(value) or not _paths(value) or any(_is_missing(p) or p == "" for p in _paths(value)):
+            return "MissingValue", f"the column {column!r} names no file"
+        if wrong := [p for p in _paths(value) if not isinstance(p, str)]:
+            return "InvalidValue", f"the column {column!r} holds {type(wrong[0]).__name__}, not the path of a file"
+    for column in texts:
+        value = values.get(column)
+        if _is_missing(value):
+            if column in required:
+                return "MissingValue", f"the column {column!r} {absent_text}"
+        elif not isinstance(value, str):
+            return "InvalidValue", f"the column {column!r} holds {type(value).__name__}, not a text"
+    for column in required:
+        if column not in files and column not in texts and _is_missing(values.get(column)):
+            return "MissingValue", f"the column {column!r} is null"
+    return None
+
+
+def _array(values: list[Any], is_file: bool) -> pa.Array:
+    if is_file and any(isinstance(value, list) for value in values):
+        return pa.array([None if value is None else _paths(value) for value in values], pa.list_(pa.string()))
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        # A column whose rows differ in type has no Arrow type; its JSON text keeps all that was written.
+        texts = [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values]
+        return pa.array(texts, pa.string())
+
+
+class _Ids:
+    """Sample ids: the path as written, `#2`, `#3` … for further rows of the same file."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.rows: set[str] = set()
+        self.count: dict[str, int] = {}
+
+    def base(self, row: RawRow, files: Sequence[str]) -> str:
+        for column in files:
+            paths = _paths((row.values or {}).get(column))
+            if paths and isinstance(paths[0], str) and paths[0]:
+                return paths[0]
+        return f"row-{row.number}"
+
+    def assign(self, base: str) -> str:
+        name = base
+        while name in self.taken:
+            self.count[base] = self.count.get(base, 1) + 1
+            name = f"{base}#{self.count[base]}"
+        self.taken.add(name)
+        return name
+
+    def is_duplicate(self, values: Mapping[str, Any]) -> bool:
+        text = json.dumps(values, sort_keys=True, default=repr)
+        seen = text in self.rows
+        self.rows.add(text)
+        return seen
+
+
+def read_metadata(
+    base_path: str,
+    metadata_path: str | None = None,
+    *,
+    file_columns: Sequence[str] = ("image",),
+    text_columns: Sequence[str] = ("prompt",),
+    required: Sequence[str] = ("image", "prompt"),
+) -> Metadata:
+    """Read a dataset's metadata and give every row an id.
+
+    Without `metadata_path` it is `metadata.{csv,json,jsonl,parquet}` in `base_path`, else the folder's pictures with
+    `.txt` captions. Rejected are rows that cannot be read (MalformedRow), that lack a required value (MissingValue) or
+    have it in another type (InvalidValue), and exact repetitions (DuplicateRow). An empty caption is a caption.
+
+    Raises DatasetError when nothing can be read: no file, no rows, no such column.
+    """
+    path, raw = _read(base_path, metadata_path, file_columns, text_columns)
+    _check_columns(path, raw, required)
+    files = [column for column in file_columns if column in raw.columns]
+    texts = [column for column in text_columns if column in raw.columns]
+    ids = _Ids()
+    accepted: list[tuple[str, Mapping[str, Any]]] = []
+    rejected: list[Quarantined] = []
+    for row in raw.rows:
+        values = dict(row.values or {})
+        if raw.null_words:
+            values |= {c: None for c in texts if str(values.get(c)).strip().lower() in _NULL_WORDS}
+        base = ids.base(row, files)
+        if row.values is None:
+            rejected.append(Quarantined(ids.assign(base), row.source, "MalformedRow", row.error))
+        elif problem := _problem(values, files, texts, required, raw.absent_text):
+            rejected.append(Quarantined(ids.assign(base), row.source, *problem))
+        elif ids.is_duplicate(values):
+            # Not the next `#n`: a repetition must not rename the rows below it, whose ids key their randomness.
+            again = Quarantined(f"{base}#row-{row.number}", row.source, "DuplicateRow", f"repeats the row of {base}")
+            rejected.append(again)
+        else:
+            accepted.append((ids.assign(base), values))
+    columns = [pa.array([sample_id for sample_id, _ in accepted], pa.string())]
+    columns += [_array([values.get(name) for _, values in accepted], name in files) for name in raw.columns]
+    table = pa.Table.from_arrays(columns, names=["sample_id", *raw.columns])
+    return Metadata(table, rejected, len(raw.rows))

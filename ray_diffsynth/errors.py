@@ -1,0 +1,37 @@
+"""Errors that a user can act on, and the wording they share. The lowest layer: imports nothing of the package."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A problem with the input, the configuration or the files, not with the program.
+
+    Its message names the thing, the reason and the fix. The jobs print it without a traceback and exit with 1.
+    Each room subclasses it beside the code that raises it: DatasetError in data/, CacheError in cache/.
+    """
+
+    def __str__(self) -> str:
+        # KeyError, which some subclasses also are, would quote the message.
+        return str(self.args[0]) if len(self.args) == 1 else super().__str__()
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration field holds a value that cannot work. The jobs exit with 2."""
+
+
+def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The names closest to ``name``, best first; none when nothing is close. Dashes count as underscores."""
+    by_key = {candidate.replace("-", "_").lower(): candidate for candidate in names}
+    matches = difflib.get_close_matches(name.replace("-", "_").lower(), by_key, n=count, cutoff=0.6)
+    return [by_key[match] for match in matches]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of an error about an unknown ``name``: the closest of ``names``, or all of them if none is close."""
+    choices = sorted(set(names))
+    if close := nearest(name, choices):
+        return f"did you mean {' or '.join(close)}?"
+    return f"choose from {', '.join(choices)}" if choices else "there is nothing to choose from"

@@ -1,0 +1,106 @@
+"""What a part's weights are, as a hash of their bytes; remembered on disk by size and times of the file. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ray_diffsynth.models.folder import ModelFolderError, read_json
+from ray_diffsynth.models.locate import ModelSource
+
+logger = logging.getLogger(__name__)
+
+# Written by whoever saved the folder; two saves of one model differ in them and encode the same.
+_VOLATILE_KEYS = ("_name_or_path", "_diffusers_version", "transformers_version")
+_CHUNK = 16 << 20  # bytes
+_SETTLED = 2.0  # seconds: a file changed more recently may change again within one tick of its timestamp
+
+
+def part_fingerprint(source: ModelSource, subfolder: str) -> str:
+    """Hex blake2b (32 digits) of a part's config.json and the contents of its weight files.
+
+    A companion's folder (``tokenizer``, ``processor``) is hashed over all its files. The folder's place and the
+    versions that saved it do not count. Raises ModelFolderError as ``ModelSource.weight_files`` and ``companion`` do,
+    or when a file changes while it is read.
+    """
+    if source.has(subfolder) or (source.folder(subfolder) / "config.json").is_file():
+        files = source.weight_files(subfolder)
+        config = source.folder(subfolder) / "config.json"
+        kept = {k: v for k, v in read_json(config).items() if k not in _VOLATILE_KEYS}
+        parts = [("config.json", json.dumps(kept, sort_keys=True))]
+    else:
+        folder = source.companion(subfolder)
+        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        if not files:
+            raise ModelFolderError(f"{folder} is empty; copy the files of {subfolder}/ from the model's repository")
+        parts = []
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the GIL
+        parts += [(f.name, digest) for f, digest in zip(files, pool.map(file_digest, files), strict=True)]
+    whole = hashlib.blake2b(digest_size=16)
+    for name, value in parts:
+        whole.update(json.dumps([name, value]).encode())
+    return whole.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Hex blake2b of a file's bytes, from the memo when size, times and inode are those of the last time."""
+    before = _stamp(path)
+    memo = _memo_file(path)
+    known = _read_memo(memo)
+    if known is not None and known.get("stamp") == before and isinstance(known.get("digest"), str):
+        return str(known["digest"])
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as err:
+        raise ModelFolderError(f"{path} cannot be read: {err}") from err
+    if _stamp(path) != before:
+        raise ModelFolderError(f"{path} changed while it was read; wait until it is written, then start again")
+    if time.time() - path.stat().st_mtime > _SETTLED:
+        _write_memo(memo, {"path": str(path.resolve()), "stamp": before, "digest": digest.hexdigest()})
+    return digest.hexdigest()
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        stat = path.stat()
+    except OSError as err:
+        raise ModelFolderError(f"{path} cannot be read: {err}") from err
+    # ctime and inode as well: `cp --preserve` and `touch` can give new bytes an old mtime
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _memo_file(path: Path) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    name = hashlib.blake2b(str(path.resolve()).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    return Path(base).expanduser() / "ray_diffsynth" / "fingerprints" / f"{name}.json"
+
+
+def _read_memo(memo: Path) -> dict[str, object] | None:
+    try:
+        value = json.loads(memo.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # absent or damaged: the file is read again
+    return value if isinstance(value, dict) else None
+
+
+def _write_memo(memo: Path, value: dict[str, object]) -> None:
+    temporary: str | None = None
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False, encoding="utf-8") as file:
+            temporary = file.name
+            json.dump(value, file)
+        os.replace(temporary, memo)
+    except OSError as err:
+        logger.warning("the fingerprint of %s is not remembered: %s", value["path"], err)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

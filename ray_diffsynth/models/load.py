@@ -1,0 +1,111 @@
+"""Load one part of a model, frozen, from safetensors on disk; and the tokenizers and schedulers beside it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ray_diffsynth.models.folder import ModelFolderError, require_config, standard_weights
+from ray_diffsynth.models.locate import ModelSource
+
+
+def load_part(
+    source: ModelSource, subfolder: str, cls: str, *, torch_dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """The part in eval mode, frozen, in ``torch_dtype`` on ``device``. Reads this part's folder and nothing else.
+
+    Args:
+        cls: ``"diffusers:QwenImageTransformer2DModel"`` or ``"transformers:Qwen2_5_VLForConditionalGeneration"``.
+
+    Raises ModelFolderError: no folder, config.json or safetensors; another class than ``cls``; weights that do not fill
+    the model or that are damaged.
+    """
+    model_class = _resolve(cls)
+    folder = source.folder(subfolder)
+    config = require_config(folder)
+    library, _, name = cls.partition(":")
+    held = config.get("_class_name", name)
+    if library == "diffusers" and held != name:
+        raise ModelFolderError(f"{folder} holds a {held}, but {subfolder} must be a {name}; name the right model")
+    files = source.weight_files(subfolder)
+    dtype_name = "dtype" if library == "transformers" else "torch_dtype"
+    options = {dtype_name: torch_dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    with _standard_folder(folder, files, library) as place:
+        try:
+            module, info = model_class.from_pretrained(str(place), **options)
+        except Exception as err:  # whatever the library raises, the user needs to know which folder it was
+            raise ModelFolderError(f"{folder} cannot be loaded as {name}: {type(err).__name__}: {err}") from err
+    missing = sorted(info["missing_keys"])
+    if missing:  # from_pretrained fills them with random numbers and goes on
+        raise ModelFolderError(
+            f"{folder}: the weights lack {len(missing)} tensors of {name}: {', '.join(missing[:5])}"
+            f"{', …' if len(missing) > 5 else ''}; config.json and weights do not belong together, or a file is missing"
+        )
+    loaded: nn.Module = module.to(device=device).eval().requires_grad_(False)
+    return loaded
+
+
+def load_companion(source: ModelSource, subfolder: str, cls: str) -> Any:
+    """A tokenizer, processor or scheduler, e.g. ``("tokenizer", "transformers:AutoTokenizer")``; no weights."""
+    folder = source.companion(subfolder)
+    try:
+        return _resolve(cls).from_pretrained(str(folder), local_files_only=True)
+    except Exception as err:  # as in load_part
+        name = cls.partition(":")[2]
+        raise ModelFolderError(f"{folder} cannot be loaded as {name}: {type(err).__name__}: {err}") from err
+
+
+def weights_bytes(source: ModelSource, subfolder: str) -> int:
+    """Bytes of the part's weight files on disk."""
+    return sum(file.stat().st_size for file in source.weight_files(subfolder))
+
+
+def _resolve(cls: str) -> Any:
+    library, _, name = cls.partition(":")
+    if library not in ("diffusers", "transformers") or not name:
+        raise ValueError(f"{cls!r} names no class; write 'diffusers:Name' or 'transformers:Name'")
+    found = getattr(importlib.import_module(library), name, None)
+    if found is None:
+        raise ValueError(f"{library} has no class {name}; check the name or the installed version of {library}")
+    return found
+
+
+@contextmanager
+def _standard_folder(folder: Path, files: Sequence[Path], library: str) -> Iterator[Path]:
+    """``folder`` if from_pretrained reads exactly ``files`` there, else a folder of links under standard names."""
+    if tuple(f.name for f in files) == standard_weights(folder):
+        yield folder
+        return
+    stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
+    with tempfile.TemporaryDirectory(prefix="ray_diffsynth-") as name:
+        place = Path(name)
+        for extra in folder.glob("*.json"):
+            if not extra.name.endswith(".index.json"):
+                (place / extra.name).symlink_to(extra.resolve())
+        weight_map: dict[str, str] = {}
+        for number, file in enumerate(files, start=1):
+            link = f"{stem}.safetensors" if len(files) == 1 else f"{stem}-{number:05d}-of-{len(files):05d}.safetensors"
+            (place / link).symlink_to(file.resolve())
+            if len(files) > 1:
+                weight_map.update(dict.fromkeys(_keys(file), link))
+        if weight_map:
+            index = {"metadata": {"total_size": sum(f.stat().st_size for f in files)}, "weight_map": weight_map}
+            (place / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        yield place
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return list(opened.keys())
+    except Exception as err:  # safetensors raises its own type, OSError or ValueError, by the damage
+        raise ModelFolderError(f"{file} is not a readable safetensors file ({err}); download it again") from err

@@ -1,0 +1,310 @@
+"""From the command line's way to name a model to a ``ModelSource``: where each part and its files lie; no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ray_diffsynth.models.folder import (
+    KNOWN_PARTS,
+    PICKLE_SUFFIXES,
+    ModelFolderError,
+    choose_weights,
+    list_files,
+    part_name,
+    require_config,
+    standard_weights,
+)
+from ray_diffsynth.models.hub import find_repository
+
+__all__ = ["ModelFolderError", "ModelSource", "locate_model"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's parts lie; plain data, so it travels to actors and into JSON.
+
+    ``parts``: the subfolders that were named (None = whatever is in the folder). ``files``: per part, the weight files
+    that a pattern picked. ``folders``: parts that do not lie at ``root/<part>``.
+    """
+
+    root: str
+    model_id: str
+    parts: frozenset[str] | None = None
+    files: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    tokenizer_path: str | None = None
+    processor_path: str | None = None
+    folders: tuple[tuple[str, str], ...] = ()
+
+    def has(self, subfolder: str) -> bool:
+        """Whether the part was named, or, when none was, whether its folder has a config.json."""
+        if self.parts is not None:
+            return subfolder in self.parts
+        return (self.folder(subfolder) / "config.json").is_file()
+
+    def folder(self, subfolder: str) -> Path:
+        """The part's folder (which need not exist)."""
+        return Path(dict(self.folders).get(subfolder) or Path(self.root) / subfolder)
+
+    def weight_files(self, subfolder: str) -> list[Path]:
+        """The part's safetensors files, sorted. ModelFolderError: see ``choose_weights``, ``require_config``."""
+        folder = self.folder(subfolder)
+        require_config(folder)
+        return [folder / name for name in choose_weights(folder, dict(self.files).get(subfolder, ()))]
+
+    def companion(self, subfolder: str) -> Path:
+        """The folder of a tokenizer, processor or scheduler: the path given, ``root/<subfolder>``, or beside a part."""
+        given = {"tokenizer": self.tokenizer_path, "processor": self.processor_path}.get(subfolder)
+        if given is not None:
+            return Path(given)
+        named = dict(self.folders)
+        places = [named[subfolder]] if subfolder in named else []
+        places += [str(Path(self.root) / subfolder), *(str(Path(f).parent / subfolder) for f in named.values())]
+        for place in places:
+            if Path(place).is_dir():
+                return Path(place)
+        flag = f"give --{subfolder}_path, or " if subfolder in ("tokenizer", "processor") else ""
+        raise ModelFolderError(
+            f"model {self.model_id} has no {subfolder}: looked at {', '.join(dict.fromkeys(places))}; "
+            f"{flag}copy the folder {subfolder}/ of the model's repository there"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; ``from_dict`` is its inverse."""
+        return {
+            "root": self.root,
+            "model_id": self.model_id,
+            "parts": None if self.parts is None else sorted(self.parts),
+            "files": {part: list(names) for part, names in self.files},
+            "tokenizer_path": self.tokenizer_path,
+            "processor_path": self.processor_path,
+            "folders": dict(self.folders),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> ModelSource:
+        """Inverse of ``to_dict``."""
+        return cls(
+            root=value["root"],
+            model_id=value["model_id"],
+            parts=None if value["parts"] is None else frozenset(value["parts"]),
+            files=tuple(sorted((part, tuple(names)) for part, names in value["files"].items())),
+            tokenizer_path=value["tokenizer_path"],
+            processor_path=value["processor_path"],
+            folders=tuple(sorted(value["folders"].items())),
+        )
+
+
+def locate_model(
+    model: str | None,
+    *,
+    model_id_with_origin_paths: str | None = None,
+    model_paths: str | None = None,
+    tokenizer_path: str | None = None,
+    processor_path: str | None = None,
+    base_path: str | None = None,
+    wanted: Collection[str] | None = None,
+) -> ModelSource:
+    """Find a model named by a folder or hub id, by ``id:pattern,id:pattern``, or by a JSON list of files.
+
+    Args:
+        model: a folder in diffusers layout or a hub id.
+        model_id_with_origin_paths: e.g. ``Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors``; the id may be a
+            folder. Each pattern names a part by its folder and picks its weights.
+        model_paths: JSON list of weight files (or lists of shards); each file's folder has the part's config.json.
+        tokenizer_path, processor_path: a folder, ``id`` or ``id:folder/``.
+        base_path: instead of ``$DIFFSYNTH_MODEL_BASE_PATH``.
+        wanted: with ``model``, the subfolders whose weights to download (None: all); never a limit on local files.
+
+    Raises ModelFolderError: nothing or too much given, a model found nowhere (lists the places), a pattern that matches
+    nothing (lists the files), a part without config.json, pickled weights.
+    """
+    by_part = bool(model_id_with_origin_paths or model_paths)
+    if model and by_part:
+        raise ModelFolderError(
+            "--model names the whole model; give it or --model_id_with_origin_paths/--model_paths, not both"
+        )
+    if not model and not by_part:
+        raise ModelFolderError(
+            "no model is given; use --model <folder or hub id> or --model_id_with_origin_paths <id:pattern,…>"
+        )
+
+    tokenizer = _companion_path(tokenizer_path, "tokenizer", base_path)
+    processor = _companion_path(processor_path, "processor", base_path)
+    if model:
+        root = _whole_model(model, base_path, wanted)
+        return ModelSource(str(root), model, tokenizer_path=tokenizer, processor_path=processor)
+
+    found = _Found()
+    for entry in (model_id_with_origin_paths or "").split(","):
+        if entry.strip():
+            found.add_pattern(*_split_entry(entry.strip()), base_path=base_path)
+    for path in _parse_model_paths(model_paths):
+        found.add_file(path)
+    root, model_id = found.main()
+    for part, names in found.files.items():  # said now, not when the first actor loads it
+        choose_weights(found.folders[part], tuple(names))
+    folders = {part: str(f) for part, f in found.folders.items() if f != root / part}
+    return ModelSource(
+        root=str(root),
+        model_id=model_id,
+        parts=frozenset(p for p in found.folders if p in found.files),
+        files=tuple(sorted((part, tuple(sorted(names))) for part, names in found.files.items() if names)),
+        tokenizer_path=tokenizer,
+        processor_path=processor,
+        folders=tuple(sorted(folders.items())),
+    )
+
+
+class _Found:
+    """Parts gathered from patterns and files. A folder that holds no weights (a tokenizer's) is in ``folders`` only."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, Path] = {}
+        self.files: dict[str, set[str]] = {}
+        self.roots: dict[str, tuple[Path, str]] = {}  # part -> (root, model id)
+
+    def add_pattern(self, model_id: str, pattern: str, *, base_path: str | None) -> None:
+        if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
+            raise ModelFolderError(f"{model_id}:{pattern}: the pattern must stay inside the model's folder")
+        weights = [pattern if pattern.endswith(".safetensors") else f"{pattern.rstrip('/') or '*'}/*.safetensors"]
+        root = find_repository(model_id, weights, base_path=base_path, complete=lambda r: _has_all(r, pattern))
+        matches = _matches(root, pattern)
+        if not matches:
+            raise ModelFolderError(f"{model_id}:{pattern} matches nothing in {root}, which holds: {list_files(root)}")
+        for match in matches:
+            if match.is_dir():
+                self._add_folder(match, root, model_id)
+            else:
+                self._add(match, root, model_id)
+
+    def add_file(self, path: Path) -> None:
+        if path.is_dir():
+            self._add_folder(path, path.parent, str(path))
+        elif path.is_file():
+            self._add(path, path.parent.parent, str(path.parent.parent))
+        else:
+            raise ModelFolderError(f"--model_paths names {path}, which does not exist")
+
+    def main(self) -> tuple[Path, str]:
+        """Root and id of the transformer if there is one (it decides the family), else of the first part named."""
+        if not self.roots:
+            raise ModelFolderError("no part of a model is named by --model_id_with_origin_paths or --model_paths")
+        return self.roots.get("transformer") or next(iter(self.roots.values()))
+
+    def _add_folder(self, folder: Path, root: Path, model_id: str) -> None:
+        if (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
+            require_config(folder)
+            self.files.setdefault(self._claim(folder, root, model_id), set())
+        else:
+            self._claim(folder, root, model_id)
+
+    def _add(self, file: Path, root: Path, model_id: str) -> None:
+        if file.suffix in PICKLE_SUFFIXES:
+            raise ModelFolderError(f"{file} is a pickle, which is not read; use the model's *.safetensors")
+        if file.suffix == ".safetensors":
+            require_config(file.parent)
+            self.files.setdefault(self._claim(file.parent, root, model_id), set()).add(file.name)
+        else:
+            self._claim(file.parent, root, model_id)
+
+    def _claim(self, folder: Path, root: Path, model_id: str) -> str:
+        part = part_name(folder)
+        other = self.folders.setdefault(part, folder)
+        if other != folder:
+            raise ModelFolderError(f"two folders are named for the part {part}: {other} and {folder}; name one of them")
+        # The root of a lone part's folder is its parent, where a tokenizer or another part may lie beside it.
+        self.roots.setdefault(part, (folder.parent if folder == root else root, model_id))
+        return part
+
+
+def _matches(root: Path, pattern: str) -> list[Path]:
+    """Files (or folders, for a pattern like ``vae/``) under ``root``; an empty pattern is the model's own parts."""
+    if not pattern.strip("/"):
+        lone = [root] if (root / "config.json").is_file() else []
+        return sorted(p.parent for p in root.glob("*/config.json")) or lone
+    return sorted(root.glob(pattern.rstrip("/")))
+
+
+def _has_all(root: Path, pattern: str) -> bool:
+    """Whether a cached snapshot holds what ``pattern`` means: files, with all shards of an index beside them."""
+    matches = _matches(root, pattern)
+    folders = {m if m.is_dir() else m.parent for m in matches}
+    try:
+        return bool(matches) and all(standard_weights(f) or not (f / "config.json").is_file() for f in folders)
+    except ModelFolderError:
+        return False
+
+
+def _split_entry(entry: str) -> tuple[str, str]:
+    model_id, _, pattern = entry.rpartition(":")
+    return (model_id, pattern) if model_id else (pattern, "")
+
+
+def _parse_model_paths(text: str | None) -> list[Path]:
+    if not text:
+        return []
+    try:
+        value = json.loads(text)
+    except ValueError as err:
+        raise ModelFolderError(
+            f'--model_paths must be a JSON list of files, ["a.safetensors", …]; it is {text!r} ({err})'
+        ) from err
+    items: list[Any] = []
+    for item in value if isinstance(value, list) else [value]:
+        items += item if isinstance(item, list) else [item]
+    wrong = [item for item in items if not isinstance(item, str)]
+    if wrong:
+        raise ModelFolderError(f"--model_paths holds {wrong[0]!r}; each entry is a file's path or a list of paths")
+    return [Path(item).expanduser().absolute() for item in items]
+
+
+def _whole_model(model: str, base_path: str | None, wanted: Collection[str] | None) -> Path:
+    weights = [f"{part}/*.safetensors" for part in (["*"] if wanted is None else sorted(wanted))]
+    root = find_repository(model, weights, base_path=base_path, complete=lambda r: _is_complete(r, wanted))
+    if (root / "model_index.json").is_file() or any(root.glob("*/config.json")):
+        return root
+    if (root / "config.json").is_file():
+        raise ModelFolderError(f"{root} holds one part, not a pipeline; use --model_paths, or give its parent folder")
+    raise ModelFolderError(
+        f"{root} is not a model in diffusers layout: it has no model_index.json and no <part>/config.json. "
+        f"It holds: {list_files(root)}"
+    )
+
+
+def _is_complete(root: Path, wanted: Collection[str] | None) -> bool:
+    """Whether a cached snapshot has the weights of every wanted part (None: of every part model_index.json names)."""
+    if not (root / "model_index.json").is_file():
+        return False
+    if wanted is None:
+        index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+        wanted = [k for k, v in index.items() if k in KNOWN_PARTS and isinstance(v, list) and v[0] is not None]
+    try:
+        return all(choose_weights(root / part) for part in wanted if require_config(root / part) is not None)
+    except ModelFolderError:
+        return False
+
+
+def _companion_path(text: str | None, subfolder: str, base_path: str | None) -> str | None:
+    if not text:
+        return None
+    path = Path(text).expanduser()
+    if path.exists():
+        return str((path if path.is_dir() else path.parent).absolute())
+    model_id, pattern = _split_entry(text)
+    root = find_repository(
+        model_id, [], base_path=base_path, complete=lambda r: bool(_companion_folders(r, pattern, subfolder))
+    )
+    folders = _companion_folders(root, pattern, subfolder)
+    if not folders:
+        raise ModelFolderError(f"--{subfolder}_path {text} matches nothing in {root}, which holds: {list_files(root)}")
+    return str(folders[0])
+
+
+def _companion_folders(root: Path, pattern: str, subfolder: str) -> list[Path]:
+    if pattern.strip("/"):
+        return [p if p.is_dir() else p.parent for p in _matches(root, pattern)]
+    return [p for p in (root / subfolder, root) if p.is_dir() and any(p.glob("*.json"))]

@@ -1,0 +1,366 @@
+"""`BasePipeline`: the models of a family, the units that prepare its inputs, and its `model_fn`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
+from ray_diffsynth.errors import UserError
+from ray_diffsynth.models.load import load_companion, load_part
+from ray_diffsynth.models.locate import ModelSource, locate_model
+from ray_diffsynth.pipelines.graph import model_root
+from ray_diffsynth.pipelines.unit import PipelineUnit, PipelineUnitRunner, missing_input
+
+
+class PipelineError(UserError, ValueError):
+    """A pipeline is used without a model that it needs, or with inputs that do not fit together."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of the model folder: where it lies, its class, and the parts that it is no use without."""
+
+    subfolder: str
+    cls: str
+    """`library:Class`, e.g. `diffusers:QwenImageTransformer2DModel`."""
+    companions: tuple[str, ...] = ()
+    """Names in `BasePipeline.companions`, e.g. the tokenizer of a text encoder."""
+
+
+class BasePipeline(torch.nn.Module):
+    """Base of all families. A subclass sets the class attributes, `units` and `model_fn`, and implements `__call__`.
+
+    Models are attributes named as in `parts` (None until loaded). Units and `model_fn` work on one sample's parameters
+    or on a batch made by `collate`.
+    """
+
+    family: ClassVar[str] = ""
+    parts: ClassVar[Mapping[str, Part]] = {}
+    companions: ClassVar[Mapping[str, Part]] = {}
+    """Tokenizers and processors: no weights, loaded with the part that names them."""
+    schedule: ClassVar[str] = ""
+    """Name in `diffusion.flow_match.SCHEDULES`."""
+    column_params: ClassVar[Mapping[str, str]] = {"input_image": "image", "prompt": "prompt"}
+    """Parameter <- metadata column."""
+    padded_params: ClassVar[Mapping[str, str]] = {}
+    """Parameters (1, L, D) of differing L that `collate` pads -> name of the mask (B, L) that it makes."""
+    collate_outputs: ClassVar[tuple[str, ...]] = ()
+    """Names that `collate` surely writes."""
+    lora_prefix: ClassVar[str] = "diffusion_model."
+    """What the LoRA file's keys start with, so that diffusers, ComfyUI and DiffSynth-Studio load it."""
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+    """Default target modules of a LoRA on `dit`."""
+
+    units: list[PipelineUnit]
+    model_fn: Callable[..., Tensor]
+    scheduler: FlowMatchScheduler
+    in_iteration_models: tuple[str, ...] = ("dit",)
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        torch_dtype: torch.dtype = torch.bfloat16,
+        height_division_factor: int = 16,
+        width_division_factor: int = 16,
+        time_division_factor: int | None = None,
+        time_division_remainder: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.device = torch.device(device)
+        self.torch_dtype = torch_dtype
+        self.height_division_factor = height_division_factor
+        self.width_division_factor = width_division_factor
+        self.time_division_factor = time_division_factor
+        self.time_division_remainder = time_division_remainder
+        self.unit_runner = PipelineUnitRunner()
+        self.units = []
+        if self.schedule:
+            self.scheduler = FlowMatchScheduler(self.schedule)
+        for name in (*self.parts, *self.companions):
+            setattr(self, name, None)
+
+    # ---------------------------------------------------------------- loading
+
+    @classmethod
+    def skeleton(cls) -> Self:
+        """The units and declarations without any weights: enough to plan a split."""
+        return cls()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: ModelSource | str | Path,
+        *,
+        models: Collection[str] | None = None,
+        device: str | torch.device = "cpu",
+        torch_dtype: torch.dtype = torch.bfloat16,
+    ) -> Self:
+        """Load `models` (names of `parts`; None: all that `source` has), frozen, in eval mode; reads no other weights.
+
+        Raises:
+            PipelineError: a name that the family does not have, or that `source` does not name.
+            ModelFolderError: a part's folder is unusable.
+        """
+        if not isinstance(source, ModelSource):
+            source = locate_model(str(source))
+        if models is None:
+            wanted = [name for name, part in cls.parts.items() if source.has(part.subfolder)]
+        else:
+            wanted = list(dict.fromkeys(model_root(name) for name in models))
+        pipe = cls(device=device, torch_dtype=torch_dtype)
+        for name in wanted:
+            if name not in cls.parts:
+                raise PipelineError(f"{cls.__name__} has no model {name!r}; it has {', '.join(cls.parts)}")
+            part = cls.parts[name]
+            if not source.has(part.subfolder):
+                raise PipelineError(
+                    f"the {name} is needed, but {source.model_id} does not give it: name {part.subfolder}/*.safetensors "
+                    f"in --model_id_with_origin_paths too, or give the whole folder by --model"
+                )
+            setattr(pipe, name, load_part(source, part.subfolder, part.cls, torch_dtype=torch_dtype, device=device))
+            for companion in part.companions:
+                other = cls.companions[companion]
+                setattr(pipe, companion, load_companion(source, other.subfolder, other.cls))
+        if cls.schedule:
+            pipe.scheduler = FlowMatchScheduler(cls.schedule, config=_scheduler_config(source))
+        pipe.configure(source)
+        return pipe.eval().requires_grad_(False)
+
+    def configure(self, source: ModelSource) -> None:
+        """Read what a family needs from configuration files of parts whose weights are not loaded; a hook."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the models, and remember device and dtype for the parameters that units make."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.dtype):
+                self.torch_dtype = value
+            elif isinstance(value, (str, int, torch.device)) and not isinstance(value, bool):
+                self.device = torch.device(value)
+        return super().to(*args, **kwargs)
+
+    def load_models_to_device(self, names: Sequence[str]) -> None:
+        """Make sure that the models are loaded and on the pipeline's device.
+
+        Raises:
+            PipelineError: a model is not loaded; names it and the units that need it.
+        """
+        for name in [names] if isinstance(names, str) else names:
+            model = getattr(self, model_root(name), None)
+            if model is None:
+                users = [type(unit).__name__ for unit in self.units if name in (unit.onload_model_names or ())]
+                users += ["model_fn"] if name in self.in_iteration_models else []
+                raise PipelineError(
+                    f"the model {name!r} is not loaded, but {' and '.join(users) or 'the pipeline'} needs it: "
+                    f"load it by from_pretrained(models=[…, {name!r}])"
+                )
+            if isinstance(model, torch.nn.Module):
+                weight = next(model.parameters(), None)
+                if weight is not None and weight.device != self.device:
+                    model.to(self.device)
+
+    # ---------------------------------------------------------------- helpers of units
+
+    def preprocess_image(
+        self,
+        image: Image.Image | np.ndarray[Any, Any] | Tensor,
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        min_value: float = -1.0,
+        max_value: float = 1.0,
+    ) -> Tensor:
+        """A PIL image, or uint8 pixels (H, W, 3), as (1, 3, H, W) in [min_value, max_value]; computed in fp32."""
+        if isinstance(image, Image.Image):
+            image = np.array(image.convert("RGB"))
+        pixels = torch.as_tensor(image)
+        if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+            raise PipelineError(
+                f"an image must be a PIL image or uint8 pixels (height, width, 3), "
+                f"not {pixels.dtype} {tuple(pixels.shape)}"
+            )
+        scaled = pixels.to(device or self.device).float() * ((max_value - min_value) / 255) + min_value
+        return scaled.permute(2, 0, 1)[None].contiguous().to(torch_dtype or self.torch_dtype)
+
+    def vae_output_to_image(self, vae_output: Tensor, min_value: float = -1.0, max_value: float = 1.0) -> Image.Image:
+        """Pixels (1, 3, H, W) in [min_value, max_value] as a PIL image."""
+        scaled = (vae_output[0].float() - min_value) * (255 / (max_value - min_value))
+        pixels = scaled.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+        return Image.fromarray(pixels.cpu().numpy())
+
+    def generate_noise(
+        self,
+        shape: Sequence[int],
+        seed: int | None = None,
+        rand_device: str | torch.device = "cpu",
+        rand_torch_dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Gaussian noise of `shape`, by the seed; without one it differs each time (no global generator is used)."""
+        generator = torch.Generator(rand_device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        noise = torch.randn(tuple(shape), generator=generator, device=rand_device, dtype=rand_torch_dtype)
+        return noise.to(device=device or self.device, dtype=torch_dtype or self.torch_dtype)
+
+    def check_resize_height_width(self, height: int, width: int, num_frames: int | None = None) -> tuple[int, ...]:
+        """Return the size if the family can make it. DiffSynth-Studio's name; here nothing is rounded.
+
+        Raises:
+            PipelineError: a size that does not divide; gives the nearest that do.
+        """
+        for name, value, factor in (
+            ("height", height, self.height_division_factor),
+            ("width", width, self.width_division_factor),
+        ):
+            if value <= 0 or value % factor:
+                lower = value // factor * factor
+                choices = f"{lower} or {lower + factor}" if lower > 0 else str(factor)
+                raise PipelineError(f"{name}={value} is not a multiple of {factor}; use {choices}")
+        if num_frames is None:
+            return height, width
+        factor, remainder = self.time_division_factor or 1, self.time_division_remainder or 0
+        if num_frames <= 0 or num_frames % factor != remainder:
+            lower = (num_frames - remainder) // factor * factor + remainder
+            raise PipelineError(
+                f"num_frames={num_frames} is not a multiple of {factor} plus {remainder}; "
+                f"use {lower} or {lower + factor}"
+            )
+        return height, width, num_frames
+
+    def step(
+        self, scheduler: FlowMatchScheduler, latents: Tensor, progress_id: int, noise_pred: Tensor, **others: Any
+    ) -> Tensor:
+        """One sampling step, DiffSynth-Studio's helper; `others` (the rest of the shared inputs) are not used."""
+        return scheduler.step(noise_pred, scheduler.timesteps[progress_id], latents)
+
+    # ---------------------------------------------------------------- training
+
+    def training_settings(self) -> dict[str, Any]:
+        """Constants that both stages give to the units; a command-line value or a data column may replace them."""
+        return {
+            "cfg_scale": 1.0,
+            "denoising_strength": 1.0,
+            "rand_device": "cpu",
+            "seed": 0,
+            "tiled": False,
+            "tile_size": 128,
+            "tile_stride": 64,
+            "use_gradient_checkpointing": False,
+            "use_gradient_checkpointing_offload": False,
+        }
+
+    def model_fn_params(self) -> tuple[str, ...]:
+        """Parameters that `model_fn` names, without the models; what it takes by `**kwargs` only is not passed."""
+        return tuple(name for name in _named_parameters(self.model_fn) if name not in self.in_iteration_models)
+
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One batch from the parameters of its samples (flat: what the positive side sees).
+
+        Tensors are joined along axis 0; `padded_params` are padded with zeros to the longest and get a mask, bool
+        (B, L), or None if nothing is padded. Settings stay one value, anything else becomes a list, one entry a sample;
+        what is None in every sample stays None.
+
+        Raises:
+            PipelineError: tensors of differing shapes, a parameter that some samples lack, a setting that differs.
+        """
+        names = list(dict.fromkeys(name for sample in samples for name in sample))
+        settings = self.training_settings()
+        batch: dict[str, Any] = {}
+        for name in names:
+            lacking = [i for i, sample in enumerate(samples) if name not in sample]
+            if lacking:
+                raise PipelineError(f"samples {lacking} of the batch lack the parameter {name!r} that the others have")
+            values = [sample[name] for sample in samples]
+            if name in self.padded_params:
+                batch[name], batch[self.padded_params[name]] = pad_and_mask(values)
+            elif name in self.padded_params.values():
+                continue  # made with the parameter that it masks
+            else:
+                batch[name] = _join(name, values, is_setting=name in settings)
+        return batch
+
+    def predict(self, batch: Mapping[str, Any]) -> Tensor:
+        """Call `model_fn` with the models of the iteration and those parameters of `batch` that it names.
+
+        Raises:
+            MissingInputError: a parameter without a default is not in `batch`.
+        """
+        self.load_models_to_device(self.in_iteration_models)
+        inputs: dict[str, Any] = {name: getattr(self, name) for name in self.in_iteration_models}
+        for name, parameter in _named_parameters(self.model_fn).items():
+            if name in inputs:
+                continue
+            if name in batch:
+                inputs[name] = batch[name]
+            elif parameter.default is inspect.Parameter.empty:
+                raise missing_input("model_fn", name, self)
+        return self.model_fn(**inputs)
+
+    def guided_prediction(self, posi: Mapping[str, Any], nega: Mapping[str, Any], cfg_scale: float) -> Tensor:
+        """Classifier-free guidance: nega + cfg_scale * (posi - nega); the positive side alone if cfg_scale is 1."""
+        prediction = self.predict(posi)
+        if cfg_scale == 1:
+            return prediction
+        negative = self.predict(nega)
+        return negative + cfg_scale * (prediction - negative)
+
+
+def pad_and_mask(values: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Join tensors (1, L_i, D) to (B, L, D), padded with zeros at the end, and the mask of what is not padding.
+
+    The mask is bool (B, L), or None if all L_i are equal: diffusers' models take a faster path then.
+    """
+    lengths = [value.shape[1] for value in values]
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return torch.cat(list(values)), None
+    joined = values[0].new_zeros(len(values), longest, *values[0].shape[2:])
+    mask = torch.zeros(len(values), longest, dtype=torch.bool, device=values[0].device)
+    for index, value in enumerate(values):
+        joined[index, : lengths[index]] = value[0]
+        mask[index, : lengths[index]] = True
+    return joined, mask
+
+
+def _join(name: str, values: list[Any], *, is_setting: bool) -> Any:
+    if all(isinstance(value, Tensor) for value in values):
+        shapes = {tuple(value.shape[1:]) for value in values}
+        if len(shapes) > 1:
+            raise PipelineError(
+                f"{name!r} has differing shapes in one batch: {sorted(shapes)}; a batch must hold one size "
+                f"(one bucket), or the family must list {name!r} in padded_params"
+            )
+        return torch.cat(values)
+    if all(value is None for value in values):
+        return None
+    if is_setting:
+        if any(value != values[0] for value in values[1:]):
+            raise PipelineError(f"the setting {name!r} differs within one batch: {values}")
+        return values[0]
+    return values
+
+
+def _named_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters
+    return {name: parameter for name, parameter in parameters.items() if parameter.kind in kinds}
+
+
+def _scheduler_config(source: ModelSource) -> dict[str, Any] | None:
+    path = source.folder("scheduler") / "scheduler_config.json"
+    if not path.is_file():
+        return None
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config

@@ -1,0 +1,101 @@
+"""Family name -> pipeline class, and the family of a model folder; torch is imported only with a class."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_diffsynth.errors import UserError
+
+if TYPE_CHECKING:
+    from ray_diffsynth.pipelines.base import BasePipeline
+
+FAMILIES: dict[str, str] = {"qwen_image": "ray_diffsynth.pipelines.qwen_image:QwenImagePipeline"}
+
+# Class names in a model's configuration files -> family. Text encoders come last: families share them.
+PIPELINE_CLASSES: Mapping[str, str] = {"QwenImagePipeline": "qwen_image"}
+PART_CLASSES: Mapping[str, Mapping[str, str]] = {
+    "transformer": {"QwenImageTransformer2DModel": "qwen_image"},
+    "vae": {"AutoencoderKLQwenImage": "qwen_image"},
+    "text_encoder": {"Qwen2_5_VLForConditionalGeneration": "qwen_image"},
+}
+
+
+class FamilyError(UserError, ValueError):
+    """No such family, or a model folder whose family cannot be told."""
+
+
+def get_pipeline_class(family: str) -> type[BasePipeline]:
+    """The pipeline class of a family: a name of FAMILIES, or your own as `my_package.my_module[:Class]`.
+
+    Raises:
+        FamilyError: unknown name (lists the nearest), or a module without one BasePipeline subclass of its own.
+    """
+    if family not in FAMILIES and "." not in family and ":" not in family:
+        near = difflib.get_close_matches(family, FAMILIES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise FamilyError(
+            f"unknown family {family!r}: {hint}known: {', '.join(sorted(FAMILIES))}; "
+            f"your own pipeline is named by its module, my_package.my_module[:Class]"
+        )
+    module_name, _, class_name = FAMILIES.get(family, family).partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as err:
+        raise FamilyError(f"the family {family!r} is not importable: {err}; is its folder on PYTHONPATH?") from err
+    from ray_diffsynth.pipelines.base import BasePipeline
+
+    own = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, BasePipeline) and value.__module__ == module.__name__
+    }
+    if class_name and class_name not in own:
+        raise FamilyError(f"{module_name} defines no pipeline {class_name!r}; it defines {', '.join(own) or 'none'}")
+    if not class_name and len(own) != 1:
+        raise FamilyError(
+            f"{module_name} defines {', '.join(own) or 'no pipeline'}; "
+            f"name one BasePipeline subclass: {module_name}:Class"
+        )
+    return own[class_name] if class_name else next(iter(own.values()))
+
+
+def family_of(root: Path | str) -> str:
+    """The family of a model folder, from model_index.json or else from the configuration of one of its parts.
+
+    Raises:
+        FamilyError: a model of no known family, or a folder that does not tell; says what was looked at.
+    """
+    root = Path(root)
+    looked_at: list[str] = []
+    places: list[tuple[Path, Mapping[str, str]]] = [(root / "model_index.json", PIPELINE_CLASSES)]
+    places += [(root / subfolder / "config.json", classes) for subfolder, classes in PART_CLASSES.items()]
+    for path, classes in places:
+        if not path.is_file():
+            looked_at.append(f"{path} (absent)")
+            continue
+        names = _class_names(path)
+        for name in names:
+            if name in classes:
+                return classes[name]
+        looked_at.append(f"{path} ({', '.join(names) or 'names no class'})")
+        if names and path.name == "model_index.json":
+            break  # another pipeline may share its parts with a known family, and still need other inputs
+    raise FamilyError(
+        f"cannot tell the family of {root}: looked at {'; '.join(looked_at)}. "
+        f"Known: {', '.join(sorted(FAMILIES))}; name the family by --family"
+    )
+
+
+def _class_names(path: Path) -> list[str]:
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise FamilyError(f"{path} is not JSON: {err}; download the file again") from err
+    if not isinstance(config, dict):
+        return []
+    return [str(name) for name in (config.get("_class_name"), *(config.get("architectures") or ())) if name]

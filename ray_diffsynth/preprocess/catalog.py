@@ -1,0 +1,89 @@
+"""What a cache already holds: rows of the committed manifest, and shards that an interrupted run finished but did not commit."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from ray_diffsynth.cache.errors import CacheError
+from ray_diffsynth.cache.manifest import MANIFEST_FILE, Manifest
+from ray_diffsynth.cache.store import Shard, list_shards, read_shard_header
+from ray_diffsynth.data.storage import exists, join
+from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.shards import ShardPlan, remaining
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a row lies: a Parquet file of its group's folder, its row group, and the row in it."""
+
+    file: str
+    row_group: int
+    row: int
+
+
+@dataclass
+class GroupCatalog:
+    """Known rows of one group by key, and the keys whose sample failed to encode."""
+
+    locations: dict[str, Location] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+
+    def known(self) -> set[str]:
+        """Keys that need no encoding: stored, or failed before with the very same inputs."""
+        return {*self.locations, *self.failures}
+
+    def add(self, shard: Shard) -> None:
+        """Take in a written shard."""
+        self.locations.update((key, Location(shard.file, *shard.locate(row))) for row, key in enumerate(shard.keys))
+        self.failures.update((key, Failure(*reason)) for key, reason in shard.failed.items())
+
+
+def committed_manifest(cache: str) -> Manifest | None:
+    """The cache's manifest; None where there is none yet. A damaged one raises CacheError."""
+    return Manifest.load(cache) if exists(join(cache, MANIFEST_FILE)) else None
+
+
+def committed_rows(cache: str, manifest: Manifest | None, index: pa.Table | None, group: str) -> GroupCatalog:
+    """Rows and failures of `group` that the manifest names. Keys are content addresses, so they hold for any later run."""
+    catalog = GroupCatalog()
+    if manifest is None or index is None:
+        return catalog
+    spec = next((item for item in manifest.groups if item.name == group), None)
+    if spec is not None:
+        columns = (index[f"{group}_{name}"].to_pylist() for name in ("key", "file", "row_group", "row"))
+        for key, *place in zip(*columns, strict=True):
+            catalog.locations[key] = Location(*place)
+        if spec.empty_key is not None and spec.empty_at is not None:
+            catalog.locations[spec.empty_key] = Location(*spec.empty_at)
+    for row in manifest.read_quarantine(cache).to_pylist():
+        if row["group"] == group:
+            catalog.failures[row["key"]] = Failure(row["error"], row["message"])
+    return catalog
+
+
+def recover(cache: str, group: str, shards: Iterable[ShardPlan], catalog: GroupCatalog) -> list[ShardPlan]:
+    """Take finished but uncommitted shards into `catalog`; returns the shards that are still to be encoded.
+
+    A file of a planned shard's name is that shard, since the name is the hash of its keys. Other files come from a run over
+    other rows; what they hold of the wanted keys is used too.
+    """
+    open_shards = {f"{shard.name}.parquet": shard for shard in shards}
+    wanted = {key for shard in open_shards.values() for key in shard.keys}
+    committed = {location.file for location in catalog.locations.values()}
+    found = [file for file in list_shards(cache, group) if file not in committed] if open_shards else []
+    for file in sorted(found, key=lambda name: name not in open_shards):
+        try:
+            shard = read_shard_header(cache, group, file)
+        except CacheError as error:
+            logger.warning("%s; its rows are encoded again", error)
+            continue
+        if file in open_shards or not wanted.isdisjoint({*shard.keys, *shard.failed}):
+            catalog.add(shard)
+            open_shards.pop(file, None)
+    done = catalog.known()
+    return [rest for shard in open_shards.values() if (rest := remaining(shard, done)) is not None]

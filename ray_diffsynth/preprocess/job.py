@@ -1,0 +1,143 @@
+"""Stage 1 from configuration to committed cache.
+
+scan -> keys per group -> what the cache has already -> shards -> decode, encode, write on Ray Data -> one commit.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ray_diffsynth.config import PreprocessConfig
+from ray_diffsynth.data.metadata import read_metadata
+from ray_diffsynth.data.samples import SampleSpec
+from ray_diffsynth.data.storage import absolute
+from ray_diffsynth.models.locate import ModelSource, locate_model
+from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
+from ray_diffsynth.pipelines.stages import Stages, dataset_spec, plan_stages
+from ray_diffsynth.preprocess.catalog import GroupCatalog, committed_manifest, committed_rows, recover
+from ray_diffsynth.preprocess.commit import Outcome, check_same_dataset, commit_cache
+from ray_diffsynth.preprocess.encoder import EncoderSpec
+from ray_diffsynth.preprocess.keys import GroupPlan, plan_group
+from ray_diffsynth.preprocess.lease import lease
+from ray_diffsynth.preprocess.pool import encode_shards, pool_size
+from ray_diffsynth.preprocess.scan import scan_dataset
+from ray_diffsynth.preprocess.shards import not_known, plan_shards, wanted_rows
+from ray_diffsynth.progress import Progress
+from ray_diffsynth.ray_session import ray_session
+from ray_diffsynth.report import write_report
+from ray_diffsynth.tasks import get_task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What follows from the configuration alone: the model, the split, and the address space of each group."""
+
+    config: PreprocessConfig
+    cache: str
+    family: str
+    source: ModelSource
+    sample: SampleSpec
+    stages: Stages
+    groups: tuple[GroupPlan, ...]
+
+    @classmethod
+    def of(cls, config: PreprocessConfig) -> "Job":
+        """Resolve model, family and split. Every error of configuration is raised here, before Ray starts."""
+        source = locate_model(
+            config.model,
+            model_id_with_origin_paths=config.model_id_with_origin_paths,
+            model_paths=config.model_paths,
+            tokenizer_path=config.tokenizer_path,
+            processor_path=config.processor_path,
+        )
+        family = config.family or family_of(source.root)
+        pipe = get_pipeline_class(family).skeleton()
+        sample = dataset_spec(pipe, config)
+        stages = plan_stages(pipe, get_task(config.task), config.trained, sample.inputs)
+        groups = tuple(
+            plan_group(pipe, source, group, sample_inputs=sample.inputs, file_params=sample.file_params, dtype=config.dtype)
+            for group in stages.groups
+        )
+        return cls(config, absolute(config.output_path), family, source, sample, stages, groups)
+
+    def encoder(self, group: GroupPlan) -> EncoderSpec:
+        """What the actors of `group` need to know."""
+        return EncoderSpec(
+            family=self.family,
+            source=self.source,
+            task=self.config.task,
+            trainable=self.config.trained,
+            group=group.name,
+            parameters=group.group.parameters,
+            inputs=group.inputs,
+            settings=dict(group.settings),
+            sample=self.sample,
+            dtype=self.config.dtype,
+            batch_size=self.config.batch_size,
+        )
+
+
+def run(config: PreprocessConfig) -> dict[str, Any]:
+    """Encode the dataset into `config.output_path`; returns the counts that report.json there holds too."""
+    started = time.monotonic()
+    job = Job.of(config)
+    columns = job.sample.columns
+    metadata = read_metadata(
+        config.dataset_base_path,
+        config.dataset_metadata_path,
+        file_columns=[columns[param] for param in job.sample.file_params],
+        text_columns=[column for param, column in columns.items() if param == "prompt"],
+        required=list(columns.values()),
+    )
+    manifest = committed_manifest(job.cache)
+    index = manifest.read_index(job.cache) if manifest is not None else None
+    with lease(job.cache), ray_session(config.ray_address, verbose=config.verbose):
+        size = pool_size(config.num_workers, config.resources, config.dataset_num_workers)
+        with Progress("scan", total=len(metadata.table), unit="files") as progress:
+            samples, bad = scan_dataset(metadata, job.sample, job.cache, num_cpus=size.decode_cpus, on_progress=progress.advance)
+        samples.sort(key=lambda sample: sample.bucket.sort_key)  # stable: dataset order within a bucket
+        check_same_dataset(job.cache, manifest, index, job.family, samples)
+        catalogs: dict[str, GroupCatalog] = {}
+        encoded: dict[str, int] = {}
+        for group in job.groups:
+            wanted = wanted_rows(group, samples, job.sample)
+            catalogs[group.name] = catalog = committed_rows(job.cache, manifest, index, group.name)
+            shards = recover(job.cache, group.name, plan_shards(not_known(wanted, catalog.known())), catalog)
+            encoded[group.name] = sum(len(shard.rows) for shard in shards)
+            encode_shards(shards, job.encoder(group), size, cache=job.cache, codec=config.cache_codec, catalog=catalog)
+        outcome = commit_cache(job, samples, [*metadata.rejected, *bad], metadata.total, catalogs)
+    return _report(job, outcome, catalogs, encoded, time.monotonic() - started)
+
+
+def _report(
+    job: Job, outcome: Outcome, catalogs: dict[str, GroupCatalog], encoded: dict[str, int], seconds: float
+) -> dict[str, Any]:
+    """Write report.json and print the last line: what is where, and the counts."""
+    manifest = outcome.manifest
+    counts: dict[str, Any] = dict(manifest.counts)
+    parameters = {}
+    for spec in manifest.groups:
+        done = encoded[spec.name]
+        for name in spec.parameters:
+            parameters[name] = {"encoded": done, "reused": max(spec.rows + (spec.empty_key is not None) - done, 0)}
+    summary: dict[str, Any] = {
+        "samples": counts["samples"],
+        "quarantined": counts["quarantined"],
+        "parameters": parameters,
+        "buckets": manifest.buckets,
+        "bytes": sum(spec.nbytes for spec in manifest.groups),
+    }
+    write_report(job.cache, counts=counts, seconds=round(seconds, 3), config=job.config, **summary)
+    for entry in outcome.quarantine[:10]:
+        logger.warning("quarantined %s: %s: %s", entry.sample_id, entry.error, entry.message)
+    if len(outcome.quarantine) > 10:
+        logger.warning("... and %d more; see %s/quarantine", len(outcome.quarantine) - 10, job.cache)
+    work = ", ".join(f"{name} {count['encoded']} encoded {count['reused']} reused" for name, count in parameters.items())
+    print(
+        f"cache of {counts['samples']} samples in {job.cache} "
+        f"({counts['total']} rows, {counts['quarantined']} quarantined; {work}; {seconds:.1f} s)"
+    )
+    return {**counts, **summary}

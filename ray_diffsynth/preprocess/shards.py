@@ -1,0 +1,104 @@
+"""Which rows are encoded together: pure functions from the wanted keys to shards.
+
+A shard is the unit of work and of loss: one decode task, one actor call, one Parquet file. Its members follow from the wanted
+keys alone, so an interrupted run and its rerun write the same files, byte for byte.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray_diffsynth.data.buckets import Bucket, rows_per_shard
+from ray_diffsynth.data.samples import SampleSpec
+from ray_diffsynth.preprocess.keys import GroupPlan
+from ray_diffsynth.preprocess.scan import Sample
+
+EMPTY_CAPTION = "(the empty caption)"
+ALL_SIZES = "all"
+"""Bucket name of rows that do not depend on a size (captions)."""
+TEXT_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A row that the cache must hold: its key, one sample that has these inputs, and that sample's row and bucket."""
+
+    key: str
+    sample_id: str
+    row: Mapping[str, Any]
+    bucket: str
+    size: Bucket
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Rows of one bucket that are encoded and committed together as `<group>/<name>.parquet`."""
+
+    name: str
+    bucket: str
+    rows: tuple[Wanted, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(row.key for row in self.rows)
+
+
+def wanted_rows(group: GroupPlan, samples: Iterable[Sample], spec: SampleSpec) -> Iterator[Wanted]:
+    """The rows of `group` that the samples need, in their order; first the empty caption, so that stage 2 can drop captions."""
+    columns = {spec.columns[name] for name in group.inputs if name in spec.columns}
+    smallest = Bucket(16, 16)
+    if group.caption_only:
+        yield Wanted(group.key({"prompt": ""}), EMPTY_CAPTION, {spec.columns["prompt"]: ""}, ALL_SIZES, smallest)
+    for sample in samples:
+        row = {column: sample.row[column] for column in columns}
+        bucket = sample.bucket.name if group.bucketed else ALL_SIZES
+        yield Wanted(group.key(sample.inputs), sample.sample_id, row, bucket, sample.bucket)
+
+
+def not_known(wanted: Iterable[Wanted], known: Collection[str]) -> Iterator[Wanted]:
+    """Those whose key is not in `known`."""
+    return (row for row in wanted if row.key not in known)
+
+
+def shard_name(keys: Sequence[str]) -> str:
+    """File stem of the shard of these keys: the blake2b-96 of them."""
+    return hashlib.blake2b("\n".join(keys).encode(), digest_size=12).hexdigest()
+
+
+def shard_rows(bucket: str, size: Bucket) -> int:
+    """Rows of a full shard of a bucket."""
+    return TEXT_ROWS if bucket == ALL_SIZES else rows_per_shard(size)
+
+
+def plan_shards(wanted: Iterable[Wanted]) -> Iterator[ShardPlan]:
+    """Cut the wanted rows, in their order, into full shards of one bucket each; every distinct key once."""
+    open_rows: dict[str, list[Wanted]] = {}
+    seen: set[str] = set()
+    for row in wanted:
+        if row.key in seen:
+            continue
+        seen.add(row.key)
+        rows = open_rows.setdefault(row.bucket, [])
+        rows.append(row)
+        if len(rows) == shard_rows(row.bucket, row.size):
+            yield _close(row.bucket, open_rows.pop(row.bucket))
+    for bucket, rows in open_rows.items():
+        yield _close(bucket, rows)
+
+
+def _close(bucket: str, rows: Sequence[Wanted]) -> ShardPlan:
+    return ShardPlan(shard_name([row.key for row in rows]), bucket, tuple(rows))
+
+
+def single_rows(shard: ShardPlan) -> list[ShardPlan]:
+    """The shard's rows as shards of their own, to find the one that kills its encoder."""
+    return [ShardPlan(shard_name([row.key]), shard.bucket, (row,)) for row in shard.rows]
+
+
+def remaining(shard: ShardPlan, done: Collection[str]) -> ShardPlan | None:
+    """The shard without the keys that are `done`; None if nothing is left."""
+    rows = tuple(row for row in shard.rows if row.key not in done)
+    if len(rows) == len(shard.rows):
+        return shard
+    return replace(shard, name=shard_name([row.key for row in rows]), rows=rows) if rows else None

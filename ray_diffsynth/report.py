@@ -1,0 +1,91 @@
+"""``report.json``: what a job did, in how long, with which versions and settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from ray_diffsynth import __version__
+from ray_diffsynth.config import CommonConfig
+
+LIBRARIES = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "pyarrow")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, of this package and of LIBRARIES, without importing them; only those installed."""
+    versions = {"python": platform.python_version(), "ray_diffsynth": __version__}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_report(
+    output_path: str,
+    name: str = "report.json",
+    *,
+    counts: Mapping[str, int],
+    seconds: float | Mapping[str, float],
+    config: CommonConfig | Mapping[str, Any],
+    versions: Mapping[str, str] | None = None,
+    **extra: Any,
+) -> str:
+    """Write ``<output_path>/<name>`` in one step and return its path; a local folder is made when it is missing.
+
+    ``seconds`` is the whole time or a mapping of phases; ``versions`` are this machine's unless given. Numbers that
+    JSON lacks (NaN, infinities) become the strings "nan", "inf" and "-inf". Raises OSError when it cannot be written.
+    """
+    report = {
+        "counts": dict(counts),
+        "seconds": seconds,
+        "versions": dict(versions or library_versions()),
+        "config": config.to_dict() if isinstance(config, CommonConfig) else dict(config),
+        **extra,
+    }
+    text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    target = f"{output_path.rstrip('/')}/{name}"
+    if "://" in output_path:
+        with fsspec.open(target, "w", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        _write_atomic(Path(target), text)
+    return target
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with only what JSON knows; numpy and torch scalars become numbers, paths and the like strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    return _plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+def _write_atomic(target: Path, text: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600, which other users of a shared folder could not read
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

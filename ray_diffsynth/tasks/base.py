@@ -1,0 +1,86 @@
+"""The contract of a training task, and the names by which a run asks for one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+
+import torch
+
+from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
+from ray_diffsynth.diffusion.randomness import SampleKey
+from ray_diffsynth.errors import UserError
+
+STAGES = ("data_process", "train")
+
+
+class TaskError(UserError):
+    """A task name that no task goes by."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of one microbatch of B samples.
+
+    loss: 0-d fp32, the mean of ``per_sample``; what is differentiated.
+    per_sample: (B,) fp32, detached: each sample's weighted loss.
+    sigma: (B,) fp32 in [0, 1]: the noise level at which each sample was seen.
+    """
+
+    loss: torch.Tensor
+    per_sample: torch.Tensor
+    sigma: torch.Tensor
+
+
+class TrainablePipeline(Protocol):
+    """What a task needs of a pipeline; ``pipelines.base.BasePipeline`` has it."""
+
+    scheduler: FlowMatchScheduler
+    torch_dtype: torch.dtype
+
+    def predict(self, batch: Mapping[str, Any]) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a step optimises.
+
+    reads: names that ``loss`` takes from the batch and does not write itself, so that the cache must hold them.
+    provides: names that ``loss`` gives to the model, so that the cache need not hold them.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+    provides: ClassVar[tuple[str, ...]]
+
+    def loss(self, pipe: TrainablePipeline, batch: Mapping[str, Any], keys: Sequence[SampleKey]) -> LossOutput: ...
+
+
+# task family -> "module:Class"; the class is made with the keyword settings of `get_task`.
+TASKS: dict[str, str] = {"sft": "ray_diffsynth.tasks.sft:SFT"}
+
+
+def task_family(task: str) -> str:
+    """``"sft:train"`` -> ``"sft"``. An unknown task or stage is a TaskError that lists what exists."""
+    family, _, stage = task.partition(":")
+    if family not in TASKS or (stage and stage not in STAGES):
+        names = [name for known in TASKS for name in (known, *(f"{known}:{s}" for s in STAGES))]
+        near = difflib.get_close_matches(task, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TaskError(f"no task is named {task!r}{hint} (tasks: {', '.join(names)})")
+    return family
+
+
+def stage_of(task: str) -> str | None:
+    """``"sft:train"`` -> ``"train"``; None for the unsplit task."""
+    task_family(task)
+    return task.partition(":")[2] or None
+
+
+def get_task(task: str, **settings: Any) -> Task:
+    """The task object for a task name of any stage, e.g. ``get_task("sft:train", weighting="bell")``."""
+    module, _, name = TASKS[task_family(task)].partition(":")
+    return cast(Task, getattr(importlib.import_module(module), name)(**settings))

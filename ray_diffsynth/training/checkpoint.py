@@ -1,0 +1,216 @@
+"""Checkpoints on disk: one folder a step, whole or absent, checked when read.
+
+    <output_path>/checkpoints/step-00000123/tensors.safetensors   everything that is a tensor
+    <output_path>/checkpoints/step-00000123/state.json            the rest, and a checksum over both
+
+A folder is written under another name, synced and renamed; a process that dies leaves a `.tmp-…` folder, which the next save
+removes. On an object store, which has no rename, state.json is written last and makes the checkpoint count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from safetensors.torch import load, save
+
+from ray_diffsynth.data.storage import exists, is_remote, join, list_files, read_bytes, write_bytes_atomic
+from ray_diffsynth.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+STATE_FILE = "state.json"
+TENSOR_FILE = "tensors.safetensors"
+_NAME = re.compile(r"^step-(\d{8,})$")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, absent, or of another run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The full state of a run after optimizer step `step`.
+
+    identity: what must be equal for the run to go on from here (see `check_identity`), JSON values.
+    position: where the run is, JSON values; the next batch follows from it.
+    numbers: state that is no tensor (hyperparameters of the optimizer, a gradient scaler, …), JSON values by part.
+    tensors: `<part>/<name>` -> tensor, parts being `trainable`, `optimizer`, later `ema`.
+    """
+
+    step: int
+    identity: dict[str, Any]
+    position: dict[str, Any]
+    numbers: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"step-{self.step:08d}"
+
+    def part(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of one part, without its prefix."""
+        return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
+
+
+def checkpoints_folder(output_path: str) -> str:
+    return join(output_path, "checkpoints")
+
+
+def save_checkpoint(output_path: str, checkpoint: Checkpoint, keep: int) -> str:
+    """Write `checkpoint` atomically and remove all but the newest `keep`. Returns its folder."""
+    folder = checkpoints_folder(output_path)
+    target = join(folder, checkpoint.name)
+    data = save({name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()})
+    body = {
+        "version": VERSION,
+        "step": checkpoint.step,
+        "identity": checkpoint.identity,
+        "position": checkpoint.position,
+        "numbers": checkpoint.numbers,
+        "tensors": {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()},
+    }
+    state = json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
+    if is_remote(folder):
+        write_bytes_atomic(join(target, TENSOR_FILE), data)
+        write_bytes_atomic(join(target, STATE_FILE), state)
+    else:
+        _write_folder(Path(target), {TENSOR_FILE: data, STATE_FILE: state})
+    for old in list_checkpoints(output_path)[:-keep]:
+        _remove_folder(join(folder, old))
+    return target
+
+
+def list_checkpoints(output_path: str) -> list[str]:
+    """Names of the checkpoints in a run's folder, oldest first; they may be damaged."""
+    files = list_files(checkpoints_folder(output_path), suffix=STATE_FILE, recursive=True)
+    names = {file.split("/")[0] for file in files if file.count("/") == 1}
+    return sorted((n for n in names if _NAME.match(n)), key=lambda n: int(n.removeprefix("step-")))
+
+
+def read_checkpoint(folder: str) -> Checkpoint:
+    """The checkpoint in `folder`. Raises CheckpointError if it is absent, damaged or of a newer version."""
+    try:
+        state = json.loads(read_bytes(join(folder, STATE_FILE)))
+        checksum = state.pop("checksum")
+        if state["version"] > VERSION:
+            raise CheckpointError(f"{folder} was written by a newer ray_diffsynth (format {state['version']}); upgrade")
+        if checksum != _checksum(state):
+            raise CheckpointError(f"{folder}/{STATE_FILE} is damaged: its checksum does not match")
+        data = read_bytes(join(folder, TENSOR_FILE))
+        wanted = state["tensors"]
+        if len(data) != wanted["bytes"]:
+            raise CheckpointError(f"{folder}/{TENSOR_FILE} is damaged: {len(data)} of {wanted['bytes']} bytes")
+        if hashlib.blake2b(data, digest_size=16).hexdigest() != wanted["blake2b"]:
+            raise CheckpointError(f"{folder}/{TENSOR_FILE} is damaged: its checksum does not match")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is no checkpoint: {Path(str(error.filename)).name} is absent") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/{STATE_FILE} is damaged: {type(error).__name__}: {error}") from error
+    return Checkpoint(state["step"], state["identity"], state["position"], state["numbers"], load(data))
+
+
+def newest_checkpoint(output_path: str) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
+    for name in reversed(list_checkpoints(output_path)):
+        try:
+            return read_checkpoint(join(checkpoints_folder(output_path), name))
+        except CheckpointError as error:
+            logger.warning("%s; trying the checkpoint before it", error)
+    return None
+
+
+def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError naming every entry in which a checkpoint and the run that wants to go on from it differ."""
+    differences = [
+        f"{name}: {_short(found.get(name))} there, {_short(wanted.get(name))} here"
+        for name in sorted({*found, *wanted})
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint {where} is of another run ({'; '.join(differences)}); make them equal to go on, "
+            "give another --output_path, or --resume never to start anew"
+        )
+
+
+def prepare_resume(output_path: str, resume: str) -> None:
+    """Make `output_path` hold exactly the checkpoints that the run may go on from; from then on every attempt takes the newest.
+
+    auto: as it is. never: existing ones are set aside (renamed, not deleted). A folder: it becomes the newest one.
+    Call it once when a run starts, not when it recovers from a crash.
+    """
+    if resume == "auto":
+        return
+    folder = checkpoints_folder(output_path)
+    chosen = None if resume == "never" else read_checkpoint(resume)
+    if not list_checkpoints(output_path) and chosen is None:
+        return
+    if is_remote(folder):
+        raise CheckpointError(
+            f"--resume {resume} cannot set the checkpoints in {folder} aside on an object store; give another --output_path"
+        )
+    if exists(folder):
+        number = 1
+        while exists(aside := f"{folder}-{number}"):
+            number += 1
+        os.rename(folder, aside)
+        logger.warning("set the earlier checkpoints aside: %s", aside)
+    if chosen is not None:
+        save_checkpoint(output_path, chosen, keep=1)
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(".tmp-*"):
+        _remove_folder(str(left))
+    temporary = target.parent / f".tmp-{target.name}-{os.getpid()}"
+    temporary.mkdir()
+    for name, data in files.items():
+        with open(temporary / name, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync(temporary)
+    if target.exists():  # the same step again, after a resume from an earlier one
+        os.rename(target, target.parent / f".tmp-old-{target.name}-{os.getpid()}")
+    os.rename(temporary, target)
+    _sync(target.parent)
+    for left in target.parent.glob(".tmp-old-*"):
+        _remove_folder(str(left))
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_folder(folder: str) -> None:
+    if is_remote(folder):
+        fs, inner = fsspec.core.url_to_fs(folder)
+        fs.rm(inner, recursive=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,124 @@
+"""`DiffusionTrainingModule`: a pipeline and a task as one module whose forward is the loss of a microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_diffsynth.diffusion.randomness import SampleKey
+from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.graph import split_units
+from ray_diffsynth.pipelines.stages import plan_stages
+from ray_diffsynth.pipelines.unit import PipelineUnit, make_state, run_units
+from ray_diffsynth.tasks import LossOutput, Task, stage_of
+
+
+class DiffusionTrainingModule(nn.Module):
+    """The forward of training, split or not.
+
+    Args:
+        pipe: with the models of the stage loaded (`required_models`).
+        task: its loss; and what it reads, which decides what stage 1 is for.
+        trained: names of the models with trainable parameters; a part of one is written `text_encoder.layers.3`.
+        inputs: parameters that a dataset row gives (`SampleSpec.inputs`).
+        split: samples are rows of a cache. Otherwise they are decoded inputs, and stage 1 runs here, without gradients,
+            one sample at a time: what stage 2 gets is the same, bit for bit.
+    """
+
+    def __init__(
+        self,
+        pipe: BasePipeline,
+        task: Task,
+        *,
+        trained: Sequence[str],
+        inputs: Collection[str],
+        split: bool,
+        use_gradient_checkpointing: bool = False,
+        use_gradient_checkpointing_offload: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pipe = pipe
+        self.task = task
+        self.split = split
+        self.stages = plan_stages(pipe, task, trained, inputs)
+        self.settings = {
+            **pipe.training_settings(),
+            "use_gradient_checkpointing": use_gradient_checkpointing,
+            "use_gradient_checkpointing_offload": use_gradient_checkpointing_offload,
+        }
+        wanted = {unit for group in self.stages.groups for unit in group.units}
+        self._stage1: list[PipelineUnit] = [unit for unit in self.stages.stage1 if unit in wanted]
+        self._stage2: list[PipelineUnit] = list(self.stages.stage2)
+        self._reads = (*pipe.model_fn_params(), *task.reads)
+
+    @staticmethod
+    def split_pipeline_units(
+        task: str, pipe: BasePipeline, trainable_models: str | None = None, lora_base_model: str | None = None
+    ) -> BasePipeline:
+        """Leave in `pipe.units` those that the stage of `task` runs (DiffSynth-Studio's name); returns `pipe`.
+
+        `sft:data_process`: stage 1. `sft:train`: stage 2. `sft`: all of them.
+        """
+        stage = stage_of(task)
+        if stage is not None:
+            names = [name.strip() for name in (trainable_models or "").split(",") if name.strip()]
+            stage1, stage2 = split_units(pipe.units, [*names, *([lora_base_model] if lora_base_model else [])])
+            pipe.units = stage1 if stage == "data_process" else stage2
+        return pipe
+
+    def forward(self, samples: Sequence[Mapping[str, Any]], keys: Sequence[SampleKey]) -> LossOutput:
+        """The loss of B samples with their keys; gradients flow to the trainable parameters."""
+        batch = self.batch_of(samples)
+        return self.task.loss(self.pipe, batch, keys)
+
+    def batch_of(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What `model_fn` and the loss read of B samples: stage-2 units run, collated, on the pipeline's device."""
+        rows = samples if self.split else [self.encode(sample) for sample in samples]
+        states = [make_state(self._stage2, {**self.settings, **self._on_device(row)}) for row in rows]
+        values = [state.flat() for state in run_units(self._stage2, self.pipe, states)]
+        own = {name for row in rows for name in row} | {n for unit in self._stage2 for n in unit.fetch_output_params()}
+        names = [name for name in dict.fromkeys(self._reads) if name in own and name in values[0]]
+        collated = self.pipe.collate([{name: value[name] for name in names} for value in values])
+        return {**self.settings, **collated}
+
+    @torch.no_grad()
+    def encode(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Stage 1 of one sample: exactly the parameters that a cache row would hold."""
+        state = make_state(self._stage1, {**self.settings, **sample})
+        (state,) = run_units(self._stage1, self.pipe, [state])
+        values = state.flat()
+        return {name: values[name] for name in self.stages.parameters if name in values}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name, in a fixed order."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def _on_device(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: v.to(self.pipe.device) if isinstance(v, torch.Tensor) else v for name, v in row.items()}
+
+
+def fix_unused(module: DiffusionTrainingModule, loss: torch.Tensor) -> list[str]:
+    """Freeze the trainable parameters that `loss` does not reach; returns their names.
+
+    DDP and the optimizer then wait for no gradient that never comes (DiffSynth-Studio's --find_unused_parameters).
+    """
+    loss.backward()  # type: ignore[no-untyped-call]
+    unused = [name for name, parameter in module.trainable().items() if parameter.grad is None]
+    freeze(module, unused)
+    module.zero_grad(set_to_none=True)
+    return unused
+
+
+def freeze(module: nn.Module, names: Collection[str]) -> None:
+    """Make the named parameters untrained."""
+    found = dict(_parameters(module, names))
+    for parameter in found.values():
+        parameter.requires_grad_(False)
+
+
+def _parameters(module: nn.Module, names: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    wanted = set(names)
+    return ((name, parameter) for name, parameter in module.named_parameters() if name in wanted)

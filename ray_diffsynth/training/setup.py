@@ -1,0 +1,180 @@
+"""From a configuration to the things that a run is made of. Every mismatch is an error here, before step 0."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ray_diffsynth.cache.manifest import Manifest
+from ray_diffsynth.cache.reader import CacheReader
+from ray_diffsynth.config import TrainConfig, split_names
+from ray_diffsynth.data.samples import SampleSpec
+from ray_diffsynth.data.storage import absolute
+from ray_diffsynth.errors import UserError
+from ray_diffsynth.models.locate import ModelSource, locate_model
+from ray_diffsynth.models.lora import LoraInfo, add_lora, fuse_lora, load_lora_file, read_lora
+from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
+from ray_diffsynth.pipelines.stages import dataset_spec, plan_stages
+from ray_diffsynth.tasks import Task, get_task, task_family
+from ray_diffsynth.training.export import Trained, submodule
+from ray_diffsynth.training.module import DiffusionTrainingModule
+from ray_diffsynth.training.source import CacheSource, DatasetSource, SampleSource, check_manifest
+
+# What may change when a run goes on: where things lie, how far it goes, what it costs and what it says. Everything else
+# that TrainConfig has decides what is trained, and must be equal.
+FREE_FIELDS = frozenset(
+    (
+        *("output_path", "dataset_base_path", "dataset_metadata_path", "num_epochs", "max_steps", "save_steps"),
+        *("model", "model_id_with_origin_paths", "model_paths", "tokenizer_path", "processor_path", "family"),
+        *("num_workers", "resources", "ray_address", "verbose", "dataset_num_workers", "resume", "keep_checkpoints"),
+        *("log_every", "use_gradient_checkpointing", "use_gradient_checkpointing_offload", "lora_checkpoint"),
+    )
+)
+
+
+class TrainingError(UserError):
+    """A training run that cannot start or go on."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What follows from the configuration without loading any weights.
+
+    models: names of the models that this run loads (law 5). sample: how the columns of a dataset become inputs.
+    """
+
+    config: TrainConfig
+    output_path: str
+    family: str
+    source: ModelSource
+    task: Task
+    sample: SampleSpec
+    models: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Setup:
+        """Raises UserErrors for a model that is not found, a cache of something else, an impossible dtype, …"""
+        source = locate_model(
+            config.model,
+            model_id_with_origin_paths=config.model_id_with_origin_paths,
+            model_paths=config.model_paths,
+            tokenizer_path=config.tokenizer_path,
+            processor_path=config.processor_path,
+        )
+        family = config.family or family_of(source.root)
+        task = get_task(
+            config.task,
+            weighting=config.loss_weighting,
+            min_timestep_boundary=config.min_timestep_boundary,
+            max_timestep_boundary=config.max_timestep_boundary,
+        )
+        pipe = get_pipeline_class(family).skeleton()
+        sample = dataset_spec(pipe, config)
+        stages = plan_stages(pipe, task, config.trained, sample.inputs)
+        models = stages.stage2_models(pipe)
+        if config.reads_cache:
+            where = absolute(config.dataset_base_path)
+            check_manifest(
+                Manifest.load(where),
+                where,
+                family=family,
+                task=config.task,
+                trainable=config.trained,
+                parameters=stages.parameters,
+                dtype=config.dtype,
+            )
+        else:
+            models = tuple(dict.fromkeys([*stages.stage1_models(), *models]))
+        return cls(config, absolute(config.output_path), family, source, task, sample, models)
+
+    def open_data(self) -> SampleSource:
+        """The samples: the cache, or for the unsplit task the dataset, whose every picture is looked at."""
+        if self.config.reads_cache:
+            return CacheSource(CacheReader(absolute(self.config.dataset_base_path)))
+        metadata = self.config.dataset_metadata_path
+        return DatasetSource(self.sample, absolute(metadata) if metadata else None)
+
+    def identity(self, data: SampleSource) -> dict[str, Any]:
+        """What a checkpoint and the run that goes on from it must share, as JSON values."""
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in FREE_FIELDS}
+        settings["task"] = task_family(self.config.task)
+        own: dict[str, Any] = {**settings, "family": self.family, "data": data.identity, "weights": self._weights()}
+        return dict(json.loads(json.dumps(own)))
+
+    def _weights(self) -> str:
+        """A cheap identity of the base models: their configuration, and the ends of their weight files."""
+        digest = hashlib.blake2b(digest_size=8)
+        parts = get_pipeline_class(self.family).parts
+        for name in sorted(self.models):
+            if name not in parts:
+                continue
+            folder = self.source.folder(parts[name].subfolder)
+            digest.update((folder / "config.json").read_bytes())
+            for path in self.source.weight_files(parts[name].subfolder):
+                size = path.stat().st_size
+                with open(path, "rb") as file:
+                    head = file.read(1 << 16)
+                    file.seek(max(0, size - (1 << 16)))
+                    digest.update(f"{size}".encode() + head + file.read())
+        return digest.hexdigest()
+
+    def build(self, device: torch.device) -> tuple[DiffusionTrainingModule, Trained]:
+        """Load the models, add what is trained, and make the module."""
+        config = self.config
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        if dtype is torch.float16 and device.type == "cpu":
+            raise TrainingError("--dtype float16 needs a GPU (gradients are scaled there); use bfloat16 or float32")
+        cls = get_pipeline_class(self.family)
+        pipe = cls.from_pretrained(self.source, models=self.models, device=device, torch_dtype=dtype)
+        pipe.scheduler.set_timesteps(1000, training=True)
+        if config.preset_lora_path and config.preset_lora_model:
+            state, _ = read_lora(config.preset_lora_path)
+            fuse_lora(_submodule(pipe, config.preset_lora_model), state)
+        trained = Trained(config.lora_base_model, self._add_lora(pipe), split_names(config.trainable_models))
+        for name in trained.full:
+            # fp32: a step of 1e-4 is lost in bf16's 8 bits. What it computes in is autocast's choice.
+            _submodule(pipe, name).requires_grad_(True).float()
+        for name in config.trained:
+            _submodule(pipe, name).train()
+        module = DiffusionTrainingModule(
+            pipe,
+            self.task,
+            trained=config.trained,
+            inputs=self.sample.inputs,
+            split=config.reads_cache,
+            use_gradient_checkpointing=config.use_gradient_checkpointing,
+            use_gradient_checkpointing_offload=config.use_gradient_checkpointing_offload,
+        )
+        return module, trained
+
+    def _add_lora(self, pipe: BasePipeline) -> LoraInfo | None:
+        config = self.config
+        name = config.lora_base_model
+        if not name:
+            return None
+        targets = config.lora_target_modules or (",".join(pipe.lora_targets) if name in pipe.in_iteration_models else "")
+        if not targets:
+            raise TrainingError(
+                f"--lora_target_modules is missing: the family {self.family} has no default for {name!r}; "
+                'name its layers, e.g. "q_proj,k_proj,v_proj,o_proj", or "all-linear"'
+            )
+        model = _submodule(pipe, name)
+        info = add_lora(
+            model, rank=config.lora_rank, alpha=config.lora_alpha, target_modules=targets, seed=config.seed, name=name
+        )
+        if config.lora_checkpoint:
+            load_lora_file(model, config.lora_checkpoint, info)
+        return info
+
+
+def _submodule(pipe: BasePipeline, name: str) -> torch.nn.Module:
+    try:
+        return submodule(pipe, name)
+    except AttributeError as error:
+        there = [part for part in pipe.parts if getattr(pipe, part, None) is not None]
+        raise TrainingError(f"there is no model {name!r} to train ({error}); loaded are {', '.join(there)}") from error

@@ -1,0 +1,159 @@
+"""Where samples come from: the cache of stage 1, or, unsplit, the pictures themselves. Both in the same order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from ray_diffsynth.cache.manifest import Manifest
+from ray_diffsynth.cache.reader import CacheReader
+from ray_diffsynth.data.buckets import Bucket, rows_per_shard
+from ray_diffsynth.data.metadata import read_metadata
+from ray_diffsynth.data.samples import SampleSpec, bucket_of, load_inputs, scan_file
+from ray_diffsynth.errors import UserError
+from ray_diffsynth.tasks import task_family
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class SourceError(UserError):
+    """The data does not fit what is to be trained, or there is none."""
+
+
+class SampleSource(Protocol):
+    """Samples by index row, sorted by bucket.
+
+    sample_ids: one a row. buckets: name -> its rows. identity: hash of what is trained on, for checkpoints.
+    """
+
+    sample_ids: Sequence[str]
+    buckets: Mapping[str, range]
+    identity: str
+
+    def fetch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The parameters of each row. Called from several threads."""
+        ...
+
+
+def shard_sizes(buckets: Iterable[str]) -> dict[str, int]:
+    """Bucket name -> rows that lie together in the cache, as stage 1 cuts them."""
+    return {name: rows_per_shard(Bucket.parse(name)) for name in buckets}
+
+
+class CacheSource:
+    """Samples from a committed cache."""
+
+    def __init__(self, reader: CacheReader) -> None:
+        self.reader = reader
+        self.sample_ids: Sequence[str] = reader.sample_ids
+        self.buckets: Mapping[str, range] = reader.buckets
+        self.identity = reader.manifest.hash()
+
+    def fetch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        return self.reader.read(rows)
+
+
+def check_manifest(
+    manifest: Manifest,
+    where: str,
+    *,
+    family: str,
+    task: str,
+    trainable: Sequence[str],
+    parameters: Collection[str],
+    dtype: str,
+) -> None:
+    """Raise SourceError, naming both sides and the remedy, if the cache was made for something else than this training."""
+    again = "run stage 1 again with the same options as this training, or train what the cache is for"
+    compared = {
+        "family": (manifest.family, family),
+        "task": (task_family(manifest.task), task_family(task)),
+        "trained models": (", ".join(sorted(manifest.trainable)), ", ".join(sorted(trainable))),
+        "dtype": (manifest.dtype, dtype),
+    }
+    for name, (there, here) in compared.items():
+        if there != here:
+            raise SourceError(f"the cache {where} is for {name} {there!r}, this training for {here!r}; {again}")
+    if absent := [name for name in parameters if name not in manifest.parameters]:
+        raise SourceError(
+            f"the cache {where} lacks {', '.join(absent)}, which this training reads (it holds "
+            f"{', '.join(manifest.parameters)}); {again}"
+        )
+
+
+class DatasetSource:
+    """Pictures and metadata, decoded when they are asked for (`--task sft`), in the order of a cache's index.
+
+    Rows that cannot be used (no picture, smaller than a bucket, …) are left out and counted in `rejected`, as stage 1 does;
+    a picture with a good header and damaged pixels is an error when it is reached.
+    """
+
+    def __init__(self, spec: SampleSpec, metadata_path: str | None) -> None:
+        self.spec = spec
+        columns = spec.columns
+        metadata = read_metadata(
+            spec.base_path,
+            metadata_path,
+            file_columns=[columns[param] for param in spec.file_params],
+            text_columns=[columns["prompt"]] if "prompt" in columns else [],
+            required=list(columns.values()),
+        )
+        self.rejected: list[tuple[str, str]] = [(row.sample_id, row.message) for row in metadata.rejected]
+        found: list[tuple[Bucket, dict[str, Any], list[str]]] = []
+        for row in metadata.table.to_pylist():
+            try:
+                files = {param: scan_file(spec.path(row, param)) for param in spec.file_params}
+                bucket = bucket_of(files, spec)
+            except UserError as error:
+                self.rejected.append((row["sample_id"], str(error)))
+                continue
+            found.append((bucket, row, [file.digest for file in files.values()]))
+        for sample_id, reason in self.rejected:
+            logger.warning("left out %s: %s", sample_id, reason)
+        if not found:
+            raise SourceError(f"{spec.base_path} has no usable sample ({len(self.rejected)} rejected)")
+        found.sort(key=lambda item: item[0].sort_key)  # stable: dataset order within a bucket
+        self.sample_ids: Sequence[str] = [row["sample_id"] for _, row, _ in found]
+        self.buckets: Mapping[str, range] = _ranges([bucket.name for bucket, _, _ in found])
+        self._rows = [(bucket, row) for bucket, row, _ in found]
+        content = [[bucket.name, {name: str(v) for name, v in row.items()}, digests] for bucket, row, digests in found]
+        self.identity = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def fetch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        return [load_inputs(row, bucket, self.spec) for bucket, row in (self._rows[i] for i in rows)]
+
+
+def _ranges(names: Sequence[str]) -> dict[str, range]:
+    ranges: dict[str, range] = {}
+    for position, name in enumerate(names):
+        ranges[name] = range(ranges[name].start if name in ranges else position, position + 1)
+    return ranges
+
+
+def prefetch(items: Iterable[T], fetch: Callable[[T], R], *, depth: int, threads: int) -> Generator[tuple[T, R]]:
+    """`(item, fetch(item))` in order, with up to `depth` fetches under way or waiting on `threads` threads.
+
+    An error of `fetch` is raised where its item would have come. Close the iterator (or exhaust it) to stop the threads.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+    pending: deque[tuple[T, Future[R]]] = deque()
+    source = iter(items)
+    try:
+        for item in source:
+            pending.append((item, pool.submit(fetch, item)))
+            if len(pending) > depth:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

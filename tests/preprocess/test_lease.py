@@ -1,0 +1,65 @@
+"""Two attempts on one output: the second is refused, a dead one's lease is taken over."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ray_diffsynth.cache.schema import CacheError
+from ray_diffsynth.preprocess import lease as lease_module
+from ray_diffsynth.preprocess.lease import LEASE, lease
+
+HOLDER = """
+import sys, time
+from ray_diffsynth.preprocess.lease import lease
+with lease(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline().strip() == "held"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_live_holder_keeps_others_out(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+    with pytest.raises(CacheError, match=f"process {holder.pid}"), lease(str(tmp_path)):
+        raise AssertionError("the lease was given twice")
+    assert holder.poll() is None
+
+
+def test_a_killed_holder_leaves_the_cache_free(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / LEASE).exists()
+    with lease(str(tmp_path)):
+        assert json.loads((tmp_path / LEASE).read_text())["pid"] != holder.pid
+    assert not (tmp_path / LEASE).exists()
+
+
+def test_a_silent_holder_on_another_machine_is_waited_for_then_replaced(tmp_path: Path) -> None:
+    other = {"owner": "x", "host": "elsewhere", "boot": "b", "pid": 1, "time": time.time() - 30}
+    (tmp_path / LEASE).write_text(json.dumps(other))
+    with pytest.raises(CacheError, match="elsewhere"), lease(str(tmp_path)):
+        raise AssertionError("a lease 30 s old was taken")
+    (tmp_path / LEASE).write_text(json.dumps({**other, "time": time.time() - lease_module.STALE_SECONDS - 1}))
+    with lease(str(tmp_path)):
+        pass
+
+
+def test_the_heartbeat_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.05)
+    with lease(str(tmp_path)):
+        first = json.loads((tmp_path / LEASE).read_text())["time"]
+        deadline = time.monotonic() + 10
+        while json.loads((tmp_path / LEASE).read_text())["time"] == first:
+            assert time.monotonic() < deadline, "no heartbeat within 10 s"
+            time.sleep(0.05)

@@ -1,0 +1,131 @@
+"""Checkpoints: whole or absent, damage is found, a foreign one is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ray_diffsynth.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_identity,
+    checkpoints_folder,
+    list_checkpoints,
+    newest_checkpoint,
+    prepare_resume,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+
+def at(step: int) -> Checkpoint:
+    tensors = {"trainable/a.lora_A.weight": torch.full((2, 3), step / 3), "optimizer/a/step": torch.tensor(float(step))}
+    return Checkpoint(step, {"seed": 0, "manifest": "abc"}, {"epoch": 0}, {"optimizer": {"lr": 0.1 + 0.2}}, tensors)
+
+
+def same(a: Checkpoint, b: Checkpoint) -> bool:
+    equal = all(torch.equal(a.tensors[k], b.tensors[k]) and a.tensors[k].dtype == b.tensors[k].dtype for k in a.tensors)
+    return equal and (a.step, a.identity, a.position, a.numbers) == (b.step, b.identity, b.position, b.numbers)
+
+
+def test_round_trip_and_rotation(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    assert newest_checkpoint(out) is None
+    for step in (5, 10, 100_000_000):
+        save_checkpoint(out, at(step), keep=2)
+    assert list_checkpoints(out) == ["step-00000010", "step-100000000"]
+    found = newest_checkpoint(out)
+    assert found is not None
+    assert same(found, at(100_000_000))
+    assert set(found.part("trainable")) == {"a.lora_A.weight"}
+
+
+def test_the_same_step_again_replaces(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    save_checkpoint(out, at(5), keep=2)
+    save_checkpoint(out, Checkpoint(5, {}, {"epoch": 7}, {}, {"trainable/x": torch.zeros(1)}), keep=2)
+    assert newest_checkpoint(out).position == {"epoch": 7}  # type: ignore[union-attr]
+    assert sorted(p.name for p in Path(checkpoints_folder(out)).iterdir()) == ["step-00000005"]
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "empty"])
+def test_a_damaged_one_is_named_and_the_one_before_used(
+    tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = str(tmp_path)
+    save_checkpoint(out, at(5), keep=2)
+    victim = Path(save_checkpoint(out, at(10), keep=2)) / file
+    data = victim.read_bytes()
+    if damage == "remove":
+        victim.unlink()
+    else:
+        middle = len(data) - 3
+        changed = {"truncate": data[:-7], "flip": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :], "empty": b""}
+        victim.write_bytes(changed[damage])
+    with caplog.at_level(logging.WARNING):
+        found = newest_checkpoint(out)
+    assert found is not None
+    assert same(found, at(5))
+    if (file, damage) != ("state.json", "remove"):  # that one is not listed as a checkpoint at all
+        assert "step-00000010" in caplog.text
+    with pytest.raises(CheckpointError, match="step-00000010"):
+        read_checkpoint(str(victim.parent))
+
+
+def test_a_write_that_dies_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = str(tmp_path)
+    save_checkpoint(out, at(5), keep=2)
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", dies)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(out, at(10), keep=2)
+    assert list_checkpoints(out) == ["step-00000005"]
+    save_checkpoint(out, at(10), keep=2)
+    assert sorted(p.name for p in Path(checkpoints_folder(out)).iterdir()) == ["step-00000005", "step-00000010"]
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    folder = Path(save_checkpoint(str(tmp_path), at(5), keep=1))
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "version": 99}))
+    with pytest.raises(CheckpointError, match="newer ray_diffsynth"):
+        read_checkpoint(str(folder))
+
+
+def test_differences_are_named() -> None:
+    check_identity({"seed": 0}, {"seed": 0}, "x")
+    with pytest.raises(CheckpointError, match=r"lora_rank: nothing there, 4 here; seed: 0 there, 1 here.*--resume never"):
+        check_identity({"seed": 0}, {"seed": 1, "lora_rank": 4}, "x")
+
+
+def test_prepare_resume(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    for step in (5, 10):
+        save_checkpoint(out, at(step), keep=3)
+    prepare_resume(out, "auto")
+    assert list_checkpoints(out) == ["step-00000005", "step-00000010"]
+    prepare_resume(out, f"{out}/checkpoints/step-00000005")
+    assert list_checkpoints(out) == ["step-00000005"]
+    prepare_resume(out, "never")
+    assert newest_checkpoint(out) is None
+    assert len(list((tmp_path / "run").glob("checkpoints-*/step-*"))) == 3
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        prepare_resume(out, str(tmp_path / "nothing"))
+
+
+def test_object_store() -> None:
+    out = "memory://checkpoint-test/run"
+    for step in (1, 2, 3):
+        save_checkpoint(out, at(step), keep=2)
+    assert list_checkpoints(out) == ["step-00000002", "step-00000003"]
+    assert same(newest_checkpoint(out), at(3))  # type: ignore[arg-type]
