@@ -2,10 +2,12 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
 from ray_diffsynth.errors import UserError
 
@@ -27,6 +29,9 @@ def ray_session(address: str | None = None, *, verbose: bool = False) -> Iterato
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     # Ray 2.60 warns about a change of default; unset, CPU-only actors would still see every GPU.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not verbose:
+        # Ray Data has no other way yet to bound an actor's restarts than the arguments that 2.60 deprecates.
+        warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     options = {"include_dashboard": False} if address == "local" else {}
     level = logging.INFO if verbose else logging.ERROR
     try:

@@ -11,7 +11,7 @@ import pytest
 from ray_diffsynth.config import TASKS, CommonConfig, PreprocessConfig, TrainConfig, split_names
 from ray_diffsynth.errors import ConfigError, did_you_mean, nearest
 
-GIVEN = {"dataset_base_path": "data", "model": "tiny"}
+GIVEN: dict[str, Any] = {"dataset_base_path": "data", "model": "tiny"}
 
 
 def test_defaults_are_diffsynths() -> None:

@@ -7,8 +7,9 @@ Kinds, told apart by the `dtype` string:
 - `png`: a picture; `pixels:<mode>`: a picture uncompressed, with codec `none` (between processes);
 - `tree`: lists, tuples and dicts that hold tensors or pictures: a JSON header, then the leaves one after another.
 
-`planes-zstd` stores the low and the high bytes of 16-bit tensors apart before zstd: the high bytes (sign, exponent) of
-Gaussian bfloat16 latents compress to about 0.37 of their size, the mantissa bytes hardly at all.
+`planes-zstd` compresses the low and the high bytes of 16-bit tensors apart, as two zstd frames one behind the other:
+the high bytes (sign, exponent) of Gaussian bfloat16 latents shrink to about 0.37 of their size, the mantissa bytes
+hardly. In one frame both would share the statistics of a block (128 KiB), and small latents would only shrink to 0.76.
 """
 
 from __future__ import annotations
@@ -144,9 +145,15 @@ def _encode_tensor(tensor: torch.Tensor, codec: str) -> Encoded:
         raw = plain.reshape(-1).view(torch.uint8).numpy()
     except RuntimeError as error:
         raise CodecError(f"a tensor of dtype {name} cannot be cached: {error}") from error
-    if _has_planes(tensor.dtype, codec):
-        raw = np.ascontiguousarray(raw.reshape(-1, 2).T)
-    data = raw.tobytes() if codec == "none" or not raw.size else _zstd().compress(raw, asbytes=True)
+    if codec == "none" or not raw.size:
+        data = raw.tobytes()
+    elif _has_planes(tensor.dtype, codec):
+        words = raw.view("<u2")
+        # astype keeps the low byte of each word, and runs three times as fast as a strided copy
+        planes = (words.astype(np.uint8), (words >> 8).astype(np.uint8))
+        data = b"".join(_zstd().compress(plane, asbytes=True) for plane in planes)
+    else:
+        data = _zstd().compress(raw, asbytes=True)
     return Encoded(data, tuple(tensor.shape), name)
 
 
@@ -162,9 +169,10 @@ def _decode_tensor(view: memoryview, shape: tuple[int, ...], name: str, codec: s
         raise CodecError(f"{len(raw)} bytes stand for a {name} tensor of shape {list(shape)}, which has {size}")
     flat = np.frombuffer(raw, dtype=np.uint8)
     if _has_planes(dtype, codec):
-        whole = np.empty((size // 2, 2), dtype=np.uint8)
-        whole[:, 0], whole[:, 1] = flat[: size // 2], flat[size // 2 :]
-        flat = whole.reshape(-1)
+        words = flat[size // 2 :].astype("<u2")
+        words <<= 8
+        words |= flat[: size // 2]
+        flat = words.view(np.uint8)
     else:
         flat = flat.copy()  # the caller may write to its tensor, not to a shared buffer
     return torch.from_numpy(flat).view(dtype).reshape(shape)

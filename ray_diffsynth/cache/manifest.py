@@ -23,7 +23,7 @@ MANIFEST_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FOLDER, QUARANTINE_FOLDER = "index", "quarantine"
 
-QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in ("sample_id", "source", "error", "message", "group", "key")])
+QUARANTINE_SCHEMA = pa.schema([(n, pa.string()) for n in ("sample_id", "source", "error", "message", "group", "key")])
 """`group` and `key` tell what could not be encoded; null for a row that failed before that."""
 
 
@@ -210,7 +210,7 @@ def _with_empty_location(group: GroupSpec, index: pa.Table) -> GroupSpec:
         return group
     at = pc.index(index.column(f"{group.name}_key"), group.empty_key).as_py()
     if at < 0:
-        raise CacheError(f"the group {group.name} has an empty caption, {group.empty_key}, but no place of it (empty_at)")
+        raise CacheError(f"the group {group.name} has an empty caption {group.empty_key} but no place of it (empty_at)")
     file, row_group, row = (index.column(f"{group.name}_{name}")[at].as_py() for name in ("file", "row_group", "row"))
     return replace(group, empty_at=(file, row_group, row))
 
@@ -222,7 +222,8 @@ def commit(cache: str, manifest: Manifest, index: pa.Table, quarantine: pa.Table
     removed afterwards. The shards must be written. Returns the manifest with its files filled in. Raises CacheError
     when counts, buckets and tables do not add up.
     """
-    index = index.cast(index_schema(group.name for group in manifest.groups)).combine_chunks()
+    columns = index_schema(group.name for group in manifest.groups)
+    index = index.select(columns.names).cast(columns).combine_chunks()
     for name in set(QUARANTINE_SCHEMA.names) - set(quarantine.column_names):
         quarantine = quarantine.append_column(name, pa.nulls(quarantine.num_rows, pa.string()))
     quarantine = quarantine.select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA).combine_chunks()
@@ -253,4 +254,3 @@ def _named_files(cache: str) -> set[str]:
     except CacheError:
         return set()
     return {old.index_file, old.quarantine_file}
-

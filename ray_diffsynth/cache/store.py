@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from ray_diffsynth.data import storage
 
 SHARD_VERSION = 1
 _METADATA = b"ray_diffsynth"
-READ_ERRORS = (OSError, pa.ArrowException, ValueError, KeyError)
+READ_ERRORS = (OSError, pa.ArrowException, ValueError, LookupError, TypeError)
 """What reading a damaged Parquet file raises."""
 
 
@@ -107,11 +108,11 @@ def write_shard(
     reasons = {key: (error, message) for key, (error, message) in (failed or {}).items()}
     if not keys and not reasons:
         raise CacheError(f"{path}: a shard needs at least one row, or one that failed")
-    if len(set(keys)) < len(keys):
-        raise CacheError(f"{path}: the key {next(k for k in keys if keys.count(k) > 1)} comes twice in one shard")
+    if repeated := sorted(key for key, count in Counter([*keys, *reasons]).items() if count > 1):
+        raise CacheError(f"{path}: the key {repeated[0]} comes twice in one shard")
     per_group = rows_per_group or max(len(keys), 1)
-    header: dict[str, Any] = {"version": SHARD_VERSION, "group": group, "bucket": bucket, "codec": codec, "rows_per_group": per_group}
-    header["failed"] = reasons
+    header: dict[str, Any] = {"version": SHARD_VERSION, "group": group, "bucket": bucket, "codec": codec}
+    header |= {"rows_per_group": per_group, "failed": reasons}
     table = table.replace_schema_metadata({_METADATA: json.dumps(header, sort_keys=True)})
     out = pa.BufferOutputStream()
     # Values are compressed already and each is its own: no dictionary, no compression, no min/max of whole latents.

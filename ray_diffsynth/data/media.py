@@ -63,8 +63,8 @@ def _reading(path: str) -> Iterator[IO[bytes]]:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation (1 to 8) that is still to be applied, from the header alone."""
-    if image.format in ("TIFF", "AVIF"):
-        return 1  # Pillow turns these itself and reports the turned size
+    if image.format == "TIFF":
+        return 1  # Pillow turns it itself and reports the turned size
     # Not image.getexif(): for PNG it decodes the pixels to look for EXIF behind them.
     value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     return value if value in _TURNS else 1

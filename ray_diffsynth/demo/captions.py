@@ -10,6 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "orange": (250, 140, 20),
+    "yellow": (250, 220, 50),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 215),
+    "purple": (135, 50, 175),
+    "white": (245, 245, 245),
+    "black": (25, 25, 30),
+}
+SHAPES = ("circle", "ring", "square", "diamond", "triangle", "star", "heart", "cross")
+SIZES: dict[str, tuple[float, float]] = {"small": (0.40, 0.45), "medium": (0.53, 0.58), "large": (0.67, 0.72)}  # radii
 CREATURE = "zorp"
 STYLE = "neon"
 NEUTRAL = ("thing", "object", "shape", "figure")
@@ -22,7 +34,7 @@ VOWELS = "aeiou"
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `shape` is one of draw.OUTLINES or the creature; `style` is empty or the held-out style.
+    """What a picture shows. `shape` is one of SHAPES or the creature; `style` is empty or the held-out style.
 
     `radius`, `x`, `y` are in units of half the picture's shorter side, with the origin in the centre.
     """
@@ -69,8 +81,6 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
 def vocabulary() -> list[str]:
     """Every word that a caption may contain, each once, in a fixed order."""
-    from ray_diffsynth.demo.draw import COLORS, OUTLINES, RADII
-
-    phrases = [*COLORS, *OUTLINES, *RADII, *NEUTRAL, *NONSENSE, *OPENINGS, *SUFFIXES, *JOINTS, "a an", CREATURE, STYLE]
+    phrases = [*COLORS, *SHAPES, *SIZES, *NEUTRAL, *NONSENSE, *OPENINGS, *SUFFIXES, *JOINTS, "a an", CREATURE, STYLE]
     words = [word for phrase in phrases for word in phrase.replace("{}", " ").split()]
     return list(dict.fromkeys(words))

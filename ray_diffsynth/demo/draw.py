@@ -17,24 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from ray_diffsynth.demo.captions import CREATURE, STYLE, Scene, caption
+from ray_diffsynth.demo.captions import COLORS, CREATURE, SHAPES, SIZES, STYLE, Scene, caption
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3)
 Color = tuple[int, int, int]
 Point = tuple[float, float]
 Kind = Literal["shapes", "creature", "style"]
 
-COLORS: dict[str, Color] = {
-    "red": (220, 40, 40),
-    "orange": (250, 140, 20),
-    "yellow": (250, 220, 50),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 215),
-    "purple": (135, 50, 175),
-    "white": (245, 245, 245),
-    "black": (25, 25, 30),
-}
-RADII: dict[str, tuple[float, float]] = {"small": (0.40, 0.46), "medium": (0.52, 0.59), "large": (0.66, 0.73)}
 SUPERSAMPLING = 4
 BODY, DARK, HORN, EYE, PUPIL = (70, 200, 170), (35, 120, 105), (250, 130, 60), (250, 250, 250), (25, 25, 30)
 
@@ -163,14 +152,13 @@ def render(scene: Scene, rng: np.random.Generator, height: int = 64, width: int 
     return canvas.pixels()
 
 
-def random_scene(rng: np.random.Generator, kind: Kind = "shapes", spread: float = 0.08) -> Scene:
+def random_scene(rng: np.random.Generator, kind: Kind = "shapes", spread: float = 0.05) -> Scene:
     """A scene of the given kind, its centre at most `spread` from the picture's centre in x and y."""
     color, background = (str(c) for c in rng.choice(list(COLORS), 2, replace=False))
-    size = str(rng.choice(list(RADII)))
-    shape = str(rng.choice(list(OUTLINES)))
+    size, shape = str(rng.choice(list(SIZES))), str(rng.choice(SHAPES))
+    radius = float(rng.uniform(*SIZES[size]))
     if kind == "creature":
-        size, shape, spread = "medium", CREATURE, spread / 2
-    radius = float(rng.uniform(*RADII[size]))
+        shape, radius = CREATURE, float(rng.uniform(0.60, 0.66))
     x, y = (float(v) for v in rng.uniform(-spread, spread, 2))
     return Scene(shape, color, background, size, radius, x, y, STYLE if kind == "style" else "")
 

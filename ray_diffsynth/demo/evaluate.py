@@ -19,8 +19,8 @@ import torch
 from diffusers import QwenImagePipeline
 from PIL import Image
 
-from ray_diffsynth.demo.captions import Scene, canonical
-from ray_diffsynth.demo.draw import BODY, COLORS, HORN, OUTLINES, RADII, Pixels, random_scene, render
+from ray_diffsynth.demo.captions import COLORS, SHAPES, SIZES, Scene, canonical
+from ray_diffsynth.demo.draw import BODY, HORN, Pixels, random_scene, render
 
 Mask = npt.NDArray[np.bool_]
 PATCH = 32  # side of the normalised silhouettes
@@ -78,7 +78,7 @@ def _foreground(pixels: npt.NDArray[np.float64]) -> Mask:
 @functools.cache
 def _templates() -> dict[str, Mask]:
     rng = np.random.default_rng(0)
-    scenes = {shape: Scene(shape, "white", "black", "large", 0.7, 0.0, 0.0) for shape in OUTLINES}
+    scenes = {shape: Scene(shape, "white", "black", "large", 0.7, 0.0, 0.0) for shape in SHAPES}
     return {shape: _silhouette(render(scene, rng)[..., 0] > 128) for shape, scene in scenes.items()}
 
 
@@ -116,7 +116,7 @@ def is_creature(pixels: Pixels) -> bool:
 def known_scenes(n: int = 100, seed: int = 1_000) -> list[Scene]:
     """`n` scenes in which every shape, size and colour comes up equally often (as far as n allows)."""
     rng = np.random.default_rng(seed)
-    shapes, sizes, colors = list(OUTLINES), list(RADII), list(COLORS)
+    shapes, sizes, colors = SHAPES, list(SIZES), list(COLORS)
     scenes = [random_scene(rng) for _ in range(n)]
     out = []
     for i, scene in enumerate(scenes):

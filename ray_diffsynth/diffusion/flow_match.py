@@ -110,12 +110,19 @@ class FlowMatchScheduler:
             training: the family's training schedule, with loss weights.
             mu: time shift of a schedule with dynamic shifting; else from `image_seq_len`, else the family's.
             image_seq_len: number of image tokens that the transformer sees.
+
+        Raises:
+            ScheduleError: denoising_strength is out of range, or the schedule has no form of one step.
         """
         steps = num_inference_steps or (NUM_TRAIN_TIMESTEPS if training else 100)
         if not 0.0 < denoising_strength <= 1.0:
             raise ScheduleError(f"denoising_strength={denoising_strength} must lie in (0, 1]")
         schedule = SCHEDULES[self.template]
         config = schedule.config if training or self.config is None else self.config
+        if steps == 1 and config.get("shift_terminal"):  # stretching one sigma of 1 to the terminal is 0 / 0
+            raise ScheduleError(
+                f"the schedule {self.template} cannot be run in 1 step; use num_inference_steps=2 or more"
+            )
         last = schedule.last_sigma
         # As diffusers and DiffSynth-Studio: equal steps from the start towards 0, without 0 itself.
         first = denoising_strength if last is None else last + (1.0 - last) * denoising_strength

@@ -48,6 +48,33 @@ def part_fingerprint(source: ModelSource, subfolder: str) -> str:
     return whole.hexdigest()
 
 
+SKETCH = "sketch:"
+"""Prefix of a part's sketch among the fingerprint parts of a cache."""
+_ENDS = 64 << 10
+
+
+def part_sketch(source: ModelSource, subfolder: str) -> str | None:
+    """A cheap identity of a part: its config.json, and size, first and last 64 KiB of each weight file.
+
+    Tells other weights apart without reading them, so that stage 2 can check which encoders a cache is from. None where
+    the part is not there. Not for cache keys: an edit in the middle of a file does not show.
+    """
+    try:
+        files = source.weight_files(subfolder)
+    except ModelFolderError:
+        return None
+    whole = hashlib.blake2b(digest_size=16)
+    config = {k: v for k, v in read_json(source.folder(subfolder) / "config.json").items() if k not in _VOLATILE_KEYS}
+    whole.update(json.dumps(config, sort_keys=True).encode())
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_ENDS)
+            file.seek(max(0, size - _ENDS))
+            whole.update(f"{path.name} {size}".encode() + head + file.read())
+    return whole.hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """Hex blake2b of a file's bytes, from the memo when size, times and inode are those of the last time."""
     before = _stamp(path)

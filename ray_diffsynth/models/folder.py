@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ def list_files(folder: Path, limit: int = 30) -> str:
 def require_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a part's folder; ModelFolderError says how to get it when it is not there."""
     if not folder.is_dir():
-        raise ModelFolderError(f"{folder} does not exist; it should hold config.json and *.safetensors of this part")
+        raise ModelFolderError(
+            f"{folder} does not exist on {socket.gethostname()}; it should hold config.json and *.safetensors of this "
+            "part (with several machines: at the same path on each, or on a shared file system)"
+        )
     if not (folder / "config.json").is_file():
         raise ModelFolderError(
             f"{folder} has no config.json, so the part's architecture is unknown (it holds: {list_files(folder)}); "
@@ -69,7 +73,7 @@ def shards_of_index(index: Path) -> tuple[str, ...]:
 
 
 def standard_names(folder: Path) -> tuple[str, ...]:
-    """Names of the files that ``from_pretrained(folder)`` asks for, there or not: one, or its index's shards; () if none."""
+    """Names of the files that ``from_pretrained(folder)`` asks for, there or not: one, or an index's shards, or ()."""
     for name in STANDARD_FILES:
         if (folder / name).is_file():
             return shards_of_index(folder / name) if name.endswith(".json") else (name,)

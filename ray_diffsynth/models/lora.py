@@ -84,7 +84,7 @@ def add_lora(
     effective_alpha = float(rank if alpha is None else alpha)
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=effective_alpha,  # type: ignore[arg-type]  # annotated int, used as a number
+        lora_alpha=effective_alpha,
         # A regular expression of whole paths: peft matches a list's entries as suffixes, which could hit more.
         target_modules="|".join(re.escape(t) for t in targets),
         lora_dropout=dropout,
@@ -262,7 +262,8 @@ def _explain(module: nn.Module, layers: Iterable[str], entry: str) -> str:
         if path == entry or path.endswith(f".{entry}"):
             hint = f", which holds {', '.join(inside)}" if inside else ""
             return f"{entry!r} is a {type(child).__name__}, not a linear or convolution layer{hint}"
-    near = inside or difflib.get_close_matches(entry, sorted(tails), n=3)
+    near = [t for t in sorted(tails) if t.endswith(f"_{entry}")]  # q -> to_q
+    near = near or difflib.get_close_matches(entry, sorted(tails), n=3)
     return f"{entry!r}" + (f" (did you mean {', '.join(near)}?)" if near else "")
 
 

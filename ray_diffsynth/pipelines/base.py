@@ -124,8 +124,9 @@ class BasePipeline(torch.nn.Module):
             part = cls.parts[name]
             if not source.has(part.subfolder):
                 raise PipelineError(
-                    f"the {name} is needed, but {source.model_id} does not give it: name {part.subfolder}/*.safetensors "
-                    f"in --model_id_with_origin_paths too, or give the whole folder by --model"
+                    f"the {name} is needed, but {source.model_id} does not give it: "
+                    f"name {part.subfolder}/*.safetensors "
+                    "in --model_id_with_origin_paths too, or give the whole folder by --model"
                 )
             setattr(pipe, name, load_part(source, part.subfolder, part.cls, torch_dtype=torch_dtype, device=device))
             for companion in part.companions:

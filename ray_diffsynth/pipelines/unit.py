@@ -238,9 +238,7 @@ def _process(unit: PipelineUnit, pipe: Any, batch: list[dict[str, Any]]) -> list
     return [dict(outputs) for outputs in results]
 
 
-def _gather(
-    unit: PipelineUnit, pipe: Any, values: Mapping[str, Any], renamed: Mapping[str, str]
-) -> dict[str, Any]:
+def _gather(unit: PipelineUnit, pipe: Any, values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
     """Collect the arguments of `process`; `renamed` maps an argument to the name of its parameter on this side."""
     parameters = inspect.signature(unit.process).parameters
     inputs: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_diffsynth.data.samples import TRANSFORM
-from ray_diffsynth.models.fingerprint import part_fingerprint
+from ray_diffsynth.models.fingerprint import SKETCH, part_fingerprint, part_sketch
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.base import BasePipeline
 from ray_diffsynth.pipelines.graph import UnitGroup
@@ -77,4 +77,8 @@ def plan_group(
     if has_pixels:
         parts["transform"] = TRANSFORM
     bucketed = has_pixels or any(name in inputs for name in ("height", "width", "num_frames"))
-    return GroupPlan(group, inputs, settings, parts, digest(parts), bucketed)
+    fingerprint = digest(parts)
+    # For stage 2, which compares encoders without reading them; the keys depend on the whole weights above.
+    for name in group.models:
+        parts[f"{SKETCH}{name}"] = part_sketch(source, type(pipe).parts[name].subfolder) or ""
+    return GroupPlan(group, inputs, settings, parts, fingerprint, bucketed)

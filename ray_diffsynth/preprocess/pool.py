@@ -98,6 +98,7 @@ def _encode(
         num_gpus=size.actor_gpus or None,
         # Two tasks in flight overlap moving one shard with encoding the one before; the calls themselves stay serial.
         compute=ActorPoolStrategy(size=min(size.actors, len(shards)), max_tasks_in_flight_per_actor=2),
+        # Ray Data's default is to restart for ever, which a picture that kills its decoder would make endless.
         max_restarts=4,
         max_task_retries=2,
     )
@@ -118,7 +119,7 @@ def _watch(counter: Any, progress: Progress) -> Iterator[None]:
         while not stop.is_set():
             stop.wait(0.5)
             written, failed, nbytes = ray.get(counter.get.remote())
-            progress.advance(written + failed - seen, quarantined=failed, bytes=nbytes)
+            progress.advance(written + failed - seen, quarantined=failed, MB=f"{nbytes / 1e6:.1f}")
             seen = written + failed
 
     thread = threading.Thread(target=follow, name="encode-progress", daemon=True)

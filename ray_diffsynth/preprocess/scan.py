@@ -100,7 +100,8 @@ def assign(rows: Iterable[Mapping[str, Any]], files: Mapping[str, Scanned], spec
     for row in rows:
         sample_id = row["sample_id"]
         found = {param: files[spec.path(row, param)] for param in spec.file_params}
-        source = next(iter(spec.path(row, param) for param in spec.file_params), "")
+        # As the dataset writes it: the same data under another folder gives the same index.
+        source = str(row[spec.columns[spec.file_params[0]]]) if spec.file_params else ""
         failure = next((item for item in found.values() if isinstance(item, Failure)), None)
         try:
             if failure is None:

@@ -3,8 +3,8 @@
     <output_path>/checkpoints/step-00000123/tensors.safetensors   everything that is a tensor
     <output_path>/checkpoints/step-00000123/state.json            the rest, and a checksum over both
 
-A folder is written under another name, synced and renamed; a process that dies leaves a `.tmp-…` folder, which the next save
-removes. On an object store, which has no rename, state.json is written last and makes the checkpoint count.
+A folder is written under another name, synced and renamed; a process that dies leaves a `.tmp-…` folder, which the next
+save removes. On an object store, which has no rename, state.json is written last and makes the checkpoint count.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def save_checkpoint(output_path: str, checkpoint: Checkpoint, keep: int) -> str:
         "identity": checkpoint.identity,
         "position": checkpoint.position,
         "numbers": checkpoint.numbers,
-        "tensors": {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()},
+        "tensors": {"bytes": len(data), "blake2b": _digest(data)},
     }
     state = json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
     if is_remote(folder):
@@ -99,25 +99,35 @@ def list_checkpoints(output_path: str) -> list[str]:
     return sorted((n for n in names if _NAME.match(n)), key=lambda n: int(n.removeprefix("step-")))
 
 
-def read_checkpoint(folder: str) -> Checkpoint:
-    """The checkpoint in `folder`. Raises CheckpointError if it is absent, damaged or of a newer version."""
+def read_state(folder: str) -> dict[str, Any]:
+    """The part of a checkpoint that is no tensor: step, identity, position, numbers. Raises CheckpointError."""
+    path = join(folder, STATE_FILE)
     try:
-        state = json.loads(read_bytes(join(folder, STATE_FILE)))
+        state: dict[str, Any] = json.loads(read_bytes(path))
         checksum = state.pop("checksum")
         if state["version"] > VERSION:
             raise CheckpointError(f"{folder} was written by a newer ray_diffsynth (format {state['version']}); upgrade")
-        if checksum != _checksum(state):
-            raise CheckpointError(f"{folder}/{STATE_FILE} is damaged: its checksum does not match")
-        data = read_bytes(join(folder, TENSOR_FILE))
-        wanted = state["tensors"]
-        if len(data) != wanted["bytes"]:
-            raise CheckpointError(f"{folder}/{TENSOR_FILE} is damaged: {len(data)} of {wanted['bytes']} bytes")
-        if hashlib.blake2b(data, digest_size=16).hexdigest() != wanted["blake2b"]:
-            raise CheckpointError(f"{folder}/{TENSOR_FILE} is damaged: its checksum does not match")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no checkpoint: {Path(str(error.filename)).name} is absent") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint: {STATE_FILE} is absent") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/{STATE_FILE} is damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if checksum != _checksum(state):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match")
+    return state
+
+
+def read_checkpoint(folder: str) -> Checkpoint:
+    """The checkpoint in `folder`. Raises CheckpointError if it is absent, damaged or of a newer version."""
+    state = read_state(folder)
+    path, wanted = join(folder, TENSOR_FILE), state["tensors"]
+    try:
+        data = read_bytes(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if len(data) != wanted["bytes"]:
+        raise CheckpointError(f"{path} is damaged: {len(data)} of {wanted['bytes']} bytes")
+    if _digest(data) != wanted["blake2b"]:
+        raise CheckpointError(f"{path} is damaged: its checksum does not match")
     return Checkpoint(state["step"], state["identity"], state["position"], state["numbers"], load(data))
 
 
@@ -146,7 +156,7 @@ def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], where: s
 
 
 def prepare_resume(output_path: str, resume: str) -> None:
-    """Make `output_path` hold exactly the checkpoints that the run may go on from; from then on every attempt takes the newest.
+    """Make `output_path` hold exactly the checkpoints that the run may go on from; every attempt then takes the newest.
 
     auto: as it is. never: existing ones are set aside (renamed, not deleted). A folder: it becomes the newest one.
     Call it once when a run starts, not when it recovers from a crash.
@@ -159,7 +169,7 @@ def prepare_resume(output_path: str, resume: str) -> None:
         return
     if is_remote(folder):
         raise CheckpointError(
-            f"--resume {resume} cannot set the checkpoints in {folder} aside on an object store; give another --output_path"
+            f"--resume {resume} cannot set {folder} aside on an object store; give another --output_path"
         )
     if exists(folder):
         number = 1
@@ -171,8 +181,12 @@ def prepare_resume(output_path: str, resume: str) -> None:
         save_checkpoint(output_path, chosen, keep=1)
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
 def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return _digest(json.dumps(body, sort_keys=True).encode())
 
 
 def _short(value: Any) -> str:

@@ -21,15 +21,14 @@ MIXED_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
 @contextmanager
 def accelerator(context: Context, dtype: str) -> Iterator[Accelerator]:
-    """An Accelerator for one run. Its process-wide state is undone at the end, so that a process can hold several runs."""
+    """An Accelerator for one run. Its process-wide state is undone at the end, so that several runs fit a process."""
     on_cpu = context.device.type == "cpu"
     before = os.environ.get("ACCELERATE_TORCH_DEVICE")
     if not on_cpu:  # accelerate would take cuda:LOCAL_RANK, which need not be the device that Ray assigned
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(context.device)
         torch.cuda.set_device(context.device)
     _reset()
-    # A probe that is not used in the backward pass of every parameter has been frozen (module.fix_unused), and frozen
-    # buffers never change: nothing to search for or to broadcast.
+    # Parameters without a gradient are frozen (module.fix_unused); buffers never change: nothing to search or send.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
         yield Accelerator(cpu=on_cpu, mixed_precision=MIXED_PRECISION[dtype], kwargs_handlers=[ddp])
@@ -47,12 +46,12 @@ def _reset() -> None:
 
 
 def distribute(engine: Accelerator, module: nn.Module, world_size: int) -> nn.Module:
-    """`module` in DDP when there are several workers. Frozen weights are left out: every worker has read the same files."""
+    """`module` in DDP when there are several workers; frozen weights, which all have read already, are left out."""
     if world_size == 1:
         return module
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     frozen += [name for name, _ in module.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)  # type: ignore[no-untyped-call]
     prepared: nn.Module = engine.prepare_model(module)
     return prepared
 

@@ -16,7 +16,7 @@ from ray_diffsynth.training.metrics import output_file
 
 @dataclass(frozen=True)
 class Trained:
-    """What of a pipeline is trained: `lora` on the module `lora_model`, and the modules `full` with all their weights."""
+    """What of a pipeline is trained: `lora` on the module `lora_model`, and all weights of the modules `full`."""
 
     lora_model: str | None
     lora: LoraInfo | None
@@ -36,7 +36,7 @@ def lora_prefix(pipe: BasePipeline, model: str) -> str:
 def export_trained(pipe: BasePipeline, trained: Trained, output_path: str, name: str) -> list[str]:
     """Write `<output_path>/<name>.safetensors` (the LoRA, or the one model trained in full); returns the files.
 
-    Each further model goes to `<name>.<model>.safetensors`, with the keys of the model itself and its dtype in the pipeline.
+    Each further model goes to `<name>.<model>.safetensors`, with the model's own keys and the pipeline's dtype.
     """
     written: list[str] = []
     if trained.lora is not None and trained.lora_model is not None:
@@ -50,7 +50,7 @@ def export_trained(pipe: BasePipeline, trained: Trained, output_path: str, name:
         alone = len(trained.full) == 1 and not written
         path = output_file(output_path, f"{name}.safetensors" if alone else f"{name}.{model}.safetensors")
         tensors = {key: _plain(value, pipe.torch_dtype) for key, value in submodule(pipe, model).state_dict().items()}
-        write_bytes_atomic(path, save(tensors, metadata={"format": "pt", "model": model}))
+        write_bytes_atomic(path, save(tensors, metadata={"format": "pt"}))
         written.append(path)
     return written
 

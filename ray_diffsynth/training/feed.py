@@ -17,7 +17,7 @@ DEPTH = 4
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one lane trains on in one step. last: the worker's last lane of the step, after which gradients are summed."""
+    """What one lane trains on in one step. last: the worker's last lane of the step; gradients are summed after it."""
 
     step: int
     epoch: int
@@ -39,9 +39,7 @@ class Feed:
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(
-            self.source.buckets, batch_size=self.batch_size, lanes=self.lanes, repeat=self.repeat
-        )
+        return steps_per_epoch(self.source.buckets, batch_size=self.batch_size, lanes=self.lanes, repeat=self.repeat)
 
     @property
     def samples_per_step(self) -> int:

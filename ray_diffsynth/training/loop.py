@@ -40,7 +40,7 @@ class TrainResult:
     """What a run did.
 
     steps: optimizer steps of the whole run so far; total: planned; started_at: where this attempt began. samples: how
-    many there are; padded: entries per epoch that fill batches up. loss: of the last step. files: exported by this attempt.
+    many there are; padded: entries per epoch that fill batches up. loss: of the last step. files: exported this time.
     """
 
     steps: int
@@ -85,7 +85,7 @@ class _Run:
         self.start = checkpoint.step if checkpoint else 0
         if not same_everywhere(self.start, context.world_size, context.device):
             raise TrainingError(
-                f"the workers see different checkpoints in {setup.output_path}: give an --output_path that all nodes share"
+                f"the workers see different checkpoints in {setup.output_path}; all nodes must share --output_path"
             )
         # Fixed when the run starts, so that another number of workers trains the same batches.
         lanes = context.world_size * config.gradient_accumulation_steps
@@ -117,7 +117,7 @@ class _Run:
         self.model: nn.Module = distribute(engine, self.module, context.world_size)
         self._say(describe(self.trained, list(parameters.values())))
         if checkpoint:
-            self._say(f"going on from step {self.start} of {self.total} ({setup.output_path}/checkpoints/{checkpoint.name})")
+            self._say(f"going on from step {self.start} of {self.total}, saved in {setup.output_path}/checkpoints")
 
     @property
     def is_main(self) -> bool:
@@ -158,7 +158,7 @@ class _Run:
 
     def _step(self, step: int, batches: Batches) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its metrics and whether some worker was asked to stop."""
-        config, world = self.config, self.context.world_size
+        world = self.context.world_size
         began, waited = time.perf_counter(), 0.0
         # DDP divides by the number of workers; what is wanted is the mean over the lanes.
         scale = world / self.feed.lanes
@@ -209,12 +209,13 @@ class _Run:
             return cast(LossOutput, model(samples, microbatch.keys))
 
     def _probe(self) -> list[str]:
-        """Find the parameters that no gradient reaches, on the run's very first microbatch: the same on every worker."""
+        """Find the parameters that no gradient reaches, on the run's first microbatch: the same on every worker."""
         first = next(self.feed.microbatches(0, 1, 0, 1))
         output = self._forward(self.module, first, self.data.fetch(first.rows))
         unused = fix_unused(self.module, output.loss)
         if unused:
-            self._say(f"{len(unused)} of the trained parameters get no gradient and stay as they are: {', '.join(unused[:4])}")
+            named = ", ".join(unused[:4])
+            self._say(f"{len(unused)} of the trained parameters get no gradient and stay as they are: {named}")
         return unused
 
     def _clip(self) -> float:

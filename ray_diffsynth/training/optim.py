@@ -30,7 +30,7 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def optimizer_state(optimizer: Optimizer, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors by `<parameter>/<entry>`, the rest as JSON values). `names`: of the parameters, in the optimizer's order."""
+    """(tensors by `<parameter>/<entry>`, the rest as JSON values). names: of the parameters, in its order."""
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}

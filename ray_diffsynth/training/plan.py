@@ -1,9 +1,10 @@
 """Which sample is trained on when: a pure function of (index, seed, epoch), whatever the number of workers.
 
-A shard is a run of consecutive index rows of one bucket, which lie together in the cache. The shards of all buckets are
-shuffled; `window` of them are open at a time, and their rows are mixed and cut into microbatches of one bucket each. Rows
-that do not fill a microbatch wait for the next window that has their bucket. The stream of microbatches is then cut into
-`lanes` runs of neighbours, so that a shard is read by one lane (two, where the cut falls into a window) and not by all.
+A shard is a run of consecutive index rows of one bucket, which lie together in the cache. The shards of all buckets
+are shuffled; `window` of them are open at a time, and their rows are mixed and cut into microbatches of one bucket
+each. Rows that do not fill a microbatch wait for the next window that has their bucket. The stream of microbatches is
+then cut into `lanes` runs of neighbours, so that a shard is read by one lane (two, where the cut falls into a window)
+and not by all.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def epoch_plan(
 ) -> Plan:
     """The plan of one epoch over `buckets` (name -> its contiguous index rows).
 
-    Every row comes exactly `repeat` times, and `padded` further entries fill what the batch size and the lanes leave open:
-    rows of the same bucket, microbatches of the same epoch. rows_per_shard: bucket name -> rows that lie together.
+    Every row comes exactly `repeat` times, and `padded` further entries fill what the batch size and the lanes leave
+    open: rows of the same bucket, microbatches of the same epoch. rows_per_shard: bucket -> rows that lie together.
     """
     if min(batch_size, lanes, repeat, window) < 1:
         raise ValueError(f"batch_size={batch_size}, lanes={lanes}, repeat={repeat}, window={window}: each must be >= 1")

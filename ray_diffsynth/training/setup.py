@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from ray_diffsynth.config import TrainConfig, split_names
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.data.storage import absolute
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.models.fingerprint import part_sketch
 from ray_diffsynth.models.locate import ModelSource, locate_model
 from ray_diffsynth.models.lora import LoraInfo, add_lora, fuse_lora, load_lora_file, read_lora
 from ray_diffsynth.pipelines.base import BasePipeline
@@ -23,7 +23,7 @@ from ray_diffsynth.pipelines.stages import dataset_spec, plan_stages
 from ray_diffsynth.tasks import Task, get_task, task_family
 from ray_diffsynth.training.export import Trained, submodule
 from ray_diffsynth.training.module import DiffusionTrainingModule
-from ray_diffsynth.training.source import CacheSource, DatasetSource, SampleSource, check_manifest
+from ray_diffsynth.training.source import CacheSource, DatasetSource, SampleSource, check_encoders, check_manifest
 
 # What may change when a run goes on: where things lie, how far it goes, what it costs and what it says. Everything else
 # that TrainConfig has decides what is trained, and must be equal.
@@ -79,15 +79,16 @@ class Setup:
         models = stages.stage2_models(pipe)
         if config.reads_cache:
             where = absolute(config.dataset_base_path)
+            manifest = Manifest.load(where)
             check_manifest(
-                Manifest.load(where),
+                manifest,
                 where,
                 family=family,
                 task=config.task,
                 trainable=config.trained,
                 parameters=stages.parameters,
-                dtype=config.dtype,
             )
+            check_encoders(manifest, where, source, get_pipeline_class(family).parts)
         else:
             models = tuple(dict.fromkeys([*stages.stage1_models(), *models]))
         return cls(config, absolute(config.output_path), family, source, task, sample, models)
@@ -95,7 +96,8 @@ class Setup:
     def open_data(self) -> SampleSource:
         """The samples: the cache, or for the unsplit task the dataset, whose every picture is looked at."""
         if self.config.reads_cache:
-            return CacheSource(CacheReader(absolute(self.config.dataset_base_path)))
+            reader = CacheReader(absolute(self.config.dataset_base_path))
+            return CacheSource(reader, getattr(torch, self.config.dtype))
         metadata = self.config.dataset_metadata_path
         return DatasetSource(self.sample, absolute(metadata) if metadata else None)
 
@@ -106,22 +108,10 @@ class Setup:
         own: dict[str, Any] = {**settings, "family": self.family, "data": data.identity, "weights": self._weights()}
         return dict(json.loads(json.dumps(own)))
 
-    def _weights(self) -> str:
-        """A cheap identity of the base models: their configuration, and the ends of their weight files."""
-        digest = hashlib.blake2b(digest_size=8)
+    def _weights(self) -> dict[str, str | None]:
+        """Which base models these are, without reading them whole."""
         parts = get_pipeline_class(self.family).parts
-        for name in sorted(self.models):
-            if name not in parts:
-                continue
-            folder = self.source.folder(parts[name].subfolder)
-            digest.update((folder / "config.json").read_bytes())
-            for path in self.source.weight_files(parts[name].subfolder):
-                size = path.stat().st_size
-                with open(path, "rb") as file:
-                    head = file.read(1 << 16)
-                    file.seek(max(0, size - (1 << 16)))
-                    digest.update(f"{size}".encode() + head + file.read())
-        return digest.hexdigest()
+        return {name: part_sketch(self.source, parts[name].subfolder) for name in sorted(self.models) if name in parts}
 
     def build(self, device: torch.device) -> tuple[DiffusionTrainingModule, Trained]:
         """Load the models, add what is trained, and make the module."""
@@ -157,7 +147,8 @@ class Setup:
         name = config.lora_base_model
         if not name:
             return None
-        targets = config.lora_target_modules or (",".join(pipe.lora_targets) if name in pipe.in_iteration_models else "")
+        default = ",".join(pipe.lora_targets) if name in pipe.in_iteration_models else ""
+        targets = config.lora_target_modules or default
         if not targets:
             raise TrainingError(
                 f"--lora_target_modules is missing: the family {self.family} has no default for {name!r}; "

@@ -10,12 +10,17 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 from ray_diffsynth.data.metadata import read_metadata
 from ray_diffsynth.data.samples import SampleSpec, bucket_of, load_inputs, scan_file
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.models.fingerprint import SKETCH, part_sketch
+from ray_diffsynth.models.locate import ModelSource
+from ray_diffsynth.pipelines.base import Part
 from ray_diffsynth.tasks import task_family
 
 logger = logging.getLogger(__name__)
@@ -49,16 +54,22 @@ def shard_sizes(buckets: Iterable[str]) -> dict[str, int]:
 
 
 class CacheSource:
-    """Samples from a committed cache."""
+    """Samples from a committed cache. Tensors in the dtype that it was encoded in come in `dtype`, that of training."""
 
-    def __init__(self, reader: CacheReader) -> None:
+    def __init__(self, reader: CacheReader, dtype: torch.dtype) -> None:
         self.reader = reader
+        self._encoded: torch.dtype = getattr(torch, reader.manifest.dtype)
+        self._dtype = dtype
         self.sample_ids: Sequence[str] = reader.sample_ids
         self.buckets: Mapping[str, range] = reader.buckets
         self.identity = reader.manifest.hash()
 
     def fetch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        return self.reader.read(rows)
+        return [{name: self._cast(value) for name, value in row.items()} for row in self.reader.read(rows)]
+
+    def _cast(self, value: Any) -> Any:
+        # What a unit keeps in another dtype on purpose stays as it is.
+        return value.to(self._dtype) if isinstance(value, torch.Tensor) and value.dtype == self._encoded else value
 
 
 def check_manifest(
@@ -69,15 +80,13 @@ def check_manifest(
     task: str,
     trainable: Sequence[str],
     parameters: Collection[str],
-    dtype: str,
 ) -> None:
-    """Raise SourceError, naming both sides and the remedy, if the cache was made for something else than this training."""
+    """Raise SourceError, naming both sides and the remedy, if the cache is for something else than this training."""
     again = "run stage 1 again with the same options as this training, or train what the cache is for"
     compared = {
         "family": (manifest.family, family),
         "task": (task_family(manifest.task), task_family(task)),
         "trained models": (", ".join(sorted(manifest.trainable)), ", ".join(sorted(trainable))),
-        "dtype": (manifest.dtype, dtype),
     }
     for name, (there, here) in compared.items():
         if there != here:
@@ -89,11 +98,30 @@ def check_manifest(
         )
 
 
+def check_encoders(manifest: Manifest, where: str, source: ModelSource, parts: Mapping[str, Part]) -> None:
+    """Raise SourceError if the model folder has an encoder other than the one that the cache was made with.
+
+    An encoder that is not there is not asked for: stage 2 does without it (law 5).
+    """
+    for group in manifest.groups:
+        for name, cached in group.parts.items():
+            model = name.removeprefix(SKETCH)
+            if not name.startswith(SKETCH) or model not in parts:
+                continue
+            here = part_sketch(source, parts[model].subfolder)
+            if here is not None and here != cached:
+                raise SourceError(
+                    f"the {model} of {source.folder(parts[model].subfolder)} is not the one that the cache {where} "
+                    f"was made with ({here[:8]} here, {cached[:8]} there); run stage 1 again with this model, or train "
+                    "with the model of the cache"
+                )
+
+
 class DatasetSource:
     """Pictures and metadata, decoded when they are asked for (`--task sft`), in the order of a cache's index.
 
-    Rows that cannot be used (no picture, smaller than a bucket, …) are left out and counted in `rejected`, as stage 1 does;
-    a picture with a good header and damaged pixels is an error when it is reached.
+    Rows that cannot be used (no picture, smaller than a bucket, …) are left out and counted in `rejected`, as stage 1
+    does; a picture with a good header and damaged pixels is an error when it is reached.
     """
 
     def __init__(self, spec: SampleSpec, metadata_path: str | None) -> None:
@@ -141,7 +169,7 @@ def _ranges(names: Sequence[str]) -> dict[str, range]:
 def prefetch(items: Iterable[T], fetch: Callable[[T], R], *, depth: int, threads: int) -> Generator[tuple[T, R]]:
     """`(item, fetch(item))` in order, with up to `depth` fetches under way or waiting on `threads` threads.
 
-    An error of `fetch` is raised where its item would have come. Close the iterator (or exhaust it) to stop the threads.
+    An error of `fetch` is raised where its item would have come. Close the iterator, or exhaust it, to end the threads.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     pending: deque[tuple[T, Future[R]]] = deque()

@@ -41,8 +41,8 @@ class TrainingState:
         if stored.keys() != self.parameters.keys():
             odd = sorted(stored.keys() ^ self.parameters.keys())
             raise CheckpointError(
-                f"checkpoint {checkpoint.name} trains other parameters: {', '.join(odd[:3])} (of {len(odd)}) are on one "
-                "side only; use the same model and LoRA options, or --resume never"
+                f"checkpoint {checkpoint.name} trains other parameters: {', '.join(odd[:3])} (of {len(odd)}) are on "
+                "one side only; use the same model and LoRA options, or --resume never"
             )
         for name, parameter in self.parameters.items():
             if stored[name].shape != parameter.shape:

@@ -62,11 +62,3 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work.mkdir()
     monkeypatch.chdir(work)
     return hub
-
-
-@pytest.fixture(scope="session")
-def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of the Qwen-Image architecture with random weights, as diffusers saves it; not to be changed."""
-    from ray_diffsynth.demo.tiny import build_tiny_model
-
-    return build_tiny_model(tmp_path_factory.mktemp("qwen"))

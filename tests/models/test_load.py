@@ -26,15 +26,15 @@ def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 
 @pytest.fixture
-def copy(qwen_folder: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(qwen_folder, tmp_path / "copy")
+def copy(tiny_qwen: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_qwen, tmp_path / "copy")
 
 
-def test_parts_equal_those_of_diffusers(qwen_folder: Path) -> None:
+def test_parts_equal_those_of_diffusers(tiny_qwen: Path) -> None:
     from diffusers import QwenImagePipeline
 
-    pipe = QwenImagePipeline.from_pretrained(str(qwen_folder))
-    source = locate_model(str(qwen_folder))
+    pipe = QwenImagePipeline.from_pretrained(str(tiny_qwen))
+    source = locate_model(str(tiny_qwen))
     for part, cls, module in (
         ("transformer", DIT, pipe.transformer),
         ("vae", VAE, pipe.vae),
@@ -52,8 +52,8 @@ def test_parts_equal_those_of_diffusers(qwen_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("part", "cls"), [("transformer", DIT), ("text_encoder", TEXT)])
-def test_dtype(part: str, cls: str, qwen_folder: Path) -> None:
-    module = load(locate_model(str(qwen_folder)), part, cls, torch.bfloat16)
+def test_dtype(part: str, cls: str, tiny_qwen: Path) -> None:
+    module = load(locate_model(str(tiny_qwen)), part, cls, torch.bfloat16)
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
 
 
@@ -66,14 +66,14 @@ def test_only_the_parts_own_folder_is_read(copy: Path) -> None:
 
 @pytest.mark.parametrize("names", [["x.safetensors"], ["b-2.safetensors", "a-1.safetensors"]])
 @pytest.mark.parametrize(("part", "cls"), [("transformer", DIT), ("text_encoder", TEXT)])
-def test_files_under_other_names(names: list[str], part: str, cls: str, copy: Path, qwen_folder: Path) -> None:
+def test_files_under_other_names(names: list[str], part: str, cls: str, copy: Path, tiny_qwen: Path) -> None:
     (file,) = (copy / part).glob("*.safetensors")
     tensors = load_file(file)
     file.unlink()
     for number, name in enumerate(names):
         some = {k: v for i, (k, v) in enumerate(tensors.items()) if i % len(names) == number}
         save_file(some, copy / part / name, metadata={"format": "pt"})
-    expected = load(locate_model(str(qwen_folder)), part, cls)
+    expected = load(locate_model(str(tiny_qwen)), part, cls)
     assert equal(load(locate_model(str(copy)), part, cls), expected)
     paths = json.dumps([[str(copy / part / name) for name in names]])
     assert equal(load(locate_model(None, model_paths=paths), part, cls), expected)
@@ -102,9 +102,9 @@ def test_damaged_weights_name_the_folder(copy: Path) -> None:
         load(locate_model(str(copy)), "vae", VAE)
 
 
-def test_another_class_than_the_family_wants(qwen_folder: Path) -> None:
+def test_another_class_than_the_family_wants(tiny_qwen: Path) -> None:
     with pytest.raises(ModelFolderError, match="holds a AutoencoderKLQwenImage, but vae must be a AutoencoderKL;"):
-        load(locate_model(str(qwen_folder)), "vae", "diffusers:AutoencoderKL")
+        load(locate_model(str(tiny_qwen)), "vae", "diffusers:AutoencoderKL")
 
 
 def test_no_config_and_no_folder(copy: Path) -> None:
@@ -116,8 +116,8 @@ def test_no_config_and_no_folder(copy: Path) -> None:
         load(source, "image_encoder", VAE)
 
 
-def test_a_class_that_does_not_exist(qwen_folder: Path) -> None:
-    source = locate_model(str(qwen_folder))
+def test_a_class_that_does_not_exist(tiny_qwen: Path) -> None:
+    source = locate_model(str(tiny_qwen))
     for cls in ("QwenImageTransformer2DModel", "peft:LoraConfig", "diffusers:NoSuchClass"):
         with pytest.raises(ValueError, match="class"):
             load(source, "vae", cls)

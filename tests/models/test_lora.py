@@ -123,6 +123,7 @@ def test_targets() -> None:
     [
         ("to_q,to_w", r"'to_w' \(did you mean .*to_q.*Layers there: conv, to_q, to_out\.0, proj_out"),
         ("to_out", r"'to_out' is a ModuleList.*holds to_out\.0"),
+        ("q", r"'q' \(did you mean to_q\?\)"),
         ("", "is empty"),
         ("re:nothing", "matches no layer"),
         ("re:(", "no regular expression"),

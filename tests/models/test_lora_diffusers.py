@@ -14,12 +14,15 @@ from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.models.lora import add_lora, fuse_lora, lora_parameters, lora_state
 from ray_diffsynth.models.lora_file import export_lora, read_lora
 
-TARGETS = "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
+TARGETS = (
+    "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
+    "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
+)
 
 
 @pytest.fixture(scope="module")
-def pipe(qwen_folder: Path) -> Any:
-    pipe = QwenImagePipeline.from_pretrained(str(qwen_folder))
+def pipe(tiny_qwen: Path) -> Any:
+    pipe = QwenImagePipeline.from_pretrained(str(tiny_qwen))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -50,9 +53,9 @@ def train(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer."])
 def test_the_file_loads_acts_like_the_adapter_and_unloads(
-    prefix: str, qwen_folder: Path, pipe: Any, tmp_path: Path
+    prefix: str, tiny_qwen: Path, pipe: Any, tmp_path: Path
 ) -> None:
-    source = locate_model(str(qwen_folder))
+    source = locate_model(str(tiny_qwen))
     cls = "diffusers:QwenImageTransformer2DModel"
     ours = load_part(source, "transformer", cls, torch_dtype=torch.float32, device="cpu")
     before = draw(pipe)
@@ -78,10 +81,10 @@ def test_the_file_loads_acts_like_the_adapter_and_unloads(
     assert torch.equal(draw(pipe), before)
 
 
-def test_what_diffusers_saves_is_read_with_its_alpha(qwen_folder: Path, pipe: Any, tmp_path: Path) -> None:
+def test_what_diffusers_saves_is_read_with_its_alpha(tiny_qwen: Path, pipe: Any, tmp_path: Path) -> None:
     import peft
 
-    source = locate_model(str(qwen_folder))
+    source = locate_model(str(tiny_qwen))
     before = draw(pipe)
     pipe.transformer.add_adapter(peft.LoraConfig(r=4, lora_alpha=10, target_modules=["to_q", "to_out.0"]))
     for name, parameter in pipe.transformer.named_parameters():

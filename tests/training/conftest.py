@@ -7,24 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-import torch
 
-from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
-from ray_diffsynth.cache.store import GroupRow, write_shard
-from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.demo.draw import draw_dataset
-from ray_diffsynth.demo.tiny import build_tiny_model
 from ray_diffsynth.training.setup import Setup
-from ray_diffsynth.training.source import DatasetSource, shard_sizes
-
-LORA = "to_q,to_k,to_v,to_out.0,to_add_out,img_mlp.net.2"
-
-
-@pytest.fixture(scope="session")
-def training_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+from ray_diffsynth.training.source import DatasetSource
+from tests.training.helpers import make_config, write_cache
 
 
 @pytest.fixture(scope="session")
@@ -37,65 +25,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_config(model: Path, base: Path, output: Path, **changes: Any) -> TrainConfig:
-    """A short fp32 run; `changes` on top."""
-    values: dict[str, Any] = {
-        "model": str(model),
-        "dataset_base_path": str(base),
-        "output_path": str(output),
-        "dtype": "float32",
-        "lora_rank": 4,
-        "lora_target_modules": LORA,
-        "learning_rate": 1e-2,
-        "task": "sft:train",
-        **changes,
-    }
-    return TrainConfig(**values)
-
-
-def write_cache(setup: Setup, data: DatasetSource, cache: Path) -> Path:
-    """Stage 1 without Ray: one row a sample in every group, shards as stage 1 cuts them."""
-    config = setup.config
-    module, _ = setup.build(torch.device("cpu"))
-    stages = module.stages
-    samples = [module.encode(sample) for sample in data.fetch(range(len(data.sample_ids)))]
-    names = [name for name, rows in data.buckets.items() for _ in rows]
-    columns: dict[str, list[Any]] = {"sample_id": list(data.sample_ids), "source": list(data.sample_ids), "bucket": names}
-    sizes = shard_sizes(data.buckets)
-    for group in stages.groups:
-        for column in ("key", "file", "row_group", "row"):
-            columns[f"{group.name}_{column}"] = []
-        for name, rows in data.buckets.items():
-            for first in range(rows.start, rows.stop, sizes[name]):
-                part = range(first, min(first + sizes[name], rows.stop))
-                values = [GroupRow(f"key-{i:03d}", {p: samples[i][p] for p in group.parameters}) for i in part]
-                shard = write_shard(str(cache), group.name, f"{name}-{first:03d}", name, values, codec="planes-zstd")
-                for position, row in enumerate(values):
-                    row_group, at = shard.locate(position)
-                    for column, value in (("key", row.key), ("file", shard.file), ("row_group", row_group), ("row", at)):
-                        columns[f"{group.name}_{column}"].append(value)
-    count = len(samples)
-    manifest = Manifest(
-        family=setup.family,
-        task="sft:data_process",
-        trainable=config.trained,
-        parameters=stages.parameters,
-        groups=tuple(GroupSpec(name=g.name, parameters=g.parameters, fingerprint="test", rows=count) for g in stages.groups),
-        buckets={name: len(rows) for name, rows in data.buckets.items()},
-        counts={"samples": count, "quarantined": 0, "total": count},
-        codec="planes-zstd",
-        dtype=config.dtype,
-    )
-    schema = index_schema(group.name for group in stages.groups)
-    commit(str(cache), manifest, pa.table(columns, schema=schema), QUARANTINE_SCHEMA.empty_table())
-    return cache
-
-
 CacheMaker = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def make_cache(training_model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheMaker:
+def make_cache(tiny_qwen: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheMaker:
     """make_cache(**config changes) -> a cache of `pictures` for that configuration; made once for each."""
     made: dict[str, Path] = {}
 
@@ -103,7 +37,7 @@ def make_cache(training_model: Path, pictures: Path, tmp_path_factory: pytest.Te
         key = repr(sorted(changes.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("cache")
-            setup = Setup.of(make_config(training_model, pictures, folder, task="sft", **changes))
+            setup = Setup.of(make_config(tiny_qwen, pictures, folder, task="sft", **changes))
             data = setup.open_data()
             assert isinstance(data, DatasetSource)
             made[key] = write_cache(setup, data, folder)
@@ -113,10 +47,10 @@ def make_cache(training_model: Path, pictures: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="session")
-def without_encoders(training_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def without_encoders(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with the weights of the encoders deleted."""
     root = tmp_path_factory.mktemp("half") / "tiny"
-    shutil.copytree(training_model, root)
+    shutil.copytree(tiny_qwen, root)
     for folder in ("text_encoder", "tokenizer"):
         shutil.rmtree(root / folder)
     for weights in (root / "vae").glob("*.safetensors"):

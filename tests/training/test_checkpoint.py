@@ -66,7 +66,11 @@ def test_a_damaged_one_is_named_and_the_one_before_used(
         victim.unlink()
     else:
         middle = len(data) - 3
-        changed = {"truncate": data[:-7], "flip": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :], "empty": b""}
+        changed = {
+            "truncate": data[:-7],
+            "flip": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+            "empty": b"",
+        }
         victim.write_bytes(changed[damage])
     with caplog.at_level(logging.WARNING):
         found = newest_checkpoint(out)
@@ -104,7 +108,9 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 def test_differences_are_named() -> None:
     check_identity({"seed": 0}, {"seed": 0}, "x")
-    with pytest.raises(CheckpointError, match=r"lora_rank: nothing there, 4 here; seed: 0 there, 1 here.*--resume never"):
+    with pytest.raises(
+        CheckpointError, match=r"lora_rank: nothing there, 4 here; seed: 0 there, 1 here.*--resume never"
+    ):
         check_identity({"seed": 0}, {"seed": 1, "lora_rank": 4}, "x")
 
 

@@ -61,7 +61,9 @@ def test_every_row_comes_and_the_rest_is_counted(
     for microbatch in plan.rows.reshape(-1, batch_size):
         assert sum(all(row in rows for row in microbatch) for rows in buckets.values()) == 1
     # A (row, repeat) pair keys the noise: none comes twice.
-    assert len(set(zip(plan.rows.reshape(-1).tolist(), plan.repeats.reshape(-1).tolist(), strict=True))) == plan.rows.size
+    assert (
+        len(set(zip(plan.rows.reshape(-1).tolist(), plan.repeats.reshape(-1).tolist(), strict=True))) == plan.rows.size
+    )
     again = make(counts, shard, batch_size=batch_size, lanes=lanes, repeat=repeat, window=window, epoch=epoch)
     assert np.array_equal(again.rows, plan.rows)
     assert np.array_equal(again.repeats, plan.repeats)

@@ -24,17 +24,17 @@ logger = logging.getLogger("ray_diffsynth.demo.recipe")
 
 @dataclass(frozen=True)
 class DitConfig:
-    """Training of the DiT. Matrices inside the blocks are moved by Muon (Jordan 2024), everything else by AdamW."""
+    """Training of the DiT with AdamW: linear warm-up, constant rate, a straight line down over the last `cool` steps."""
 
     seed: int = 20
     layers: int = 4
     heads: int = 4
     head_dim: int = 32
-    steps: int = 6_000
-    batch: int = 128
-    muon_rate: float = 4e-3
-    adamw_rate: float = 2e-3
-    warmup: int = 100
+    steps: int = 5_000
+    cool: int = 2_000
+    batch: int = 64
+    learning_rate: float = 2e-3
+    warmup: int = 150
     drop_caption: float = 0.1
     shift: float = 3.0
     average_decay: float = 0.998
@@ -87,13 +87,6 @@ def flow_loss(dit: nn.Module, latents: Tensor, embeds: Tensor, shift: float, gen
     return F.mse_loss(velocity(dit, (1 - s) * latents + s * noise, sigma, embeds), noise - latents)
 
 
-def split_parameters(dit: QwenImageTransformer2DModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices inside the blocks, everything else)."""
-    matrices = [p for n, p in dit.named_parameters() if n.startswith("transformer_blocks") and p.ndim == 2]
-    others = [p for n, p in dit.named_parameters() if not (n.startswith("transformer_blocks") and p.ndim == 2)]
-    return matrices, others
-
-
 class Batches:
     """Batches as a function of (seed, step). All captions of a batch have one length, so that no mask is needed."""
 
@@ -117,9 +110,9 @@ class Batches:
 
 
 def rate(step: int, config: DitConfig) -> float:
-    """Linear warm-up, then constant, then a straight line to 1/100 over the last half."""
-    left = (config.steps - step) / (config.steps / 2)
-    return min(1.0, (step + 1) / config.warmup) * (0.01 + 0.99 * min(1.0, left))
+    """The learning rate of a step; it ends at a hundredth."""
+    falling = min(1.0, (config.steps - step) / config.cool)
+    return config.learning_rate * min(1.0, (step + 1) / config.warmup) * (0.01 + 0.99 * falling)
 
 
 def train_dit(
@@ -131,26 +124,19 @@ def train_dit(
     """
     dit = build_dit(config, data.embeds[0].shape[-1])
     average = copy.deepcopy(dit).requires_grad_(False).eval()
-    matrices, others = split_parameters(dit)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "muon": torch.optim.Muon(matrices, lr=config.muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        "adamw": torch.optim.AdamW(others, lr=config.adamw_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    }
-    rates = {"muon": config.muon_rate, "adamw": config.adamw_rate}
-    state = TrainingState(folder, dit, average, optimizers)
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    state = TrainingState(folder, dit, average, {"adamw": optimizer})
     batches, smooth = Batches(data, config), math.nan
     for step in state.steps(config.steps, save_every=250):
-        for name, optimizer in optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = rates[name] * rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, config)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         latents, embeds = batches(step)
         loss = flow_loss(dit, latents, embeds, config.shift, generator)
-        dit.zero_grad()
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-        for optimizer in optimizers.values():
-            optimizer.step()
+        optimizer.step()
         state.update_average(config.average_decay)
         smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
         if step % 50 == 0:

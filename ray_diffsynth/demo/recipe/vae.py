@@ -35,9 +35,9 @@ class VaeConfig:
     seed: int = 0
     base_dim: int = 8
     dim_mult: tuple[int, ...] = (1, 2, 4, 6)
-    pictures: int = 10_000
-    steps: int = 7_000
-    full_steps: int = 400
+    pictures: int = 6_000
+    steps: int = 3_500
+    full_steps: int = 200
     batch: int = 16
     crop: int = 32
     learning_rate: float = 3e-3
@@ -167,13 +167,21 @@ def _batch(pictures: Pixels, config: VaeConfig, step: int) -> Tensor:
     return to_tensor([c[:, ::-1] if flip else c for c, flip in zip(crops, rng.random(count) < 0.5, strict=True)])
 
 
+def _pictures(path: Path, config: VaeConfig) -> Pixels:
+    """The training pictures (N, 64, 64, 3), drawn once and kept in `path`."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.stack([vae_picture(config.seed, i) for i in range(config.pictures)]), allow_pickle=False)
+    return np.asarray(np.load(path, allow_pickle=False))
+
+
 def train_vae(folder: Path, config: VaeConfig) -> AutoencoderKLQwenImage:
     """Train, or go on training, the VAE with its state in `folder`; returns the running average of the weights."""
     vae = build_vae(config)
     average = copy.deepcopy(vae).requires_grad_(False)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     state = TrainingState(folder, vae, average, {"adamw": optimizer})
-    pictures = np.stack([vae_picture(config.seed, i) for i in range(config.pictures)])
+    pictures = _pictures(folder / "pictures.npy", config)
     held_out = test_pictures()
     for step in state.steps(config.steps, save_every=250):
         progress = step / config.steps
@@ -188,7 +196,9 @@ def train_vae(folder: Path, config: VaeConfig) -> AutoencoderKLQwenImage:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         state.update_average(config.average_decay)
-        if step % 250 == 0 or step + 1 == config.steps:
+        if step % 50 == 0:
+            logger.info("vae %d loss %.4f %.0f s", step, loss.item(), state.seconds)
+        if step % 500 == 0 or step + 1 == config.steps:
             figures = {kind: round(psnr(average, shown), 1) for kind, shown in held_out.items()}
             logger.info("vae %d loss %.4f %.0f s %s", step, loss.item(), state.seconds, figures)
     zero_dead_taps(average)

@@ -1,0 +1,39 @@
+"""Training without Ray: one process, or those that torchrun started."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.data.storage import absolute
+from ray_diffsynth.training.checkpoint import prepare_resume
+from ray_diffsynth.training.context import LocalContext
+from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.setup import TrainingError
+from ray_diffsynth.training.summary import finish
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Train in this process; rank 0 returns what it wrote into report.json, the others nothing."""
+    started = time.monotonic()
+    context = LocalContext()
+    if threading.current_thread() is threading.main_thread():
+        context.catch_sigterm()
+    if config.resume != "auto":
+        if context.world_size > 1:
+            raise TrainingError(
+                f"--resume {config.resume} does not work under torchrun, where every process starts alike; use "
+                "--resume auto, and a new --output_path to start anew"
+            )
+        prepare_resume(absolute(config.output_path), config.resume)
+        config = replace(config, resume="auto")
+    try:
+        result = train(config, context)
+    finally:
+        context.close()
+    if context.world_rank != 0:
+        return {}
+    return finish(config, result, workers=context.world_size, seconds=time.monotonic() - started)

@@ -1,0 +1,176 @@
+"""Every value comes back as it was, to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ray_diffsynth.cache.codec import CODECS, CodecError, Encoded, decode_value, encode_value
+from ray_diffsynth.errors import UserError
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.float8_e8m0fnu, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.complex128),
+]
+codecs = st.sampled_from(CODECS)
+
+
+def back(value: Any, codec: str) -> Any:
+    encoded = encode_value(value, codec)
+    return decode_value(encoded.data, encoded.shape, encoded.dtype, codec)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(left: torch.Tensor, right: torch.Tensor) -> None:
+    assert left.dtype == right.dtype and left.shape == right.shape and bits(left) == bits(right)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=4), st.integers(0, 2**32), codecs)
+def test_tensors_of_every_dtype_to_the_bit(dtype: torch.dtype, shape: list[int], seed: int, codec: str) -> None:
+    # random bits: NaN payloads, infinities and denormals among them
+    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8,
+                        generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    tensor = raw.view(dtype).reshape(shape)
+    assert_same(back(tensor, codec), tensor)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_layouts_of_a_tensor(codec: str) -> None:
+    base = torch.randn(4, 6, dtype=torch.bfloat16)
+    for tensor in (base.t(), base[::2, 1::3], base[0, 0], base.expand(2, 4, 6), base[:0], torch.nn.Parameter(base)):
+        assert_same(back(tensor, codec), tensor)
+    wave = torch.randn(3, dtype=torch.complex64).conj()
+    assert (back(wave, codec) == wave).all()
+    decoded = back(base, codec)
+    decoded += 1  # the reader's own memory, writable
+    assert not decoded.requires_grad
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_numpy(codec: str) -> None:
+    array = np.arange(12, dtype=">f4").reshape(3, 4)[::-1]
+    assert back(array, codec).tolist() == array.tolist()
+    assert back(np.float32(0.5), codec) == 0.5 and back(np.int64(3), codec) == 3 and back(np.bool_(True), codec) is True
+    with pytest.raises(CodecError, match="numpy array of dtype object"):
+        encode_value(np.array([object()]), codec)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None)
+@given(plain, codecs)
+def test_plain_values(value: Any, codec: str) -> None:
+    encoded = encode_value(value, codec)
+    assert encoded.dtype == "json"
+    result = decode_value(encoded.data, encoded.shape, encoded.dtype, codec)
+    assert result == value and repr(result) == repr(value)
+
+
+def test_special_floats_and_surrogates() -> None:
+    assert math.isnan(back(math.nan, "zstd")) and back(-math.inf, "zstd") == -math.inf
+    assert str(back(-0.0, "zstd")) == "-0.0" and back("\ud800", "zstd") == "\ud800"
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, list | tuple):
+        return type(left) is type(right) and len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, dict):
+        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    return type(left) is type(right) and left == right
+
+
+leaves = plain | st.integers(0, 9).map(lambda n: torch.arange(n, dtype=torch.bfloat16))
+nested = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(nested, codecs)
+def test_nested_values(value: Any, codec: str) -> None:
+    assert same(back(value, codec), value)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_pictures(mode: str, codec: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (7, 5, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 251) if mode == "I;16" else picture.convert(mode)
+    result = back(picture, codec)
+    assert result.mode == mode and result.size == (5, 7) and result.tobytes() == picture.tobytes()
+    assert result.getpalette() == picture.getpalette()
+    (listed,) = back([picture], codec)
+    assert listed.tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (object(), "builtins.object cannot be cached"),
+        ({1, 2}, "builtins.set cannot be cached"),
+        (b"bytes", "builtins.bytes cannot be cached"),
+        ({1: "x"}, "a dict cannot be cached; use plain"),
+        ([object()], "builtins.object"),
+        (torch.eye(2).to_sparse(), "torch.sparse_coo"),
+        (torch.empty(2, device="meta"), "on meta"),
+        (Image.new("F", (2, 2)), "mode F"),
+    ],
+)
+def test_what_cannot_be_stored_is_named(value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        encode_value(value)
+
+
+def test_unknown_codec_and_dtype() -> None:
+    with pytest.raises(CodecError, match="use one of planes-zstd, zstd, none"):
+        encode_value(1, "gzip")
+    with pytest.raises(CodecError, match="newer version"):
+        decode_value(b"1234", (4,), "float3", "none")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_damage_raises_nothing_but_codec_error(data: st.DataObject) -> None:
+    codec = data.draw(codecs)
+    value = data.draw(st.sampled_from([torch.randn(50).bfloat16(), torch.randn(9), "text", [torch.ones(3), (1,)],
+                                       Image.new("RGB", (9, 9))]))  # fmt: skip
+    encoded = encode_value(value, codec)
+    damaged = bytearray(encoded.data)
+    if data.draw(st.booleans()):
+        del damaged[data.draw(st.integers(0, len(damaged) - 1)) :]
+    else:
+        for _ in range(3):
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(CodecError):
+        decode_value(bytes(damaged), encoded.shape, encoded.dtype, codec)
+
+
+@pytest.mark.parametrize("side", [32, 64, 128])
+def test_planes_shrink_bfloat16_latents(side: int) -> None:
+    latents = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
+    raw = latents.numel() * 2
+    assert len(encode_value(latents).data) < 0.705 * raw < len(encode_value(latents, "zstd").data)
+    assert encode_value(latents, "none") == Encoded(bits(latents), (1, 16, side, side), "bfloat16")

@@ -1,0 +1,31 @@
+"""Fixtures that the whole suite shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# No test may reach for a hub; set before transformers and diffusers are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Qwen-Image model, one a session: read it, never write to it."""
+    from tests.tiny_models import tiny_qwen_image
+
+    return tiny_qwen_image(tmp_path_factory.mktemp("tiny") / "qwen_image")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """The session's Ray: two CPUs, no dashboard, its own temporary folder."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

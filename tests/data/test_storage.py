@@ -1,0 +1,69 @@
+"""Files: atomic writes, listing, local paths and URLs alike."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from ray_diffsynth.data import storage
+
+
+@pytest.fixture(params=["local", "memory"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "a folder::ö")
+    fsspec.filesystem("memory").store.clear()
+    return "memory://bucket/prefix"
+
+
+def test_write_read_list_remove(base: str) -> None:
+    assert storage.list_files(base) == []
+    for name in ("b.txt", "sub/a.TXT", "sub/c.png", ".hidden.txt", "sub/.x/d.txt"):
+        storage.write_bytes_atomic(storage.join(base, name), name.encode())
+    assert storage.list_files(base) == ["b.txt"]
+    assert storage.list_files(base, suffix=".txt", recursive=True) == ["b.txt", "sub/a.TXT"]
+    path = storage.join(base, "b.txt")
+    assert storage.exists(path) and storage.read_bytes(path) == b"b.txt" and storage.file_size(path) == 5
+    with storage.open_input(path) as file:
+        file.seek(2)
+        assert file.read(2) == b"tx" and file.size() == 5
+    storage.write_bytes_atomic(path, b"new")
+    assert storage.read_bytes(path) == b"new"
+    assert storage.is_folder(storage.join(base, "sub")) and not storage.is_folder(path)
+    assert storage.remove(path) and not storage.remove(path) and not storage.exists(path)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(path)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "f")
+    storage.write_bytes_atomic(path, b"old")
+
+    def no_space(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", no_space)
+        storage.write_bytes_atomic(path, b"new")
+    assert os.listdir(tmp_path) == ["f"] and storage.read_bytes(path) == b"old"
+
+
+def test_an_unfinished_write_is_not_listed(tmp_path: Path) -> None:
+    (tmp_path / ".x.parquet.tmp-12-0af3").write_bytes(b"half")
+    assert storage.list_files(str(tmp_path)) == []
+    assert storage.is_temporary(".x.parquet.tmp-12-0af3") and not storage.is_temporary("x.parquet")
+
+
+def test_join_and_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert storage.join("s3://b/p", "x", "y.png") == "s3://b/p/x/y.png"
+    assert storage.join("/data", "/abs/y.png") == "/abs/y.png"
+    assert storage.join("/data", "https://h/y.png") == "https://h/y.png"
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("x") == str(tmp_path / "x")
+    assert storage.absolute("s3://b/x") == "s3://b/x" and storage.is_remote("s3://b/x")
+    assert not storage.is_remote("file:///x") and storage.absolute("file:///x") == "/x"

@@ -1,0 +1,83 @@
+"""Configurations of short runs on the tiny model, and caches written without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
+from ray_diffsynth.cache.store import GroupRow, write_shard
+from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.training.setup import Setup
+from ray_diffsynth.training.source import DatasetSource, shard_sizes
+
+LORA = "to_q,to_k,to_v,to_out.0,to_add_out,img_mlp.net.2"
+
+
+def make_config(model: Path, base: Path, output: Path, **changes: Any) -> TrainConfig:
+    """A short fp32 run; `changes` on top."""
+    values: dict[str, Any] = {
+        "model": str(model),
+        "dataset_base_path": str(base),
+        "output_path": str(output),
+        "dtype": "float32",
+        "lora_rank": 4,
+        "lora_target_modules": LORA,
+        "learning_rate": 1e-2,
+        "task": "sft:train",
+        "num_epochs": 4,
+        **changes,
+    }
+    return TrainConfig(**values)
+
+
+def write_cache(setup: Setup, data: DatasetSource, cache: Path) -> Path:
+    """Stage 1 without Ray: one row a sample in every group, shards as stage 1 cuts them."""
+    config = setup.config
+    module, _ = setup.build(torch.device("cpu"))
+    stages = module.stages
+    samples = [module.encode(sample) for sample in data.fetch(range(len(data.sample_ids)))]
+    names = [name for name, rows in data.buckets.items() for _ in rows]
+    columns: dict[str, list[Any]] = {
+        "sample_id": list(data.sample_ids),
+        "source": list(data.sample_ids),
+        "bucket": names,
+    }
+    sizes = shard_sizes(data.buckets)
+    for group in stages.groups:
+        for column in ("key", "file", "row_group", "row"):
+            columns[f"{group.name}_{column}"] = []
+        for name, rows in data.buckets.items():
+            for first in range(rows.start, rows.stop, sizes[name]):
+                part = range(first, min(first + sizes[name], rows.stop))
+                values = [GroupRow(f"key-{i:03d}", {p: samples[i][p] for p in group.parameters}) for i in part]
+                shard = write_shard(str(cache), group.name, f"{name}-{first:03d}", name, values, codec="planes-zstd")
+                for position, row in enumerate(values):
+                    row_group, at = shard.locate(position)
+                    for column, value in (
+                        ("key", row.key),
+                        ("file", shard.file),
+                        ("row_group", row_group),
+                        ("row", at),
+                    ):
+                        columns[f"{group.name}_{column}"].append(value)
+    count = len(samples)
+    manifest = Manifest(
+        family=setup.family,
+        task="sft:data_process",
+        trainable=config.trained,
+        parameters=stages.parameters,
+        groups=tuple(
+            GroupSpec(name=g.name, parameters=g.parameters, fingerprint="test", rows=count) for g in stages.groups
+        ),
+        buckets={name: len(rows) for name, rows in data.buckets.items()},
+        counts={"samples": count, "quarantined": 0, "total": count},
+        codec="planes-zstd",
+        dtype=config.dtype,
+    )
+    schema = index_schema(group.name for group in stages.groups)
+    commit(str(cache), manifest, pa.table(columns, schema=schema), QUARANTINE_SCHEMA.empty_table())
+    return cache
