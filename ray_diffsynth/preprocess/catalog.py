@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -15,6 +16,8 @@ from ray_diffsynth.preprocess.shards import ShardPlan, remaining
 
 
 logger = logging.getLogger(__name__)
+
+HEADER_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ class GroupCatalog:
 
     def add(self, shard: Shard) -> None:
         """Take in a written shard."""
-        self.locations.update((key, Location(shard.file, *shard.locate(row))) for row, key in enumerate(shard.keys))
+        for row, key in enumerate(shard.keys):
+            self.locations.setdefault(key, Location(shard.file, *shard.locate(row)))
         self.failures.update((key, Failure(*reason)) for key, reason in shard.failed.items())
 
 
@@ -74,16 +78,21 @@ def recover(cache: str, group: str, shards: Iterable[ShardPlan], catalog: GroupC
     """
     open_shards = {f"{shard.name}.parquet": shard for shard in shards}
     wanted = {key for shard in open_shards.values() for key in shard.keys}
-    committed = {location.file for location in catalog.locations.values()}
-    found = [file for file in list_shards(cache, group) if file not in committed] if open_shards else []
-    for file in sorted(found, key=lambda name: name not in open_shards):
-        try:
-            shard = read_shard_header(cache, group, file)
-        except CacheError as error:
-            logger.warning("%s; its rows are encoded again", error)
-            continue
-        if file in open_shards or not wanted.isdisjoint({*shard.keys, *shard.failed}):
+    # Committed files too: they may hold rows of samples that left the index and came back.
+    files = list_shards(cache, group) if open_shards else []
+    with ThreadPoolExecutor(max_workers=HEADER_THREADS) as pool:
+        headers = list(pool.map(lambda file: _header(cache, group, file), files))
+    for file, shard in sorted(zip(files, headers, strict=True), key=lambda item: item[0] not in open_shards):
+        if shard is not None and not wanted.isdisjoint({*shard.keys, *shard.failed}):
             catalog.add(shard)
             open_shards.pop(file, None)
     done = catalog.known()
     return [rest for shard in open_shards.values() if (rest := remaining(shard, done)) is not None]
+
+
+def _header(cache: str, group: str, file: str) -> Shard | None:
+    try:
+        return read_shard_header(cache, group, file)
+    except CacheError as error:
+        logger.warning("%s; its rows are encoded again", error)
+        return None

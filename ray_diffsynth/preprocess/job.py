@@ -102,9 +102,13 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
         check_same_dataset(job.cache, manifest, index, job.family, samples)
         catalogs: dict[str, GroupCatalog] = {}
         encoded: dict[str, int] = {}
+        done: list[tuple[GroupPlan, GroupCatalog]] = []
         for group in job.groups:
-            wanted = wanted_rows(group, samples, job.sample)
+            # A sample that failed in a group before this one goes to quarantine: no work for it here.
+            alive = [sample for sample in samples if not any(g.key(sample.inputs) in c.failures for g, c in done)]
+            wanted = wanted_rows(group, alive, job.sample)
             catalogs[group.name] = catalog = committed_rows(job.cache, manifest, index, group.name)
+            done.append((group, catalog))
             shards = recover(job.cache, group.name, plan_shards(not_known(wanted, catalog.known())), catalog)
             encoded[group.name] = sum(len(shard.rows) for shard in shards)
             encode_shards(shards, job.encoder(group), size, cache=job.cache, codec=config.cache_codec, catalog=catalog)

@@ -57,6 +57,7 @@ def model_fingerprints(pipe: type[BasePipeline], source: ModelSource, models: Co
     found = {}
     for name in models:
         part = pipe.parts[name]
+        source.weight_files(part.subfolder)  # a folder without config.json or weights: said now, not by an actor
         found[name] = part_fingerprint(source, part.subfolder)
         for companion in part.companions:
             found[companion] = part_fingerprint(source, pipe.companions[companion].subfolder)

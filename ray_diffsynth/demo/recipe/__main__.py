@@ -1,6 +1,6 @@
-"""The stages of the recipe: vae → latents → dit → export. Each goes on where it stopped.
+"""The stages of the recipe: encoder → latents → decoder and dit (side by side) → export. Each goes on where it stopped.
 
-    OMP_NUM_THREADS=2 python -m ray_diffsynth.demo.recipe vae latents dit export --out build/demo
+    OMP_NUM_THREADS=2 python -m ray_diffsynth.demo.recipe encoder latents decoder dit export --out build/demo
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ from pathlib import Path
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from ray_diffsynth.demo.captions import canonical
+from ray_diffsynth.demo.draw import Pixels
 from ray_diffsynth.demo.evaluate import grid, known_scenes, sample, score
+from ray_diffsynth.demo.recipe.decoder import DecoderConfig, train_decoder
 from ray_diffsynth.demo.recipe.dit import DitConfig, train_dit
 from ray_diffsynth.demo.recipe.export import export_model, pipeline
+from ray_diffsynth.demo.recipe.generic import vae_pictures
 from ray_diffsynth.demo.recipe.latents import LatentsConfig, load_latents, prepare_latents
-from ray_diffsynth.demo.recipe.vae import VaeConfig, decode, encode, test_pictures, train_vae
+from ray_diffsynth.demo.recipe.vae import build_vae, decode, encode, test_pictures
 
 logger = logging.getLogger("ray_diffsynth.demo.recipe")
 
 
-def stage_vae(out: Path) -> None:
-    """Train the VAE; writes vae_raw/ and vae.png (originals above reconstructions)."""
-    vae = train_vae(out / "vae_state", VaeConfig())
-    vae.save_pretrained(out / "vae_raw")
-    sheet = []
-    for pictures in test_pictures(12).values():
-        sheet += [*pictures, *decode(vae, encode(vae, pictures))]
-    grid(sheet, 12).save(out / "vae.png")
+def _pixels(out: Path) -> Pixels:
+    return vae_pictures(out / "pictures.npy", seed=0, count=6_000)
+
+
+def stage_encoder(out: Path) -> None:
+    """Fit the VAE's encoder; writes vae_raw/ with a random decoder."""
+    build_vae(_pixels(out), seed=0).save_pretrained(out / "vae_raw")
 
 
 def stage_latents(out: Path) -> None:
@@ -39,15 +41,27 @@ def stage_latents(out: Path) -> None:
     vae.save_pretrained(out / "vae")
 
 
+def stage_decoder(out: Path) -> None:
+    """Train the VAE's decoder; writes it into vae/, and vae_<step>.png (originals above reconstructions)."""
+    vae = AutoencoderKLQwenImage.from_pretrained(out / "vae")
+
+    def look(step: int) -> None:
+        vae.save_pretrained(out / "vae")
+        rows = [row for pictures in test_pictures(12).values() for row in (pictures, decode(vae, encode(vae, pictures)))]
+        grid([picture for row in rows for picture in row], 12).save(out / f"vae_{step}.png")
+
+    train_decoder(out / "decoder_state", vae, _pixels(out), DecoderConfig(), look)
+
+
 def stage_dit(out: Path) -> None:
     """Train the DiT; writes transformer/ and a grid of samples dit_<step>.png now and then."""
-    vae = AutoencoderKLQwenImage.from_pretrained(out / "vae")
     scenes = known_scenes(40)
 
     def look(dit: QwenImageTransformer2DModel, step: int) -> None:
+        dit.save_pretrained(out / "transformer")
+        vae = AutoencoderKLQwenImage.from_pretrained(out / "vae")
         pictures = sample(pipeline(vae, dit), [canonical(scene) for scene in scenes])
         grid(pictures, 10).save(out / f"dit_{step}.png")
-        dit.save_pretrained(out / "transformer")
         logger.info("dit %d %s", step, score(pictures, scenes))
 
     train_dit(out / "dit_state", load_latents(out / "latents.safetensors"), DitConfig(), look, look_every=500)
@@ -60,7 +74,13 @@ def stage_export(out: Path) -> None:
     logger.info("exported %d bytes", export_model(out / "model", vae, dit))
 
 
-STAGES = {"vae": stage_vae, "latents": stage_latents, "dit": stage_dit, "export": stage_export}
+STAGES = {
+    "encoder": stage_encoder,
+    "latents": stage_latents,
+    "decoder": stage_decoder,
+    "dit": stage_dit,
+    "export": stage_export,
+}
 
 
 def main() -> None:

@@ -32,8 +32,8 @@ class DitConfig:
     head_dim: int = 32
     steps: int = 5_000
     cool: int = 2_000
-    batch: int = 64
-    learning_rate: float = 2e-3
+    batch: int = 32
+    learning_rate: float = 1.5e-3
     warmup: int = 150
     drop_caption: float = 0.1
     shift: float = 3.0

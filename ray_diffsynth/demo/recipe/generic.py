@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageFilter
 
@@ -104,3 +106,11 @@ def vae_picture(seed: int, index: int) -> Pixels:
     if kind < 0.7:
         return glow(rng)
     return render(random_scene(rng, spread=0.3), rng)
+
+
+def vae_pictures(path: Path, seed: int, count: int) -> Pixels:
+    """The VAE's training pictures (count, 64, 64, 3), drawn once and kept in `path`."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.stack([vae_picture(seed, i) for i in range(count)]), allow_pickle=False)
+    return np.asarray(np.load(path, allow_pickle=False))

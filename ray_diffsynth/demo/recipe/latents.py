@@ -29,7 +29,7 @@ class LatentsConfig:
     """`pictures` drawn with the seed, each with its canonical caption and `varied` ones from the whole grammar."""
 
     seed: int = 10
-    pictures: int = 12_000
+    pictures: int = 8_000
     varied: int = 2
 
 
@@ -76,7 +76,7 @@ def normalize(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
 
 
 def prepare_latents(path: Path, vae: AutoencoderKLQwenImage, config: LatentsConfig) -> None:
-    """Draw, encode and embed; sets the VAE's latent statistics; writes one safetensors file with the prompts as metadata."""
+    """Draw, encode and embed; set the VAE's latent statistics; write one safetensors file with the prompts as metadata."""
     pictures = [draw_picture(config.seed, i) for i in range(config.pictures)]
     latents = encode(vae, np.stack([p.pixels for p in pictures]))
     set_statistics(vae, latents)
