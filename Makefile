@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types imports check bench clean
+.PHONY: help install browser demo test lint format types imports check bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -23,9 +23,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Preprocess, train and generate with a tiny model, on this machine
 	$(BIN)/python -m ray_diffsynth.demo.run
 
+# Debian's package, if this is root on a machine that has apt-get; the tests that need it are skipped without.
+browser: ## Install Chromium for the tests that look at report.html
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \
+	|| { test "$$(id -u)" = 0 && timeout 60 apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	     timeout 300 apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
+	|| echo "no chromium: the tests that look at report.html in a browser are skipped"
+
 # One thread a process: the suite runs several processes on few cores.
 test: export OMP_NUM_THREADS ?= 1
-test: $(STAMP) ## Run all tests (those marked gpu are skipped without CUDA)
+test: $(STAMP) browser ## Run all tests (those marked gpu are skipped without CUDA)
 	$(BIN)/python -m pytest -q --durations=15 $(ARGS)
 
 lint: $(STAMP) ## Check style
@@ -44,8 +51,8 @@ imports: $(STAMP) ## Check that imports go down only
 
 check: lint types imports ## All checks but the tests
 
-bench: $(STAMP) ## Run the benchmarks, one file a claim
-	@for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+bench: $(STAMP) ## Run the benchmarks, one file a claim, and print one table
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -11,6 +11,8 @@ if _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
 # Ray's processes on this machine inherit it.
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]))
+# A thread of Ray Data that outlives an interrupted job must not start a Ray of its own.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 from ray_diffsynth.cli import main  # noqa: E402
 from ray_diffsynth.config import PreprocessConfig  # noqa: E402

@@ -22,31 +22,49 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
-from ray_diffsynth.config import CommonConfig, PreprocessConfig, TrainConfig
-from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, NO_EFFECT, REFUSED
+from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
+from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, DECIDED_BY_STUDENT, NO_EFFECT, REFUSED
 from ray_diffsynth.errors import ConfigError, UserError, nearest
+from ray_diffsynth.job_config import JobConfig
 
-C = TypeVar("C", bound=CommonConfig)
+C = TypeVar("C", bound=JobConfig)
 
 # The groups of --help. A field that is not listed here appears under "Further options".
 GROUPS: dict[str, tuple[str, ...]] = {
-    "What to do": ("task", "output_path", "seed", "resume"),
+    "What to do": ("task", "output_path", "seed", "resume", "dry_run"),
     "Data": (
         *("dataset_base_path", "dataset_metadata_path", "data_file_keys", "extra_inputs", "dataset_repeat"),
-        *("dataset_num_workers", "height", "width", "max_pixels", "cache_codec"),
+        *("dataset_num_workers", "height", "width", "max_pixels", "resolution", "num_frames", "fps", "cache_codec"),
+        *("max_quarantine", "retry_quarantined", "shard_cache", "shard_cache_gb"),
     ),
     "Model": (
         *("model", "model_id_with_origin_paths", "model_paths", "tokenizer_path", "processor_path", "family", "dtype"),
         *("trainable_models", "preset_lora_path", "preset_lora_model"),
     ),
-    "LoRA": ("lora_base_model", "lora_target_modules", "lora_rank", "lora_alpha", "lora_checkpoint"),
+    "LoRA": (
+        *("lora_base_model", "lora_target_modules", "lora_rank", "lora_alpha", "lora_checkpoint", "lora_dropout"),
+        *("use_rslora", "use_dora", "lora_format"),
+    ),
     "Optimisation": (
         *("learning_rate", "num_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "weight_decay"),
-        *("max_grad_norm", "loss_weighting", "min_timestep_boundary", "max_timestep_boundary"),
-        *("use_gradient_checkpointing", "use_gradient_checkpointing_offload"),
+        *("max_grad_norm", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        *("customized_optimizer", "optimizer_arguments", "ema_decay", "caption_dropout", "loss_weighting"),
+        *("timestep_sampling", "logit_mean", "logit_std", "mode_scale", "timestep_shift"),
+        *("min_timestep_boundary", "max_timestep_boundary"),
     ),
-    "Saving and logging": ("save_steps", "keep_checkpoints", "log_every", "verbose"),
-    "Cluster": ("num_workers", "resources", "ray_address"),
+    "Generating": (
+        *("prompt", "prompt_path", "negative_prompt", "num_inference_steps", "cfg_scale", "seeds", "images_per_prompt"),
+        *("rand_device", "lora", "lora_scale", "grid", "student_steps"),
+    ),
+    "Memory": (
+        *("use_gradient_checkpointing", "gradient_checkpointing_every", "use_gradient_checkpointing_offload"),
+        *("fp8_base", "shard_base"),
+    ),
+    "Saving and logging": (
+        *("save_steps", "keep_checkpoints", "log_every", "log_with", "validation_samples", "validation_steps"),
+        *("validation_prompts", "sample_steps", "sample_inference_steps", "sample_resources", "verbose"),
+    ),
+    "Cluster": ("num_workers", "resources", "pools", "ray_address"),
 }
 
 
@@ -75,6 +93,9 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
     if isinstance(config, TrainConfig) and config.reads_cache:
         for name in sorted(given & DECIDED_BY_CACHE.keys()):
             _note(name, DECIDED_BY_CACHE[name])
+    if isinstance(config, TrainConfig) and config.task.startswith("direct_distill"):
+        for name in sorted(given & DECIDED_BY_STUDENT.keys()):
+            _note(name, DECIDED_BY_STUDENT[name])
     return config
 
 
@@ -85,7 +106,8 @@ def main(config_class: type[C], run: Callable[[C], object], argv: Sequence[str] 
     try:
         run(config)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from what is already written", file=sys.stderr)
+        done = f"what is finished lies in {config.output_path}; the same command goes on from there"
+        print(f"\ninterrupted: {done}", file=sys.stderr)
         return 130
     except Exception as error:
         user_error = find_user_error(error)
@@ -95,6 +117,8 @@ def main(config_class: type[C], run: Callable[[C], object], argv: Sequence[str] 
         if config.verbose:
             traceback.print_exc()
         print(f"error: {user_error}", file=sys.stderr)
+        for note in dict.fromkeys(note for each in (user_error, error) for note in getattr(each, "__notes__", ())):
+            print(note, file=sys.stderr)
         return 2 if isinstance(user_error, ConfigError) else 1
     return 0
 
@@ -117,11 +141,12 @@ def find_user_error(error: BaseException) -> UserError | None:
     return None
 
 
-def _make_parser(config_class: type[CommonConfig], prog: str) -> ArgumentParser:
-    usage = f"{prog} --dataset_base_path PATH --model MODEL [options]"
+def _make_parser(config_class: type[JobConfig], prog: str) -> ArgumentParser:
+    needed = "--prompt TEXT" if config_class is GenerateConfig else "--dataset_base_path PATH"
+    usage = f"{prog} {needed} --model MODEL [options]"
     parser = _Parser(prog=prog, usage=usage, description=inspect.getdoc(config_class))
     parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file of options; one file may serve both jobs."
+        "--config", action="config", metavar="FILE", help="YAML file of options; one file may serve all jobs."
     )
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     hints, sentences = get_type_hints(config_class), _sentences(config_class)
@@ -135,6 +160,9 @@ def _make_parser(config_class: type[CommonConfig], prog: str) -> ArgumentParser:
             hint, options = hints[name], dict[str, Any](help=sentences[name])
             if get_origin(hint) is Literal:  # the configuration refuses bad values itself, with the nearest name
                 options["metavar"] = "{" + ",".join(get_args(hint)) + "}"
+                if len(f"  --{name} {options['metavar']}") > 80:
+                    options["metavar"] = "NAME"
+                    options["help"] += f" One of {', '.join(get_args(hint))}."
                 hint = str
             elif hint is not bool:  # jsonargparse shows a bool's values itself
                 options["metavar"] = _metavar(name, hint)
@@ -152,7 +180,7 @@ def _metavar(name: str, hint: object) -> str:
     return next(shown for kind, shown in kinds.items() if written.startswith(kind))
 
 
-def _sentences(config_class: type[CommonConfig]) -> dict[str, str]:
+def _sentences(config_class: type[JobConfig]) -> dict[str, str]:
     """The docstring below each field, the subclass's over the base's."""
     sentences: dict[str, str] = {}
     for cls in reversed([cls for cls in config_class.__mro__ if dataclasses.is_dataclass(cls)]):
@@ -161,7 +189,7 @@ def _sentences(config_class: type[CommonConfig]) -> dict[str, str]:
     return sentences
 
 
-def _arguments(config_class: type[CommonConfig], argv: list[str]) -> tuple[list[str], set[str]]:
+def _arguments(config_class: type[JobConfig], argv: list[str]) -> tuple[list[str], set[str]]:
     """``argv`` without the options that have no effect here, and the names of the fields that are given.
 
     A bare boolean flag gets its ``true``, and a YAML file is read and checked here, to be handed on as JSON.
@@ -201,7 +229,7 @@ def _flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
             yield word, None
 
 
-def _read_yaml(config_class: type[CommonConfig], path: str) -> dict[str, Any]:
+def _read_yaml(config_class: type[JobConfig], path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -213,12 +241,12 @@ def _read_yaml(config_class: type[CommonConfig], path: str) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if _is_field(config_class, key, key, f"{path}: {key}")}
 
 
-def _is_field(config_class: type[CommonConfig], field: str, name: str, shown: str) -> bool:
+def _is_field(config_class: type[JobConfig], field: str, name: str, shown: str) -> bool:
     """Whether ``name`` is an option of this job; notes it if it has no effect, raises ConfigError if it is unknown."""
     fields = {f.name for f in dataclasses.fields(config_class)}
     if field in fields:
         return True
-    for other in (PreprocessConfig, TrainConfig):
+    for other in (PreprocessConfig, TrainConfig, GenerateConfig):
         if field in {f.name for f in dataclasses.fields(other)}:
             _note(name, f"it belongs to jobs/{other.job}.py")
             return False
@@ -231,7 +259,7 @@ def _is_field(config_class: type[CommonConfig], field: str, name: str, shown: st
     raise ConfigError(f"{shown} is not an option" + (f"; did you mean {' or '.join(close)}?" if close else ""))
 
 
-def _check_ray_job_paths(config: CommonConfig) -> None:
+def _check_ray_job_paths(config: JobConfig) -> None:
     """In a job of `ray job submit` the working folder is a copy that Ray deletes: results may not be left in it."""
     inside = "runtime_resources/working_dir_files" in Path.cwd().as_posix()
     if inside and "://" not in config.output_path and not os.path.isabs(config.output_path):

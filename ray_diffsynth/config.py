@@ -6,12 +6,15 @@ imports no torch, so that ``--help`` is fast.
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal
 
 from ray_diffsynth.errors import ConfigError, did_you_mean
+from ray_diffsynth.generate_config import GenerateConfig as GenerateConfig
+from ray_diffsynth.job_config import JobConfig, JobName
+from ray_diffsynth.train_options import TrainOptions, worker_range
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,14 @@ TASKS: dict[str, TaskSpec] = {
     "sft": TaskSpec("train", reads_cache=False),
     "sft:data_process": TaskSpec("preprocess", reads_cache=False),
     "sft:train": TaskSpec("train", reads_cache=True),
+    "direct_distill": TaskSpec("train", reads_cache=False),
+    "direct_distill:data_process": TaskSpec("preprocess", reads_cache=False),
+    "direct_distill:train": TaskSpec("train", reads_cache=True),
 }
+
+
+POOL_KEYS = ("num_gpus", "num_cpus", "batch_size", "min_size", "max_size")
+"""What ``pools`` says of a group's actors."""
 
 
 def split_names(value: str | None) -> tuple[str, ...]:
@@ -34,26 +44,19 @@ def split_names(value: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (value or "").split(",") if name.strip())
 
 
-@dataclass(frozen=True, kw_only=True)
-class CommonConfig:
-    """What both jobs need to know."""
+def _by_model(targets: str | None) -> dict[str, str] | None:
+    """``"dit=to_q,to_k;text_encoder=q_proj"`` as a mapping; None for a list without model names."""
+    parts = re.split(r";(?=[\w.]+=)", targets or "")
+    pairs = [re.fullmatch(r"\s*([\w.]+)=(.*)", part, re.DOTALL) for part in parts]
+    return {pair[1]: pair[2].strip(" ;") for pair in pairs if pair} if all(pairs) else None
 
-    job: ClassVar[Literal["preprocess", "train"]]
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig(JobConfig):
+    """What the two jobs that read a dataset or its cache need to know."""
 
     dataset_base_path: str
-    """Folder or URL of the data: pictures and metadata for sft and sft:data_process, the cache for sft:train."""
-    model: str | None = None
-    """Model in diffusers' layout: a local folder or a Hugging Face id."""
-    model_id_with_origin_paths: str | None = None
-    """DiffSynth's way to name a model: comma-separated id:pattern, e.g. Qwen/Qwen-Image:vae/*.safetensors."""
-    model_paths: str | None = None
-    """JSON list of local weight files (a list of shards counts as one entry), each beside its config.json."""
-    tokenizer_path: str | None = None
-    """Folder of the tokenizer, when it is not the model's own."""
-    processor_path: str | None = None
-    """Folder of the processor, when it is not the model's own."""
-    family: str | None = None
-    """Pipeline family or your own module:Class; read from the model when not given."""
+    """Folder or URL of the data: pictures and metadata; the cache for sft:train and direct_distill:train."""
     task: str = "sft"
     """What to do: sft:data_process (preprocess), sft:train or the unsplit sft (train)."""
     dataset_metadata_path: str | None = None
@@ -70,42 +73,32 @@ class CommonConfig:
     """Width of every picture in pixels."""
     max_pixels: int = 1024 * 1024
     """Largest area of a picture in pixels with dynamic sizes; larger ones are scaled down."""
+    resolution: str | None = None
+    """Comma-separated sides, e.g. 512,1024: aspect-ratio buckets of about side x side pixels, not dynamic sizes."""
+    num_frames: int | None = None
+    """Frames of every video, 4n+1; of a shorter one as many as it has. 81 for a model of videos when not given."""
+    fps: float | None = None
+    """Frames per second at which videos are read; every frame in turn when not given."""
     trainable_models: str | None = None
     """Comma-separated models that are trained, e.g. text_encoder; decides which units stage 1 may run."""
     lora_base_model: str | None = None
-    """Model that carries the LoRA; dit unless trainable_models is given."""
-    output_path: str = "./models"
-    """Folder or URL for the results: the cache of preprocess, the LoRA and checkpoints of train."""
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """Number format of the frozen models and of what they compute."""
-    seed: int = 0
-    """Seed of everything random: the order, the noise, the timesteps and the LoRA's start."""
+    """Comma-separated models that get a LoRA each, e.g. dit,text_encoder; dit unless trainable_models is given."""
     batch_size: int = 1
     """Samples that one actor or worker handles at once; one batch holds one size."""
-    num_workers: int = 0
-    """Actors (preprocess) or workers (train); 0 is one per GPU of the cluster, or one without GPUs."""
-    resources: dict[str, float] | None = None
-    """Ray resources of one actor or worker, e.g. {"GPU": 1, "CPU": 4}; one GPU each where there are some."""
-    ray_address: str | None = None
-    """Ray cluster to join, e.g. auto; when not given, the one of RAY_ADDRESS or a local one made for this job."""
-    verbose: bool = False
-    """Show Ray's own messages too."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value that cannot work, and resolve the defaults that depend on other fields."""
-        self._check_choices()
-        self._check_numbers()
+        super().__post_init__()
         if not self.dataset_base_path:
-            raise ConfigError("dataset_base_path is empty; give the folder of the data, or of the cache for sft:train")
+            raise ConfigError(
+                "dataset_base_path is empty; give the folder of the data, or of the cache for the :train tasks"
+            )
         self._check_task()
-        self._check_model()
         if (self.height is None) != (self.width is None):
             raise ConfigError(
                 f"height={self.height} and width={self.width}: give both for one fixed size, or neither for dynamic"
             )
-        for name, amount in (self.resources or {}).items():
-            if not math.isfinite(amount) or amount < 0:
-                raise ConfigError(f"resources: {name}={amount} is not an amount; use a number of at least 0")
+        self._check_resolution()
         if self.lora_base_model is None and not split_names(self.trainable_models):
             object.__setattr__(self, "lora_base_model", "dit")
 
@@ -113,6 +106,11 @@ class CommonConfig:
     def trained(self) -> tuple[str, ...]:
         """The models that need gradients: ``trainable_models`` and the one with the LoRA, each once."""
         return tuple(dict.fromkeys((*split_names(self.trainable_models), *split_names(self.lora_base_model))))
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """``resolution`` as numbers."""
+        return tuple(int(side) for side in split_names(self.resolution))
 
     @property
     def file_columns(self) -> tuple[str, ...]:
@@ -124,26 +122,21 @@ class CommonConfig:
         """``extra_inputs`` as names."""
         return split_names(self.extra_inputs)
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values, for the report and the checkpoint."""
-        return dataclasses.asdict(self)
-
-    def _check_choices(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and (value := getattr(self, name)) not in get_args(hint):
-                raise ConfigError(f"{name}={value!r} is not known; {did_you_mean(str(value), get_args(hint))}")
-
-    def _check_numbers(self) -> None:
-        for name, least in self._minimum().items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise ConfigError(f"{name}={value} is too small; use at least {least}")
-
     def _minimum(self) -> dict[str, float]:
         return {
-            **dict.fromkeys(("height", "width", "max_pixels", "batch_size"), 1),
-            **dict.fromkeys(("dataset_num_workers", "seed", "num_workers"), 0),
+            **super()._minimum(),
+            **dict.fromkeys(("height", "width", "max_pixels", "num_frames", "batch_size"), 1),
+            "dataset_num_workers": 0,
         }
+
+    def _check_resolution(self) -> None:
+        for side in split_names(self.resolution):
+            if not (side.isascii() and side.isdigit() and int(side) > 0):
+                raise ConfigError(
+                    f"resolution={self.resolution!r}: {side!r} is not a side in pixels; write 1024 or 512,1024"
+                )
+        if self.resolution and self.height is not None:
+            raise ConfigError("resolution and height/width are both given; a fixed size has one bucket: leave one out")
 
     def _check_task(self) -> None:
         mine = [name for name, spec in TASKS.items() if spec.job == self.job]
@@ -155,36 +148,58 @@ class CommonConfig:
                 f"task={self.task!r} is run by jobs/{other}.py; jobs/{self.job}.py runs {' and '.join(mine)}"
             )
 
-    def _check_model(self) -> None:
-        if self.model and (self.model_id_with_origin_paths or self.model_paths):
-            raise ConfigError(
-                "model and model_id_with_origin_paths (or model_paths) are both given; use one of them, "
-                "model being the short form that takes all parts of a folder or hub id"
-            )
-        if not (self.model or self.model_id_with_origin_paths or self.model_paths):
-            raise ConfigError("model is missing; give a diffusers folder or a hub id, e.g. model=Qwen/Qwen-Image")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(CommonConfig):
     """Stage 1: encode a folder of pictures into a cache, on a pool of Ray actors."""
 
-    job: ClassVar[Literal["preprocess", "train"]] = "preprocess"
+    job: ClassVar[JobName] = "preprocess"
 
     task: str = "sft:data_process"
-    """What to do: sft:data_process."""
+    """What to do: sft:data_process, or direct_distill:data_process for the pictures of a teacher."""
     cache_codec: Literal["planes-zstd", "zstd", "none"] = "planes-zstd"
     """Compression of the cache; planes-zstd stores the two byte planes of bf16 apart, the smallest."""
+    pools: dict[str, dict[str, float]] | None = None
+    """Encode the groups side by side: for each its actors, e.g. {"vae": {"num_gpus": 0.3, "batch_size": 4}}; the keys
+    are num_gpus, num_cpus, batch_size, min_size and max_size."""
+    max_quarantine: float | None = None
+    """Fail when more samples than this are in quarantine: a count, or a fraction of all samples below 1."""
+    retry_quarantined: bool = False
+    """Try again what could not be encoded before."""
+    dry_run: bool = False
+    """Only print what would be done: samples per bucket, bytes, what is reused and why not."""
+
+    def __post_init__(self) -> None:
+        """Check what the base does not, see there."""
+        super().__post_init__()
+        for group, pool in (self.pools or {}).items():
+            for name, value in pool.items():
+                if name not in POOL_KEYS:
+                    raise ConfigError(f"pools: {group}: {name} is not known; {did_you_mean(name, POOL_KEYS)}")
+                whole = name not in ("num_gpus", "num_cpus")
+                if not math.isfinite(value) or value < 0 or (whole and (value < 1 or value != int(value))):
+                    kind = "a whole number from 1" if whole else "a number of at least 0"
+                    raise ConfigError(f"pools: {group}: {name}={value} is not {kind}")
+            if pool.get("min_size", 1) > pool.get("max_size", math.inf):
+                raise ConfigError(
+                    f"pools: {group}: min_size={pool['min_size']:g} is above max_size={pool['max_size']:g}"
+                )
+        most = self.max_quarantine
+        if most is not None and not (0 <= most < 1 or most == int(most)):
+            raise ConfigError(f"max_quarantine={most}: give a whole number, or a fraction below 1")
+
+    def _minimum(self) -> dict[str, float]:
+        return {**super()._minimum(), "max_quarantine": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CommonConfig):
+class TrainConfig(TrainOptions, CommonConfig):
     """Stage 2: train a LoRA from the cache of preprocess (sft:train), or from pictures in one go (sft)."""
 
-    job: ClassVar[Literal["preprocess", "train"]] = "train"
+    job: ClassVar[JobName] = "train"
 
     task: str = "sft:train"
-    """What to do: sft:train from a cache, or sft from pictures without one."""
+    """What to do: sft:train from a cache, sft from pictures without one, direct_distill:train or direct_distill."""
     dataset_repeat: int = 1
     """How often every sample is seen in one epoch."""
     learning_rate: float = 1e-4
@@ -198,13 +213,14 @@ class TrainConfig(CommonConfig):
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     lora_target_modules: str | None = None
-    """Comma-separated layer names that get a LoRA, or re:<regular expression>; the family's list when not given."""
+    """Comma-separated layer names that get a LoRA, or re:<regular expression>; the family's list when not given. For
+    several models dit=to_q,to_k;text_encoder=q_proj,v_proj."""
     lora_rank: int = 32
     """Rank of the LoRA."""
     lora_alpha: float | None = None
     """Scale of the LoRA times its rank; the rank itself when not given."""
     lora_checkpoint: str | None = None
-    """LoRA file whose weights the training starts from."""
+    """LoRA file whose weights the training starts from; one for each of several lora_base_model, with commas."""
     preset_lora_path: str | None = None
     """LoRA file that is fused into the frozen base before training."""
     preset_lora_model: str | None = None
@@ -229,6 +245,8 @@ class TrainConfig(CommonConfig):
     """How many of the newest checkpoints are kept (the LoRA files all are)."""
     log_every: int = 1
     """Steps between two reported losses."""
+    num_workers: int | str = 0  # type: ignore[assignment]  # a range too
+    """Workers; 1..8 for as many as there are, which may come and go; 0 is one per GPU, or one without GPUs."""
 
     def __post_init__(self) -> None:
         """Check what the base does not, see there."""
@@ -246,7 +264,10 @@ class TrainConfig(CommonConfig):
         if self.preset_lora_model and not self.preset_lora_path:
             raise ConfigError("preset_lora_model is given without preset_lora_path; give the file too, or neither")
         if self.preset_lora_path and not self.preset_lora_model:
-            object.__setattr__(self, "preset_lora_model", self.lora_base_model or "dit")
+            object.__setattr__(self, "preset_lora_model", (*self.lora_models, "dit")[0])
+        self._check_loras()
+        self.check_options()
+        worker_range(self.num_workers)
         if self.use_gradient_checkpointing_offload:
             object.__setattr__(self, "use_gradient_checkpointing", True)
         if not self.resume:
@@ -257,13 +278,52 @@ class TrainConfig(CommonConfig):
         """Whether dataset_base_path is a cache."""
         return TASKS[self.task].reads_cache
 
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Least and most workers; (0, 0) leaves the number to the cluster."""
+        return worker_range(self.num_workers)
+
+    @property
+    def lora_models(self) -> tuple[str, ...]:
+        """``lora_base_model`` as names."""
+        return split_names(self.lora_base_model)
+
+    def lora_targets(self, model: str) -> str | None:
+        """What ``lora_target_modules`` says of one model; None when that is the family's list."""
+        own = _by_model(self.lora_target_modules)
+        return self.lora_target_modules if own is None else own.get(model)
+
+    @property
+    def lora_checkpoints(self) -> dict[str, str]:
+        """``lora_checkpoint`` by model; the path itself when there is one model, whatever characters it has."""
+        one = len(self.lora_models) == 1
+        paths = (self.lora_checkpoint,) if one and self.lora_checkpoint else split_names(self.lora_checkpoint)
+        return dict(zip(self.lora_models, paths, strict=bool(paths)))
+
+    def _check_loras(self) -> None:
+        models = self.lora_models
+        for model in _by_model(self.lora_target_modules) or {}:
+            if model not in models:
+                raise ConfigError(
+                    f"lora_target_modules names {model}=…, which has no LoRA; {did_you_mean(model, models)} "
+                    f"Or add it to lora_base_model={self.lora_base_model!r}"
+                )
+        given = split_names(self.lora_checkpoint)
+        if given and len(models) != 1 and len(given) != len(models):
+            raise ConfigError(
+                f"lora_checkpoint names {len(given)} files for {len(models)} models with a LoRA; give one a model, in "
+                f"the order of lora_base_model={self.lora_base_model!r}"
+            )
+
     def _minimum(self) -> dict[str, float]:
         positive = (
             *("dataset_repeat", "num_epochs", "max_steps", "lora_rank", "gradient_accumulation_steps"),
             *("save_steps", "keep_checkpoints", "log_every"),
         )
         zero = ("learning_rate", "lora_alpha", "weight_decay", "max_grad_norm")
-        return {**super()._minimum(), **dict.fromkeys(positive, 1), **dict.fromkeys(zero, 0.0)}
+        least = {**super()._minimum(), **dict.fromkeys(positive, 1), **dict.fromkeys(zero, 0.0)}
+        least.pop("num_workers")  # see worker_range
+        return {**least, **self.positive_options()}
 
 
-Config = PreprocessConfig | TrainConfig
+Config = PreprocessConfig | TrainConfig | GenerateConfig

@@ -33,7 +33,6 @@ REFUSED: dict[str, str] = {
     "audio_processor_path": "audio is not supported",
     "enable_lora_hot_loading": "template models (image to LoRA) are not supported",
     "framewise_decoding": "WanToDance is not supported",
-    "num_frames": "videos are not supported yet; each sample is one picture",
     "quant_options": "quantised base models are not supported; leave it out and use --dtype bfloat16",
     "resume_from_checkpoint": (
         "use --lora_checkpoint FILE to start from a LoRA, or --resume auto (the default) to go on with the run that "
@@ -50,6 +49,18 @@ DECIDED_BY_CACHE: dict[str, str] = {
     "dataset_metadata_path": "the cache has an index of its own",
     "extra_inputs": "the cache holds the inputs that preprocess was given",
     "height": "the cache holds encoded pictures, whose size is fixed",
+    "fps": "the cache holds encoded videos, whose frames are fixed",
     "max_pixels": "the cache holds encoded pictures, whose size is fixed",
+    "num_frames": "the cache holds encoded videos, whose frames are fixed",
     "width": "the cache holds encoded pictures, whose size is fixed",
 }
+
+# What direct_distill decides itself: it runs the student's whole sampling schedule, and draws no timestep.
+_WHOLE = "direct_distill runs every step of the student's schedule"
+DECIDED_BY_STUDENT: dict[str, str] = dict.fromkeys(
+    (
+        *("loss_weighting", "min_timestep_boundary", "max_timestep_boundary", "timestep_sampling", "logit_mean"),
+        *("logit_std", "mode_scale", "timestep_shift"),
+    ),
+    _WHOLE,
+)

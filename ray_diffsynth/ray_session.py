@@ -1,15 +1,22 @@
 """Joining or starting Ray: the one place where a job decides which cluster it runs on."""
 
+import io
 import logging
 import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import TextIO
 
 import ray
 from ray.util.annotations import RayDeprecationWarning
 
 from ray_diffsynth.errors import UserError
+
+LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
+"""Those of Ray that print on the terminal by themselves."""
 
 
 class ClusterError(UserError):
@@ -18,9 +25,10 @@ class ClusterError(UserError):
 
 @contextmanager
 def ray_session(address: str | None = None, *, verbose: bool = False) -> Iterator[None]:
-    """Within it Ray is up: the one already joined, else `address` or RAY_ADDRESS, else a local one that ends with the block.
+    """Within it Ray is up: the one already joined, else `address` or RAY_ADDRESS, else a local one that ends with it.
 
-    Workers compute with one thread per reserved CPU (OMP_NUM_THREADS is Ray's default), so that pools do not fight over cores.
+    Workers compute with one thread per reserved CPU (OMP_NUM_THREADS is Ray's default): pools do not fight over cores.
+    Unless `verbose`, Ray's own messages go to a file, which a failure names and a success removes.
     """
     if ray.is_initialized():
         yield
@@ -29,21 +37,94 @@ def ray_session(address: str | None = None, *, verbose: bool = False) -> Iterato
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     # Ray 2.60 warns about a change of default; unset, CPU-only actors would still see every GPU.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not verbose:
-        # Ray Data has no other way yet to bound an actor's restarts than the arguments that 2.60 deprecates.
-        warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     options = {"include_dashboard": False} if address == "local" else {}
     level = logging.INFO if verbose else logging.ERROR
+    with ExitStack() as quiet:
+        if not verbose:
+            # Ray Data has no other way yet to bound an actor's restarts than the arguments that 2.60 deprecates.
+            warnings.filterwarnings("ignore", category=RayDeprecationWarning)
+            quiet.enter_context(native_messages_in_a_file())
+        try:
+            ray.init(address=address, log_to_driver=verbose, logging_level=level, **options)
+        except ConnectionError as error:
+            raise ClusterError(
+                f"no Ray cluster at {address}: {error}; start one, or leave --ray_address out for a local one"
+            ) from error
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(level)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def native_messages_in_a_file() -> Iterator[None]:
+    """Within it, what native code writes to stderr and what Ray's loggers print goes to a temporary file.
+
+    Python's own stderr (progress, messages, tracebacks) stays where it was. An exception that leaves the block gets a
+    note with the file's path; without one, or when nothing was written, the file is removed.
+    """
+    handle, path = tempfile.mkstemp(prefix="ray_diffsynth-", suffix=".log")
+    with os.fdopen(handle, "w", buffering=1, encoding="utf-8", errors="backslashreplace") as log:
+        try:
+            with _native_stderr(log), _loggers(log):
+                yield
+        except BaseException as error:
+            log.flush()
+            if os.path.getsize(path) and isinstance(error, Exception):  # not Ctrl-C, not an exit code
+                error.add_note(f"Ray's own messages are in {path}")
+            else:
+                os.unlink(path)
+            raise
+        os.unlink(path)
+
+
+@contextmanager
+def _native_stderr(log: TextIO) -> Iterator[None]:
+    """File descriptor 2 is `log`; `sys.stderr` and its logging handlers, if they wrote there, write to a copy of it."""
+    python = sys.stderr
+    python.flush()
+    saved = os.dup(2)
+    with open(saved, "w", buffering=1, encoding=python.encoding, errors="backslashreplace") as copy:
+        moved = _writes_to_stderr(python)
+        handlers = [h for h in logging.root.handlers if isinstance(h, logging.StreamHandler) and h.stream is python]
+        if moved:
+            sys.stderr = copy
+            for handler in handlers:
+                handler.setStream(copy)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            if moved:
+                sys.stderr = python
+                for handler in handlers:
+                    handler.setStream(python)
+
+
+def _writes_to_stderr(stream: TextIO) -> bool:
     try:
-        ray.init(address=address, log_to_driver=verbose, logging_level=level, **options)
-    except ConnectionError as error:
-        raise ClusterError(f"no Ray cluster at {address}: {error}; start one, or leave --ray_address out for a local one") from error
-    logging.getLogger("ray.data").setLevel(level)
-    logging.getLogger("ray.train").setLevel(level)
+        return stream.fileno() == 2
+    except (AttributeError, io.UnsupportedOperation):  # a test's or a notebook's own object
+        return False
+
+
+@contextmanager
+def _loggers(log: TextIO) -> Iterator[None]:
+    """What Ray's loggers print on the terminal goes to `log`; their files in Ray's session folder stay."""
+    before = {name: list(logging.getLogger(name).handlers) for name in LOGGERS}
+    instead = logging.StreamHandler(log)
+    for name, handlers in before.items():
+        files = [h for h in handlers if not isinstance(h, logging.StreamHandler) or isinstance(h, logging.FileHandler)]
+        if len(files) < len(handlers):
+            logging.getLogger(name).handlers = [*files, instead]
     try:
         yield
     finally:
-        ray.shutdown()
+        for name, handlers in before.items():
+            logging.getLogger(name).handlers = handlers
 
 
 def cluster_devices() -> tuple[float, float]:

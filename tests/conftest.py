@@ -22,10 +22,18 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def importable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder on the path of the session's Ray workers, for packages that a test writes (each under its own name)."""
+    return tmp_path_factory.mktemp("importable")
+
+
+@pytest.fixture(scope="session")
+def local_ray(importable: Path) -> Iterator[None]:
     """The session's Ray: two CPUs, no dashboard, its own temporary folder."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patched:  # workers inherit it
+        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(importable)])))
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -18,9 +18,10 @@ import pytest
 import yaml
 
 from ray_diffsynth.cli import find_user_error, main, parse
-from ray_diffsynth.config import PreprocessConfig, TrainConfig
-from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, NO_EFFECT, REFUSED
+from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
+from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, DECIDED_BY_STUDENT, NO_EFFECT, REFUSED
 from ray_diffsynth.errors import ConfigError, UserError
+from ray_diffsynth.job_config import JobConfig
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.report import write_report
 
@@ -59,7 +60,7 @@ def notes(text: str) -> set[str]:
     return set(re.findall(r"^note: --(\w+) has no effect here: .+", text, re.MULTILINE))
 
 
-def refusal(config_class: type[PreprocessConfig] | type[TrainConfig], argv: list[str], capsys: Any) -> str:
+def refusal(config_class: type[JobConfig], argv: list[str], capsys: Any) -> str:
     with pytest.raises(SystemExit) as stop:
         parse(config_class, argv, prog="job.py")
     assert stop.value.code == 2
@@ -143,6 +144,23 @@ def test_what_the_cache_decides_is_noted_only_with_a_cache(capsys: pytest.Captur
     assert {f.name for f in dataclasses.fields(TrainConfig)} >= set(DECIDED_BY_CACHE)
 
 
+def test_what_the_student_decides_is_noted_only_for_direct_distill(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [*GIVEN, "--loss_weighting", "none", "--max_timestep_boundary", "0.5"]
+    parse(TrainConfig, [*chosen, "--task", "direct_distill"])
+    assert notes(capsys.readouterr().err) == {"loss_weighting", "max_timestep_boundary"}
+    parse(TrainConfig, chosen)
+    assert notes(capsys.readouterr().err) == set()
+    assert {f.name for f in dataclasses.fields(TrainConfig)} >= set(DECIDED_BY_STUDENT)
+
+
+def test_generate_has_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(GenerateConfig, ["--model", "tiny", "--prompt", "a cat", "--lora", "a,b", "--lora_scale", "0,1"])
+    assert (config.loras, config.lora_scales, config.output_path) == (("a", "b"), (0.0, 1.0), "./pictures")
+    assert "either prompt" in refusal(GenerateConfig, ["--model", "tiny"], capsys)
+    parse(GenerateConfig, ["--model", "tiny", "--prompt", "a", "--learning_rate", "1"])
+    assert notes(capsys.readouterr().err) == {"learning_rate"}
+
+
 def test_one_yaml_serves_both_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: tiny\nlearning_rate: 1e-5\ncache_codec: zstd\nresources: {GPU: 1}\nseed: 3\n")
@@ -166,7 +184,7 @@ def test_the_later_of_yaml_and_flag_wins(tmp_path: Path) -> None:
     [
         ("learning_rat: 1\n", "learning_rat is not an option; did you mean learning_rate?"),
         ("learning_rate: much\n", "--learning_rate much: expected a number"),
-        ("num_frames: 81\n", "videos are not supported yet"),
+        ("audio_processor_path: a\n", "audio is not supported"),
         ("- a\n", "not a YAML mapping"),
         ("a: [\n", "cannot be read"),
     ],
@@ -188,7 +206,7 @@ def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert yaml.safe_load(text).keys() == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-@pytest.mark.parametrize("job", ["preprocess", "train"])
+@pytest.mark.parametrize("job", ["preprocess", "train", "generate"])
 def test_help_is_complete_and_quick(job: str, tmp_path: Path) -> None:
     script = ROOT / "jobs" / f"{job}.py"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -200,7 +218,7 @@ def test_help_is_complete_and_quick(job: str, tmp_path: Path) -> None:
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert shown.returncode == 0, shown.stderr
-    config_class = PreprocessConfig if job == "preprocess" else TrainConfig
+    config_class = {"preprocess": PreprocessConfig, "train": TrainConfig, "generate": GenerateConfig}[job]
     for field in dataclasses.fields(config_class):
         help_of = re.search(rf"^  --{field.name} .*?\n?\s+(\w.*)", shown.stdout, re.MULTILINE)
         assert help_of, f"{field.name} has no sentence in --help"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -131,9 +131,19 @@ class Manifest:
             raise CacheError(f"the index {self.index_file} of {cache} has other buckets than its manifest")
         return table
 
+    def read_captions(self, cache: str) -> list[str | None]:
+        """The caption of each index row. Raises CacheError."""
+        table = _read_table(cache, self.index_file, pa.schema([(CAPTION, pa.string())]), self.index_hash)
+        captions: list[str | None] = table.column(CAPTION).to_pylist()
+        return captions
+
     def read_quarantine(self, cache: str) -> pa.Table:
         """The samples that were left out, with their reasons. Raises CacheError."""
         return _read_table(cache, self.quarantine_file, QUARANTINE_SCHEMA, None)
+
+
+CAPTION = "caption"
+"""A further column of the index, for people: the caption, null where there is none. No reader keeps it."""
 
 
 def index_schema(groups: Iterable[str]) -> pa.Schema:
@@ -178,7 +188,7 @@ def _read_table(cache: str, file: str, schema: pa.Schema, digest: str | None) ->
         # The name is the hash as well, so that the quarantine needs no field of its own for it.
         if _hash(data) != (digest or file.rpartition("/")[2].removesuffix(".parquet")):
             raise ValueError("its content does not match its hash in the manifest")
-        return pq.read_table(pa.BufferReader(data)).select(schema.names).cast(schema)
+        return pq.read_table(pa.BufferReader(data), columns=schema.names).select(schema.names).cast(schema)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise CacheError(f"{path} cannot be used: {error}; {repair_advice(cache)}") from error
 
@@ -215,12 +225,18 @@ def _with_empty_location(group: GroupSpec, index: pa.Table) -> GroupSpec:
     return replace(group, empty_at=(file, row_group, row))
 
 
-def commit(cache: str, manifest: Manifest, index: pa.Table, quarantine: pa.Table) -> Manifest:
+def commit(
+    cache: str,
+    manifest: Manifest,
+    index: pa.Table,
+    quarantine: pa.Table,
+    captions: Sequence[str | None] | None = None,
+) -> Manifest:
     """Make a cache readable: write index and quarantine under the names of their hashes, then manifest.json.
 
     A crash before the last rename leaves the manifest that was there; the tables that only the old manifest named are
-    removed afterwards. The shards must be written. Returns the manifest with its files filled in. Raises CacheError
-    when counts, buckets and tables do not add up.
+    removed afterwards. The shards must be written. `captions`: one an index row. Returns the manifest with its files
+    filled in. Raises CacheError when counts, buckets and tables do not add up.
     """
     columns = index_schema(group.name for group in manifest.groups)
     index = index.select(columns.names).cast(columns).combine_chunks()
@@ -228,7 +244,8 @@ def commit(cache: str, manifest: Manifest, index: pa.Table, quarantine: pa.Table
         quarantine = quarantine.append_column(name, pa.nulls(quarantine.num_rows, pa.string()))
     quarantine = quarantine.select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA).combine_chunks()
     _check(manifest, index, quarantine)
-    index_data, quarantine_data = _table_bytes(index), _table_bytes(quarantine)
+    texts = pa.nulls(index.num_rows, pa.string()) if captions is None else pa.array(captions, pa.string())
+    index_data, quarantine_data = _table_bytes(index.append_column(CAPTION, texts)), _table_bytes(quarantine)
     digest = _hash(index_data)
     whole = replace(
         manifest,

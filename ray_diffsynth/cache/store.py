@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,11 @@ class Shard:
 def shard_path(cache: str, group: str, file: str) -> str:
     """Path or URL of a shard."""
     return storage.join(cache, group, file)
+
+
+def shard_name(keys: Sequence[str]) -> str:
+    """File stem of the shard of these keys: the blake2b-96 of them."""
+    return hashlib.blake2b("\n".join(keys).encode(), digest_size=12).hexdigest()
 
 
 def _as_table(

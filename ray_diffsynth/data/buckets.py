@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from ray_diffsynth.errors import UserError
@@ -57,8 +57,11 @@ class SizeRule:
     """How a bucket is chosen; all sizes in pixels.
 
     `height` and `width` fix one size; else `resolutions` make aspect-ratio buckets of about `resolution`² pixels; else
-    a picture keeps its size, scaled down to at most `max_pixels`. Sides are multiples of `division` (VAE and patch
-    size).
+    a picture keeps its size, scaled down to at most `max_pixels` a frame. Sides are multiples of `division` (VAE and
+    patch size).
+
+    With `time_division` samples are videos, of `num_frames` frames at `fps` (None: each frame in turn) or, where a
+    video is shorter, of as many as it has; a multiple of `time_division` plus `time_remainder`, or one frame.
     """
 
     height: int | None = None
@@ -66,8 +69,13 @@ class SizeRule:
     max_pixels: int | None = None
     resolutions: tuple[int, ...] = ()
     division: int = 16
+    num_frames: int = 1
+    fps: float | None = None
+    time_division: int | None = None
+    time_remainder: int = 1
 
     def __post_init__(self) -> None:
+        self._check_frames()
         if self.division < 1:
             raise BucketError(f"division={self.division} must be at least 1")
         if (self.height is None) != (self.width is None):
@@ -85,6 +93,32 @@ class SizeRule:
                 raise BucketError(f"resolution={side} is below {self.division}, the smallest bucket side")
         if self.resolutions and self.height is not None:
             raise BucketError("both height/width and resolutions are set; a fixed size has one bucket: leave one out")
+
+    def _check_frames(self) -> None:
+        if self.time_division is None:
+            if self.num_frames != 1:
+                raise BucketError(f"num_frames={self.num_frames}, but the model makes pictures; leave num_frames out")
+        elif self.num_frames < 1 or self.num_frames % self.time_division != self.time_remainder % self.time_division:
+            lower = max((self.num_frames - self.time_remainder) // self.time_division, 0)
+            near = [n * self.time_division + self.time_remainder for n in (lower, lower + 1)]
+            raise BucketError(
+                f"num_frames={self.num_frames} is not a multiple of {self.time_division} plus {self.time_remainder}; "
+                f"use {near[0]} or {near[1]}"
+            )
+        if self.fps is not None and not self.fps > 0:
+            raise BucketError(f"fps={self.fps} shows no frame; use a rate above 0, or leave fps out")
+
+    @property
+    def video(self) -> bool:
+        """Whether samples are videos."""
+        return self.time_division is not None
+
+    def frames(self, available: int) -> int:
+        """Number of frames to use of a video that has `available`: DiffSynth-Studio's rule for those that are short."""
+        if available >= self.num_frames or self.time_division is None:
+            return self.num_frames
+        excess = (available - self.time_remainder) % self.time_division
+        return max(available - excess, 1)
 
 
 @cache
@@ -112,12 +146,17 @@ def _nearest_aspect(width: int, height: int, resolution: int, division: int) -> 
     return min(aspect_buckets(resolution, division), key=distance)
 
 
-def assign_bucket(width: int, height: int, rule: SizeRule) -> Bucket:
-    """The bucket of a picture of `width` x `height` pixels.
+def assign_bucket(width: int, height: int, rule: SizeRule, available_frames: int = 1) -> Bucket:
+    """The bucket of a picture of `width` x `height` pixels, or of a video that gives so many frames.
 
     With several resolutions it is the largest one whose bucket the picture covers without being scaled up, else the
     smallest. Raises BucketError for a picture smaller than one division cell.
     """
+    bucket = _size(width, height, rule)
+    return replace(bucket, num_frames=rule.frames(available_frames)) if rule.video else bucket
+
+
+def _size(width: int, height: int, rule: SizeRule) -> Bucket:
     division = rule.division
     if min(width, height) < division:
         raise BucketError(f"{height}x{width} is smaller than {division}x{division}, the smallest bucket")

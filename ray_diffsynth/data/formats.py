@@ -19,6 +19,7 @@ from ray_diffsynth.data import storage
 from ray_diffsynth.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".gif")
 
 
 class DatasetError(UserError):
@@ -163,8 +164,12 @@ def read_parquet(path: str) -> RawTable:
 
 
 def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
-    """Every picture below `folder` in order of its path, with the text of the `.txt` file of the same stem."""
-    names = storage.list_files(folder, suffix=(*IMAGE_SUFFIXES, ".txt"), recursive=True)
+    """Every picture below `folder` in order of its path, with the text of the `.txt` file of the same stem.
+
+    For the column "video", the videos too.
+    """
+    suffixes = (*IMAGE_SUFFIXES, *(VIDEO_SUFFIXES if file_column == "video" else ()))
+    names = storage.list_files(folder, suffix=(*suffixes, ".txt"), recursive=True)
     captions = {name[: -len(".txt")]: name for name in names if name.lower().endswith(".txt")}
     rows: list[RawRow] = []
     for name in (name for name in names if not name.lower().endswith(".txt")):
@@ -179,7 +184,8 @@ def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
     if not rows:
         raise DatasetError(
             f"{folder} has neither a metadata file ({', '.join('metadata' + s for s in READERS)}) nor pictures "
-            f"({', '.join(IMAGE_SUFFIXES)}); check --dataset_base_path, or name the file with --dataset_metadata_path"
+            f"({', '.join(dict.fromkeys(suffixes))}); check --dataset_base_path, or name the file with "
+            "--dataset_metadata_path"
         )
     absent = "is absent: there is no .txt file of the same stem beside the picture"
     return RawTable((file_column, text_column), tuple(rows), absent_text=absent)

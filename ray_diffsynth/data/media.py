@@ -39,7 +39,7 @@ class MediaError(UserError):
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[IO[bytes]]:
+def reading(path: str) -> Iterator[IO[bytes]]:
     """The open file; whatever goes wrong with it becomes a MediaError with a readable reason."""
     try:
         with storage.open_input(path) as file:
@@ -72,7 +72,7 @@ def _orientation(image: Image.Image) -> int:
 
 def probe_image(path: str) -> tuple[int, int]:
     """(width, height) in pixels as `load_image` would return it, from the header alone. Raises MediaError."""
-    with _reading(path) as file, Image.open(file) as image:
+    with reading(path) as file, Image.open(file) as image:
         width, height = image.size
         return (height, width) if _orientation(image) in _SWAPS_SIDES else (width, height)
 
@@ -95,7 +95,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def load_image(path: str) -> Image.Image:
     """The picture as RGB, upright by its EXIF orientation; the first frame of an animation. Raises MediaError."""
-    with _reading(path) as file, Image.open(file) as image:
+    with reading(path) as file, Image.open(file) as image:
         turn = _TURNS.get(_orientation(image))
         image.load()
         rgb = _to_rgb(image)
@@ -117,7 +117,7 @@ def resize_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 def content_hash(path: str) -> str:
     """Hex blake2b-160 of the file's bytes. Raises MediaError."""
     digest: Any = hashlib.blake2b(digest_size=20)
-    with _reading(path) as file:
+    with reading(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return str(digest.hexdigest())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ray_diffsynth.data import storage
 from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable, read_folder
+from ray_diffsynth.data.webdataset import read_tars
 from ray_diffsynth.errors import did_you_mean
 
 __all__ = ["DatasetError", "Metadata", "Quarantined", "read_metadata", "resolve_file"]
@@ -69,13 +70,26 @@ def _find(base_path: str, metadata_path: str | None) -> str | None:
     return found[0] if found else None
 
 
+def _tars(base_path: str, metadata_path: str | None, path: str | None) -> list[str]:
+    """WebDataset tars, relative to `base_path` where they lie in it: the one that is named, or those of the folder."""
+    if path is not None:
+        inside = metadata_path is not None and path == storage.join(base_path, metadata_path)
+        found = metadata_path if inside and metadata_path is not None else storage.absolute(path)
+        return [found] if path.lower().endswith(".tar") and not storage.is_folder(path) else []
+    if base_path.lower().endswith(".tar") and not storage.is_folder(base_path):
+        return [storage.absolute(base_path)]
+    return storage.list_files(base_path, suffix=".tar")
+
+
 def _read(
     base_path: str, metadata_path: str | None, file_columns: Sequence[str], text_columns: Sequence[str]
 ) -> tuple[str, RawTable]:
     path = _find(base_path, metadata_path)
+    file_column = "image" if "image" in file_columns or not file_columns else file_columns[0]
+    text_column = "prompt" if "prompt" in text_columns or not text_columns else text_columns[0]
+    if tars := _tars(base_path, metadata_path, path):
+        return path or base_path, read_tars(base_path, tars, file_column, text_column)
     if path is None:
-        file_column = "image" if "image" in file_columns or not file_columns else file_columns[0]
-        text_column = "prompt" if "prompt" in text_columns or not text_columns else text_columns[0]
         return base_path, read_folder(base_path, file_column, text_column)
     suffix = os.path.splitext(path)[1].lower()
     if storage.exists(path) and (suffix not in READERS or storage.is_folder(path)):
@@ -129,6 +143,16 @@ def _problem(
     return None
 
 
+def _parse(values: dict[str, Any], parsers: Mapping[str, Callable[[Any], Any]]) -> tuple[str, str] | None:
+    """Read the values by their parsers, in place; (error class, message) of the first that cannot be read."""
+    for column in (name for name in parsers if name in values):
+        try:
+            values[column] = parsers[column](values[column])
+        except (ValueError, TypeError) as error:
+            return "InvalidValue", f"the column {column!r} cannot be used: {error}"
+    return None
+
+
 def _array(values: list[Any], is_file: bool) -> pa.Array:
     if is_file and any(isinstance(value, list) for value in values):
         return pa.array([None if value is None else _paths(value) for value in values], pa.list_(pa.string()))
@@ -152,7 +176,7 @@ class _Ids:
         for column in files:
             paths = _paths((row.values or {}).get(column))
             if paths and isinstance(paths[0], str) and paths[0]:
-                return paths[0]
+                return storage.without_place(paths[0])
         return f"row-{row.number}"
 
     def assign(self, base: str) -> str:
@@ -177,12 +201,16 @@ def read_metadata(
     file_columns: Sequence[str] = ("image",),
     text_columns: Sequence[str] = ("prompt",),
     required: Sequence[str] = ("image", "prompt"),
+    parsers: Mapping[str, Callable[[Any], Any]] | None = None,
 ) -> Metadata:
     """Read a dataset's metadata and give every row an id.
 
     Without `metadata_path` it is `metadata.{csv,json,jsonl,parquet}` in `base_path`, else the folder's pictures with
     `.txt` captions. Rejected are rows that cannot be read (MalformedRow), that lack a required value (MissingValue) or
     have it in another type (InvalidValue), and exact repetitions (DuplicateRow). An empty caption is a caption.
+
+    `parsers`: column -> what makes its value of the one that stands in the file (a csv holds texts only); when it
+    raises ValueError, the row is rejected with that message.
 
     Raises DatasetError when nothing can be read: no file, no rows, no such column.
     """
@@ -200,7 +228,7 @@ def read_metadata(
         base = ids.base(row, files)
         if row.values is None:
             rejected.append(Quarantined(ids.assign(base), row.source, "MalformedRow", row.error))
-        elif problem := _problem(values, files, texts, required, raw.absent_text):
+        elif problem := _problem(values, files, texts, required, raw.absent_text) or _parse(values, parsers or {}):
             rejected.append(Quarantined(ids.assign(base), row.source, *problem))
         elif ids.is_duplicate(values):
             # Not the next `#n`: a repetition must not rename the rows below it, whose ids key their randomness.

@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*(::|://)")
+_MEMBER = re.compile(r"^(.+\.tar)/@([0-9]+)\+([0-9]+)/[^/].*$")
 _TEMPORARY = re.compile(r"^\..+\.tmp-[0-9]+-[0-9a-f]+$")
 
 
@@ -27,8 +28,38 @@ def _local(path: str) -> str:
 
 
 def _remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    fs, inner = fsspec.core.url_to_fs(path)
+    # Without listings from memory: other processes write to the same folders.
+    fs, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
     return fs, inner
+
+
+def member_path(archive: str, offset: int, size: int, name: str) -> str:
+    """Path of a file that lies uncompressed in a tar, by its place in it: `shard.tar/@512+2048/a.jpg`."""
+    return f"{archive}/@{offset}+{size}/{name}"
+
+
+def without_place(path: str) -> str:
+    """A path as people know it: that of a tar's member without its place (`shard.tar/a.jpg`), any other as it is."""
+    return re.sub(r"(\.tar)/@[0-9]+\+[0-9]+/", r"\1/", path, count=1)
+
+
+def _member(path: str) -> tuple[str, int, int] | None:
+    """(tar, offset, size) of a member's path."""
+    found = _MEMBER.match(path)
+    return None if found is None else (found[1], int(found[2]), int(found[3]))
+
+
+def _read_member(archive: str, offset: int, size: int) -> bytes:
+    if is_remote(archive):
+        fs, inner = _remote(archive)
+        data = bytes(fs.cat_file(inner, start=offset, end=offset + size))
+    else:
+        with open(_local(archive), "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    if len(data) != size:
+        raise OSError(f"{archive} ends within the member at {offset}")
+    return data
 
 
 def join(base: str, *parts: str) -> str:
@@ -66,6 +97,8 @@ def is_folder(path: str) -> bool:
 
 def file_size(path: str) -> int:
     """Bytes of a file. Raises OSError, FileNotFoundError among them."""
+    if member := _member(path):
+        return member[2]
     if is_remote(path):
         fs, inner = _remote(path)
         return int(fs.size(inner))
@@ -74,6 +107,8 @@ def file_size(path: str) -> int:
 
 def read_bytes(path: str) -> bytes:
     """The whole file. Raises OSError, FileNotFoundError among them."""
+    if member := _member(path):
+        return _read_member(*member)
     if is_remote(path):
         fs, inner = _remote(path)
         return bytes(fs.cat_file(inner))
@@ -83,6 +118,8 @@ def read_bytes(path: str) -> bytes:
 
 def open_input(path: str) -> pa.NativeFile:
     """A seekable binary file that pyarrow and Pillow read parts of; close it (a context manager). Raises OSError."""
+    if member := _member(path):
+        return pa.BufferReader(_read_member(*member))
     if is_remote(path):
         fs, inner = _remote(path)
         return pa.PythonFile(fs.open(inner, "rb"), mode="r")
@@ -148,6 +185,40 @@ def list_files(folder: str, *, suffix: str | tuple[str, ...] = "", recursive: bo
             found += [name if inside == "." else f"{inside.replace(os.sep, '/')}/{name}" for name in names]
     hidden = re.compile(r"(^|/)\.")
     return sorted(name for name in found if name.lower().endswith(suffixes) and not hidden.search(name))
+
+
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders in `folder`, sorted, without hidden ones; an absent folder has none."""
+    if is_remote(folder):
+        fs, inner = _remote(folder)
+        entries = fs.ls(inner, detail=True) if fs.exists(inner) else []
+        names = [e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory"]
+    else:
+        root = _local(folder)
+        names = [entry.name for entry in os.scandir(root) if entry.is_dir()] if os.path.isdir(root) else []
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def list_unfinished(folder: str) -> list[str]:
+    """Paths of writes into `folder` that have not ended; object stores keep none."""
+    if is_remote(folder) or not os.path.isdir(_local(folder)):
+        return []
+    return sorted(os.path.join(_local(folder), name) for name in os.listdir(_local(folder)) if is_temporary(name))
+
+
+def stamp(path: str) -> str:
+    """Size and modification time (or ETag) of a file: equal stamps mean that its content need not be read again.
+
+    Raises OSError or ValueError for a file that is absent or cannot be asked.
+    """
+    if member := _member(path):
+        return f"{stamp(member[0])}@{member[1]}+{member[2]}"
+    fs, inner = fsspec.core.url_to_fs(path) if not is_remote(path) else _remote(path)
+    info = fs.info(inner)
+    version = (
+        info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("updated")
+    )
+    return f"{info.get('size')}-{version}"
 
 
 def remove(path: str) -> bool:

@@ -21,7 +21,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (25, 25, 30),
 }
 SHAPES = ("circle", "ring", "square", "diamond", "triangle", "star", "heart", "cross")
-SIZES: dict[str, tuple[float, float]] = {"small": (0.40, 0.45), "medium": (0.53, 0.58), "large": (0.67, 0.72)}  # radii
+SIZES: dict[str, tuple[float, float]] = {"small": (0.48, 0.52), "medium": (0.60, 0.64), "large": (0.72, 0.76)}  # radii
 CREATURE = "zorp"
 STYLE = "neon"
 NEUTRAL = ("thing", "object", "shape", "figure")

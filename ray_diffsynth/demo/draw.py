@@ -25,7 +25,7 @@ Point = tuple[float, float]
 Kind = Literal["shapes", "creature", "style"]
 
 SUPERSAMPLING = 4
-BODY, DARK, HORN, EYE, PUPIL = (70, 200, 170), (35, 120, 105), (250, 130, 60), (250, 250, 250), (25, 25, 30)
+BODY, DARK, HORN, EYE, PUPIL = (70, 200, 170), (35, 120, 105), (245, 120, 185), (250, 250, 250), (25, 25, 30)
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ def _heart(x: float, y: float, r: float) -> list[Point]:
 
 def _cross(x: float, y: float, r: float) -> list[Point]:
     a, b = 0.33 * r, 0.95 * r
-    corner = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
-    return [(x + dx, y + dy) for dx, dy in corner]
+    arm = [(-a, -b), (a, -b), (a, -a)]  # the upper arm, then turned by a quarter three times
+    corners = arm + [(-dy, dx) for dx, dy in arm] + [(-dx, -dy) for dx, dy in arm] + [(dy, -dx) for dx, dy in arm]
+    return [(x + dx, y + dy) for dx, dy in corners]
 
 
 OUTLINES: dict[str, Callable[[float, float, float], list[Point]]] = {
@@ -109,7 +110,7 @@ def _draw_shape(canvas: Canvas, scene: Scene, color: Color, background: Color) -
 
 
 def _draw_creature(canvas: Canvas, scene: Scene) -> None:
-    """A zorp: a round turquoise body on two feet, two orange horns, one big eye, a wide mouth."""
+    """A zorp: a round turquoise body on two feet, two pink horns, one big eye, a wide mouth."""
     x, y, r = scene.x, scene.y, scene.radius
     for side in (-1, 1):
         canvas.ellipse(x + side * 0.45 * r, y + 0.95 * r, 0.34 * r, 0.24 * r, DARK)
@@ -152,7 +153,7 @@ def render(scene: Scene, rng: np.random.Generator, height: int = 64, width: int 
     return canvas.pixels()
 
 
-def random_scene(rng: np.random.Generator, kind: Kind = "shapes", spread: float = 0.05) -> Scene:
+def random_scene(rng: np.random.Generator, kind: Kind = "shapes", spread: float = 0.03) -> Scene:
     """A scene of the given kind, its centre at most `spread` from the picture's centre in x and y."""
     color, background = (str(c) for c in rng.choice(list(COLORS), 2, replace=False))
     size, shape = str(rng.choice(list(SIZES))), str(rng.choice(SHAPES))
@@ -176,7 +177,14 @@ def draw_picture(
 
 
 def draw_dataset(
-    folder: str | Path, n: int, seed: int = 0, *, kind: Kind = "shapes", varied: bool = False, height: int = 64, width: int = 64
+    folder: str | Path,
+    n: int,
+    seed: int = 0,
+    *,
+    kind: Kind = "shapes",
+    varied: bool = False,
+    height: int = 64,
+    width: int = 64,
 ) -> Path:
     """Write `n` pictures as PNG and a metadata.csv with the columns image (relative path) and prompt.
 

@@ -49,9 +49,10 @@ def _nearest(pixels: npt.NDArray[np.float64]) -> str:
 
 
 def _border(pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The pixels of the four corners, an eighth of the picture each way: (n, 3)."""
+    """The pixels of the four corners, a sixteenth of the picture each way: (n, 3)."""
     k = max(1, pixels.shape[0] // 16)
-    return np.concatenate([pixels[y, x].reshape(-1, 3) for y in (slice(k), slice(-k, None)) for x in (slice(k), slice(-k, None))])
+    ends = np.r_[:k, -k:0]
+    return pixels[np.ix_(ends, ends)].reshape(-1, 3)
 
 
 def _silhouette(mask: Mask) -> Mask:
@@ -83,7 +84,7 @@ def _templates() -> dict[str, Mask]:
 
 
 def judge(pixels: Pixels) -> Verdict:
-    """Judge one picture (H, W, 3) uint8 of a plain shape. A picture without foreground has color and shape 'nothing'."""
+    """Judge a picture (H, W, 3) uint8 of a plain shape. Without a foreground, color and shape are 'nothing'."""
     values = pixels.astype(np.float64)
     background, mask = _nearest(_border(values)), _foreground(values)
     if mask.sum() < 0.02 * mask.size:
@@ -96,7 +97,7 @@ def judge(pixels: Pixels) -> Verdict:
 
 
 def is_creature(pixels: Pixels) -> bool:
-    """Whether the picture shows a zorp: a turquoise body, an orange horn on either side, a white eye with a pupil."""
+    """Whether the picture shows a zorp: a turquoise body, a pink horn on either side, a white eye with a pupil."""
     values = pixels.astype(np.float64)
     body = np.linalg.norm(values - BODY, axis=-1) < 60
     if body.sum() < 0.08 * body.size:

@@ -26,8 +26,11 @@ def build_text_encoder(
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 4096,
             "tie_word_embeddings": True,
-            "rope_scaling": {"mrope_section": [hidden_size // 32, hidden_size * 3 // 64, hidden_size * 3 // 64],
-                             "rope_type": "default", "type": "default"},
+            "rope_scaling": {
+                "mrope_section": [hidden_size // 32, hidden_size * 3 // 64, hidden_size * 3 // 64],
+                "rope_type": "default",
+                "type": "default",
+            },
             "rope_theta": 1e6,
             "bos_token_id": None,
             "eos_token_id": token("<|im_end|>"),

@@ -22,7 +22,7 @@ LATENT_CHANNELS = 16
 
 
 def build_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
-    """Qwen-Image's sampler with a shift that does not depend on the picture's size: sigma' = e^s·σ / (1 + (e^s − 1)·σ)."""
+    """Qwen-Image's sampler with one shift for every size: σ' = e^shift·σ / (1 + (e^shift − 1)·σ)."""
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         shift_terminal=0.02,

@@ -52,7 +52,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
     out: list[str] = []
     for symbol in piece:
-        if out and (out[-1], symbol) == pair and not (len(pair[0]) == 0):
+        if out and (out[-1], symbol) == pair:
             out[-1] += symbol
         else:
             out.append(symbol)

@@ -118,12 +118,13 @@ class FlowMatchScheduler:
         if not 0.0 < denoising_strength <= 1.0:
             raise ScheduleError(f"denoising_strength={denoising_strength} must lie in (0, 1]")
         schedule = SCHEDULES[self.template]
-        config = schedule.config if training or self.config is None else self.config
+        given = None if training else self.config
+        config = schedule.config if given is None else given
         if steps == 1 and config.get("shift_terminal"):  # stretching one sigma of 1 to the terminal is 0 / 0
             raise ScheduleError(
                 f"the schedule {self.template} cannot be run in 1 step; use num_inference_steps=2 or more"
             )
-        last = schedule.last_sigma
+        last = schedule.last_sigma if given is None else None  # a model's own configuration: as diffusers samples it
         # As diffusers and DiffSynth-Studio: equal steps from the start towards 0, without 0 itself.
         first = denoising_strength if last is None else last + (1.0 - last) * denoising_strength
         unshifted = np.linspace(first, denoising_strength / steps if last is None else last, steps)

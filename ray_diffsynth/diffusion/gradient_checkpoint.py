@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 _STATE = "_ray_diffsynth_checkpointing"
+_EVERY = "_ray_diffsynth_checkpoint_every"
 
 
 def gradient_checkpoint_forward(
@@ -40,6 +41,13 @@ def gradient_checkpoint_forward(
         return checkpoint(run, *values, use_reentrant=False)
 
 
+def checkpoint_every(model: Any, every: int) -> None:
+    """Of the blocks of `model`, have `enable_checkpointing` checkpoint the first and then each `every`-th."""
+    if getattr(model, _EVERY, 1) != every:
+        setattr(model, _EVERY, every)
+        setattr(model, _STATE, None)
+
+
 def enable_checkpointing(model: Any, use: bool, offload: bool) -> None:
     """Make a diffusers model checkpoint its blocks by `gradient_checkpoint_forward`, or stop it.
 
@@ -49,7 +57,7 @@ def enable_checkpointing(model: Any, use: bool, offload: bool) -> None:
         TypeError: checkpointing is wanted and the model has no hook for it.
     """
     wish = (bool(use or offload), bool(offload))
-    if getattr(model, _STATE, (False, False)) == wish:
+    if (getattr(model, _STATE, None) or (False, False)) == wish:
         return
     if not hasattr(model, "enable_gradient_checkpointing"):
         raise TypeError(
@@ -57,9 +65,12 @@ def enable_checkpointing(model: Any, use: bool, offload: bool) -> None:
             f"gradient_checkpoint_forward in model_fn, or train with --use_gradient_checkpointing false"
         )
     if wish[0]:
+        every: int = getattr(model, _EVERY, 1)
+        numbers: dict[int, int] = {}  # of a block, in the order of the first forward
 
         def checkpoint_block(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return gradient_checkpoint_forward(block, *wish, *args, **kwargs)
+            chosen = numbers.setdefault(id(block), len(numbers)) % every == 0
+            return gradient_checkpoint_forward(block, wish[0] and chosen, wish[1] and chosen, *args, **kwargs)
 
         model.enable_gradient_checkpointing(gradient_checkpointing_func=checkpoint_block)
     else:

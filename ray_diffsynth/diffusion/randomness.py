@@ -57,8 +57,12 @@ def sample_noise(shape: Sequence[int], key: SampleKey) -> torch.Tensor:
     return torch.randn(tuple(shape), generator=generator("noise", key), dtype=torch.float32)
 
 
-def sample_timestep_index(num: int, key: SampleKey, lo: float = 0.0, hi: float = 1.0) -> int:
+def sample_timestep_index(
+    num: int, key: SampleKey, lo: float = 0.0, hi: float = 1.0, position: float | None = None
+) -> int:
     """An index into `num` training timesteps, uniform over DiffSynth-Studio's range [int(lo * num), int(hi * num)).
+
+    `position`, in [0, 1), says where in the range instead (see `diffusion.timestep_sampling`).
 
     Raises:
         ValueError: the range is empty or leaves [0, 1].
@@ -69,7 +73,7 @@ def sample_timestep_index(num: int, key: SampleKey, lo: float = 0.0, hi: float =
             f"no timestep lies between min_timestep_boundary={lo} and max_timestep_boundary={hi} of {num} timesteps; "
             f"use 0 <= min < max <= 1, at least 1/{num} apart"
         )
-    return first + int(uniform("timestep", key) * (last - first))
+    return first + int((uniform("timestep", key) if position is None else position) * (last - first))
 
 
 def _digest(purpose: str, parts: tuple[object, ...]) -> bytes:

@@ -24,7 +24,8 @@ def load_part(
     """The part in eval mode, frozen, in ``torch_dtype`` on ``device``. Reads this part's folder and nothing else.
 
     Args:
-        cls: ``"diffusers:QwenImageTransformer2DModel"`` or ``"transformers:Qwen2_5_VLForConditionalGeneration"``.
+        cls: ``"diffusers:QwenImageTransformer2DModel"``, ``"transformers:Qwen2_5_VLForConditionalGeneration"``, or your
+            own ``"my_package.my_model:MyModel"``, a subclass of diffusers' ModelMixin or transformers' PreTrainedModel.
 
     Raises ModelFolderError: no folder, config.json or safetensors; another class than ``cls``; weights that do not fill
     the model or that are damaged.
@@ -32,7 +33,7 @@ def load_part(
     model_class = _resolve(cls)
     folder = source.folder(subfolder)
     config = require_config(folder)
-    library, _, name = cls.partition(":")
+    library, name = _library(cls, model_class), cls.partition(":")[2]
     held = config.get("_class_name", name)
     if library == "diffusers" and held != name:
         raise ModelFolderError(f"{folder} holds a {held}, but {subfolder} must be a {name}; name the right model")
@@ -71,12 +72,28 @@ def weights_bytes(source: ModelSource, subfolder: str) -> int:
 
 def _resolve(cls: str) -> Any:
     library, _, name = cls.partition(":")
-    if library not in ("diffusers", "transformers") or not name:
-        raise ValueError(f"{cls!r} names no class; write 'diffusers:Name' or 'transformers:Name'")
-    found = getattr(importlib.import_module(library), name, None)
+    if not library or not name:
+        raise ValueError(f"{cls!r} names no class; write 'diffusers:Name', 'transformers:Name' or 'my_module:Name'")
+    try:
+        module = importlib.import_module(library)
+    except ModuleNotFoundError as err:
+        raise ValueError(f"{cls!r} is not importable: {err}; is its folder on PYTHONPATH?") from err
+    found = getattr(module, name, None)
     if found is None:
         raise ValueError(f"{library} has no class {name}; check the name or the installed version of {library}")
     return found
+
+
+def _library(cls: str, model_class: Any) -> str:
+    """Whose from_pretrained a class has, diffusers' or transformers'; ValueError if neither's."""
+    library = cls.partition(":")[0]
+    if library in ("diffusers", "transformers"):
+        return library
+    bases = {base.__module__.partition(".")[0] for base in model_class.__mro__}
+    for library in ("diffusers", "transformers"):
+        if library in bases and hasattr(model_class, "from_pretrained"):
+            return library
+    raise ValueError(f"{cls!r} has no from_pretrained; subclass diffusers' ModelMixin or transformers' PreTrainedModel")
 
 
 @contextmanager

@@ -116,8 +116,9 @@ def match_targets(
     """Paths of the layers that ``target_modules`` means, in the module's order.
 
     Args:
-        target_modules: suffixes of module paths, as a list or with commas (``"to_q,to_out.0"``); ``"re:…"`` is one
-            regular expression of whole paths; ``"all-linear"`` every linear layer.
+        target_modules: suffixes of module paths, as a list or with commas (``"to_q,to_out.0"``), in which ``*`` is any
+            one name or number (``"blocks.*.proj_out"``); ``"re:…"`` is one regular expression of whole paths;
+            ``"all-linear"`` every linear layer.
 
     Raises LoraError for each entry that matches no linear or convolution layer; it lists what there is.
     """
@@ -140,7 +141,8 @@ def match_targets(
     matched: set[str] = set()
     problems: list[str] = []
     for entry in wanted:
-        hits = [path for path in layers if path == entry or path.endswith(f".{entry}")]
+        pattern = re.compile(rf"(?:.*\.)?{re.escape(entry)}".replace(r"\*", r"[^.]+"))
+        hits = [path for path in layers if pattern.fullmatch(path)]
         matched.update(hits)
         if not hits:
             problems.append(_explain(module, layers, entry))

@@ -139,6 +139,12 @@ def read_lora(path: str, *, prefix: str | None = None) -> tuple[dict[str, Tensor
     return dict(sorted(state.items())), metadata
 
 
+def lora_prefixes(path: str) -> list[str]:
+    """Those of ``PREFIXES`` that a file's keys start with, "" for bare ones; each is a ``prefix`` of ``read_lora``."""
+    tensors, _ = _read(str(path))
+    return sorted({_prefix_of(key) for key in tensors})
+
+
 def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     if PurePath(path).suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise LoraError(f"{path} is a pickle, which is not read; {_HOW}")

@@ -52,14 +52,24 @@ class BasePipeline(torch.nn.Module):
     """Name in `diffusion.flow_match.SCHEDULES`."""
     column_params: ClassVar[Mapping[str, str]] = {"input_image": "image", "prompt": "prompt"}
     """Parameter <- metadata column."""
+    file_params: ClassVar[tuple[str, ...]] = ("input_image",)
+    """Parameters whose column names files, whatever `--data_file_keys` says."""
+    video_params: ClassVar[tuple[str, ...]] = ()
+    """Those of a model of videos that are given as frames, uint8 (F, H, W, 3); the others are pictures."""
+    default_num_frames: ClassVar[int] = 1
+    """`--num_frames` where it is not given."""
     padded_params: ClassVar[Mapping[str, str]] = {}
     """Parameters (1, L, D) of differing L that `collate` pads -> name of the mask (B, L) that it makes."""
+    listed_params: ClassVar[tuple[str, ...]] = ()
+    """Parameters that `collate` leaves as a list, one entry a sample: the model takes lists."""
     collate_outputs: ClassVar[tuple[str, ...]] = ()
     """Names that `collate` surely writes."""
     lora_prefix: ClassVar[str] = "diffusion_model."
     """What the LoRA file's keys start with, so that diffusers, ComfyUI and DiffSynth-Studio load it."""
     lora_targets: ClassVar[tuple[str, ...]] = ()
     """Default target modules of a LoRA on `dit`."""
+    lora_aliases: ClassVar[Mapping[str, str]] = {}
+    """Names of target modules that users of the original model know -> those of `dit` here."""
 
     units: list[PipelineUnit]
     model_fn: Callable[..., Tensor]
@@ -215,6 +225,19 @@ class BasePipeline(torch.nn.Module):
         noise = torch.randn(tuple(shape), generator=generator, device=rand_device, dtype=rand_torch_dtype)
         return noise.to(device=device or self.device, dtype=torch_dtype or self.torch_dtype)
 
+    def initial_noise(self, shape: Sequence[int], seed: int | None, rand_device: str = "cpu") -> Tensor:
+        """The noise that `__call__` starts from; direct distillation starts from it again."""
+        return self.generate_noise(shape, seed, rand_device, rand_torch_dtype=self.torch_dtype)
+
+    def sampling_schedule(self, latents: Tensor, num_inference_steps: int) -> FlowMatchScheduler:
+        """The schedule by which `__call__` samples `latents` in so many steps; `self.scheduler` stays as it is.
+
+        A family whose schedule depends on the number of tokens overrides it.
+        """
+        schedule = FlowMatchScheduler(self.schedule, config=self.scheduler.config)
+        schedule.set_timesteps(num_inference_steps)
+        return schedule
+
     def check_resize_height_width(self, height: int, width: int, num_frames: int | None = None) -> tuple[int, ...]:
         """Return the size if the family can make it. DiffSynth-Studio's name; here nothing is rounded.
 
@@ -247,6 +270,10 @@ class BasePipeline(torch.nn.Module):
         return scheduler.step(noise_pred, scheduler.timesteps[progress_id], latents)
 
     # ---------------------------------------------------------------- training
+
+    def original_lora_key(self, key: str) -> str:
+        """A LoRA key of `dit` as it stands in files, after `lora_prefix`: with the names of the original model."""
+        return key
 
     def training_settings(self) -> dict[str, Any]:
         """Constants that both stages give to the units; a command-line value or a data column may replace them."""
@@ -288,6 +315,8 @@ class BasePipeline(torch.nn.Module):
                 batch[name], batch[self.padded_params[name]] = pad_and_mask(values)
             elif name in self.padded_params.values():
                 continue  # made with the parameter that it masks
+            elif name in self.listed_params:
+                batch[name] = values
             else:
                 batch[name] = _join(name, values, is_setting=name in settings)
         return batch

@@ -14,14 +14,38 @@ from ray_diffsynth.errors import UserError
 if TYPE_CHECKING:
     from ray_diffsynth.pipelines.base import BasePipeline
 
-FAMILIES: dict[str, str] = {"qwen_image": "ray_diffsynth.pipelines.qwen_image:QwenImagePipeline"}
+FAMILIES: dict[str, str] = {
+    "flux": "ray_diffsynth.pipelines.flux:FluxPipeline",
+    "flux2": "ray_diffsynth.pipelines.flux2:Flux2KleinPipeline",
+    "qwen_image": "ray_diffsynth.pipelines.qwen_image:QwenImagePipeline",
+    "qwen_image_edit": "ray_diffsynth.pipelines.qwen_image_edit:QwenImageEditPipeline",
+    "qwen_image_edit_plus": "ray_diffsynth.pipelines.qwen_image_edit:QwenImageEditPlusPipeline",
+    "wan": "ray_diffsynth.pipelines.wan:WanPipeline",
+    "wan_i2v": "ray_diffsynth.pipelines.wan_i2v:WanImageToVideoPipeline",
+    "z_image": "ray_diffsynth.pipelines.z_image:ZImagePipeline",
+}
 
 # Class names in a model's configuration files -> family. Text encoders come last: families share them.
-PIPELINE_CLASSES: Mapping[str, str] = {"QwenImagePipeline": "qwen_image"}
+PIPELINE_CLASSES: Mapping[str, str] = {
+    "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2",
+    "QwenImagePipeline": "qwen_image",
+    "QwenImageEditPipeline": "qwen_image_edit",
+    "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
+    "WanPipeline": "wan",
+    "WanImageToVideoPipeline": "wan_i2v",
+    "ZImagePipeline": "z_image",
+}
 PART_CLASSES: Mapping[str, Mapping[str, str]] = {
-    "transformer": {"QwenImageTransformer2DModel": "qwen_image"},
-    "vae": {"AutoencoderKLQwenImage": "qwen_image"},
-    "text_encoder": {"Qwen2_5_VLForConditionalGeneration": "qwen_image"},
+    "transformer": {
+        "FluxTransformer2DModel": "flux",
+        "Flux2Transformer2DModel": "flux2",
+        "QwenImageTransformer2DModel": "qwen_image",
+        "WanTransformer3DModel": "wan",
+        "ZImageTransformer2DModel": "z_image",
+    },
+    "vae": {"AutoencoderKLFlux2": "flux2", "AutoencoderKLQwenImage": "qwen_image", "AutoencoderKLWan": "wan"},
+    "text_encoder": {"Qwen2_5_VLForConditionalGeneration": "qwen_image", "UMT5EncoderModel": "wan"},
 }
 
 

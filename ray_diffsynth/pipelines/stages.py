@@ -1,8 +1,8 @@
-"""What each stage of a task runs, reads and loads, derived from the pipeline's declarations alone (no weights needed)."""
+"""What each stage of a task runs, reads and loads, derived from the pipeline's declarations alone, without weights."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ray_diffsynth.config import CommonConfig
 from ray_diffsynth.data.buckets import SizeRule
@@ -49,11 +49,12 @@ class Stages:
 def plan_stages(pipe: BasePipeline, task: LossContract, trainable: Sequence[str], inputs: Collection[str]) -> Stages:
     """Split `pipe.units` for `task`; `inputs` are the parameters that a dataset row gives.
 
-    A setting (`pipe.training_settings()`) is known to both stages and never cached, unless a stage-1 unit rewrites it.
+    A setting (`pipe.training_settings()`) is known to both stages and never cached, unless a stage-1 unit rewrites it
+    or the dataset gives it.
     """
     stage1, stage2 = split_units(pipe.units, trainable)
     written = {name for unit in stage1 for name in unit.fetch_output_params()}
-    settings = [name for name in pipe.training_settings() if name not in written]
+    settings = [name for name in pipe.training_settings() if name not in written and name not in inputs]
     parameters = cached_parameters(
         stage1,
         stage2,
@@ -65,14 +66,31 @@ def plan_stages(pipe: BasePipeline, task: LossContract, trainable: Sequence[str]
     return Stages(tuple(stage1), tuple(stage2), tuple(parameters), tuple(groups), tuple(trainable))
 
 
-def dataset_spec(pipe: BasePipeline, config: CommonConfig) -> SampleSpec:
-    """How the columns of the configured dataset become inputs of `pipe`; extra inputs are columns of their own name."""
-    columns = {**pipe.column_params, **{name: name for name in config.extra_columns}}
+def dataset_spec(
+    pipe: BasePipeline, config: CommonConfig, task_columns: Mapping[str, Callable[[Any], Any]]
+) -> SampleSpec:
+    """How the columns of the configured dataset become inputs of `pipe`.
+
+    Extra inputs and what the task asks for (`Task.columns`) are columns of their own name.
+    """
+    own = pipe.column_params
+    columns = {**own, **{name: name for name in (*config.extra_columns, *task_columns) if name not in own}}
     return SampleSpec(
         base_path=absolute(config.dataset_base_path),
         columns=columns,
-        file_params=tuple(param for param, column in columns.items() if column in config.file_columns),
+        file_params=tuple(p for p, column in columns.items() if p in pipe.file_params or column in config.file_columns),
+        video_params=pipe.video_params,
+        picture_params=tuple(param for param in own if param not in pipe.video_params),
+        parsers=task_columns,
         size=SizeRule(
-            height=config.height, width=config.width, max_pixels=config.max_pixels, division=pipe.height_division_factor
+            height=config.height,
+            width=config.width,
+            max_pixels=config.max_pixels,
+            resolutions=config.resolutions,
+            division=pipe.height_division_factor,
+            num_frames=config.num_frames or pipe.default_num_frames,
+            fps=config.fps,
+            time_division=pipe.time_division_factor,
+            time_remainder=pipe.time_division_remainder or 0,
         ),
     )

@@ -1,1 +1,1 @@
-"""Stage 1: run every unit that needs no gradient once, on Ray Data, and commit the results as a content-addressed cache."""
+"""Stage 1: run every unit that needs no gradient once, on Ray Data, and commit the results as a cache."""

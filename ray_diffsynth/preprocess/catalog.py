@@ -1,9 +1,9 @@
-"""What a cache already holds: rows of the committed manifest, and shards that an interrupted run finished but did not commit."""
+"""What a cache already holds: rows of the manifest, and shards that an interrupted run finished but did not commit."""
 
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
@@ -13,7 +13,6 @@ from ray_diffsynth.cache.store import Shard, list_shards, read_shard_header
 from ray_diffsynth.data.storage import exists, join
 from ray_diffsynth.preprocess.scan import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, remaining
-
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,9 @@ class GroupCatalog:
         """Take in a written shard."""
         for row, key in enumerate(shard.keys):
             self.locations.setdefault(key, Location(shard.file, *shard.locate(row)))
-        self.failures.update((key, Failure(*reason)) for key, reason in shard.failed.items())
+            self.failures.pop(key, None)  # it failed before, and was tried again
+        failed = ((key, Failure(*reason)) for key, reason in shard.failed.items() if key not in self.locations)
+        self.failures.update(failed)
 
 
 def committed_manifest(cache: str) -> Manifest | None:
@@ -52,8 +53,13 @@ def committed_manifest(cache: str) -> Manifest | None:
     return Manifest.load(cache) if exists(join(cache, MANIFEST_FILE)) else None
 
 
-def committed_rows(cache: str, manifest: Manifest | None, index: pa.Table | None, group: str) -> GroupCatalog:
-    """Rows and failures of `group` that the manifest names. Keys are content addresses, so they hold for any later run."""
+def committed_rows(
+    cache: str, manifest: Manifest | None, index: pa.Table | None, group: str, *, retry: bool = False
+) -> GroupCatalog:
+    """Rows and failures of `group` that the manifest names. Keys are content addresses, so they hold for any later run.
+
+    With `retry` the failures are left out, so that they are tried again.
+    """
     catalog = GroupCatalog()
     if manifest is None or index is None:
         return catalog
@@ -64,17 +70,19 @@ def committed_rows(cache: str, manifest: Manifest | None, index: pa.Table | None
             catalog.locations[key] = Location(*place)
         if spec.empty_key is not None and spec.empty_at is not None:
             catalog.locations[spec.empty_key] = Location(*spec.empty_at)
-    for row in manifest.read_quarantine(cache).to_pylist():
-        if row["group"] == group:
+    for row in [] if retry else manifest.read_quarantine(cache).to_pylist():
+        if row["group"] == group and row["key"] not in catalog.locations:
             catalog.failures[row["key"]] = Failure(row["error"], row["message"])
     return catalog
 
 
-def recover(cache: str, group: str, shards: Iterable[ShardPlan], catalog: GroupCatalog) -> list[ShardPlan]:
+def recover(
+    cache: str, group: str, shards: Iterable[ShardPlan], catalog: GroupCatalog, *, retry: bool = False
+) -> list[ShardPlan]:
     """Take finished but uncommitted shards into `catalog`; returns the shards that are still to be encoded.
 
-    A file of a planned shard's name is that shard, since the name is the hash of its keys. Other files come from a run over
-    other rows; what they hold of the wanted keys is used too.
+    A file of a planned shard's name is that shard, since the name is the hash of its keys. Other files come from a run
+    over other rows; what they hold of the wanted keys is used too. With `retry` their failures are not.
     """
     open_shards = {f"{shard.name}.parquet": shard for shard in shards}
     wanted = {key for shard in open_shards.values() for key in shard.keys}
@@ -84,8 +92,9 @@ def recover(cache: str, group: str, shards: Iterable[ShardPlan], catalog: GroupC
         headers = list(pool.map(lambda file: _header(cache, group, file), files))
     for file, shard in sorted(zip(files, headers, strict=True), key=lambda item: item[0] not in open_shards):
         if shard is not None and not wanted.isdisjoint({*shard.keys, *shard.failed}):
-            catalog.add(shard)
-            open_shards.pop(file, None)
+            catalog.add(replace(shard, failed={}) if retry else shard)
+            if not (retry and shard.failed):
+                open_shards.pop(file, None)
     done = catalog.known()
     return [rest for shard in open_shards.values() if (rest := remaining(shard, done)) is not None]
 

@@ -1,12 +1,12 @@
 """Ray Data's way out: each encoded shard becomes one Parquet file, whole or not at all.
 
-A retried write task writes the same name with the same bytes. What a manifest does not name yet is found again by a rerun
-through its file name (see `job.py`), so rows are written at least once and counted once.
+A retried write task writes the same name with the same bytes. What a manifest does not name yet is found again by a
+rerun through its file name (see `job.py`), so rows are written at least once and counted once.
 """
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.data import Datasink
@@ -17,22 +17,44 @@ from ray_diffsynth.cache.store import GroupRow, Shard, write_shard
 from ray_diffsynth.preprocess.encoder import unpack
 
 
+class Counts(NamedTuple):
+    """State of a `Counter`."""
+
+    written: int = 0
+    failed: int = 0
+    nbytes: int = 0
+    encoders: int = 0
+
+
 @ray.remote(num_cpus=0)
 class Counter:
-    """Rows written and failed so far, for the driver's progress line."""
+    """Rows written and failed so far, and encoders that came to life, for the driver."""
 
     def __init__(self) -> None:
         self.written = 0
         self.failed = 0
         self.nbytes = 0
+        self.encoders = 0
+        self.running: dict[str, Any] = {}
+
+    def loaded(self, actor_id: str, encoder: Any) -> None:
+        """An encoder has its models: its actor's id and handle."""
+        self.encoders += 1
+        self.running[actor_id] = encoder
+
+    def end_encoders(self) -> None:
+        """End all encoders. Ray Data leaves one that is just being restarted, which would keep its CPUs and GPUs."""
+        for encoder in self.running.values():
+            ray.kill(encoder)
+        self.running.clear()
 
     def add(self, written: int, failed: int, nbytes: int) -> None:
         self.written += written
         self.failed += failed
         self.nbytes += nbytes
 
-    def get(self) -> tuple[int, int, int]:
-        return self.written, self.failed, self.nbytes
+    def get(self) -> Counts:
+        return Counts(self.written, self.failed, self.nbytes, self.encoders)
 
 
 class ShardSink(Datasink[list[dict[str, Any]]]):

@@ -1,4 +1,4 @@
-"""The work on one shard: decode its inputs on a CPU task, run its group's units in an actor. Pure but for the loaded models."""
+"""The work on one shard: decode its inputs on a CPU task, run its group's units in an actor."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import ray
 import torch
 
 from ray_diffsynth.cache.schema import rows_from_table, table_from_rows
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """All that an actor needs to rebuild its group: names and paths, never weights (they would live in Ray's object store)."""
+    """All that an actor needs to rebuild its group: names and paths, never weights (Ray's store would hold them)."""
 
     family: str
     source: ModelSource
@@ -48,8 +49,17 @@ class NonFiniteError(UserError):
 
 def shard_row(shard: ShardPlan) -> dict[str, Any]:
     """A shard as a Ray Data row."""
-    rows = [{"key": row.key, "sample_id": row.sample_id, "row": dict(row.row), "size": row.size.name} for row in shard.rows]
-    return {"name": shard.name, "bucket": shard.bucket, "rows": json.dumps(rows), "inputs": b"", "failed": "{}", "fatal": ""}
+    rows = [
+        {"key": row.key, "sample_id": row.sample_id, "row": dict(row.row), "size": row.size.name} for row in shard.rows
+    ]
+    return {
+        "name": shard.name,
+        "bucket": shard.bucket,
+        "rows": json.dumps(rows),
+        "inputs": b"",
+        "failed": "{}",
+        "fatal": "",
+    }
 
 
 def pack(keys: Sequence[str], rows: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -> bytes:
@@ -80,7 +90,9 @@ class Decoder:
         failed: dict[str, list[str]] = {}
         for item in json.loads(shard["rows"]):
             try:
-                rows.append(load_inputs(item["row"], Bucket.parse(item["size"]), self.spec.sample, only=self.spec.inputs))
+                rows.append(
+                    load_inputs(item["row"], Bucket.parse(item["size"]), self.spec.sample, only=self.spec.inputs)
+                )
                 keys.append(item["key"])
             except UserError as error:
                 failed[item["key"]] = [type(error).__name__, str(error)]
@@ -90,8 +102,9 @@ class Decoder:
 class Encoder:
     """Actor: loads the models of one group once and encodes shards."""
 
-    def __init__(self, spec: EncoderSpec) -> None:
+    def __init__(self, spec: EncoderSpec, counter: Any = None) -> None:
         self.spec = spec
+        self.batch_sizes: dict[str, int] = {}
         pipeline = get_pipeline_class(spec.family)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype: torch.dtype = getattr(torch, spec.dtype)
@@ -102,12 +115,16 @@ class Encoder:
         self.pipe.scheduler.set_timesteps(1000, training=True)
         stages = plan_stages(self.pipe, task, spec.trainable, spec.sample.inputs)
         self.group = next(group for group in stages.groups if group.name == spec.group)
+        if counter is not None:
+            context = ray.get_runtime_context()
+            counter.loaded.remote(context.get_actor_id(), context.current_actor)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
         """Shard with inputs -> shard with the encoded parameters in their place, and what failed added."""
         rows = unpack(shard["inputs"])
         try:
-            results = encode(self.pipe, self.group, self.spec.settings, [values for _, values in rows], self.spec.batch_size)
+            inputs, size = [values for _, values in rows], self.batch_sizes.get(shard["bucket"], self.spec.batch_size)
+            results, self.batch_sizes[shard["bucket"]] = encode(self.pipe, self.group, self.spec.settings, inputs, size)
         except UserError as error:
             # Ray Data would drop the block and go on; the sink reports it, and the driver ends the run.
             return {**shard, "inputs": b"", "fatal": str(error)}
@@ -123,33 +140,56 @@ class Encoder:
 
 
 def encode(
-    pipe: BasePipeline, group: UnitGroup, settings: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]], batch_size: int
-) -> list[dict[str, Any] | Exception]:
-    """Parameters of each sample, or why it failed. A failing batch is halved until the sample that fails stands alone."""
+    pipe: BasePipeline,
+    group: UnitGroup,
+    settings: Mapping[str, Any],
+    inputs: Sequence[Mapping[str, Any]],
+    batch_size: int,
+) -> tuple[list[dict[str, Any] | Exception], int]:
+    """Parameters of each sample, or why it failed; and the batch size that fits, for the next call.
+
+    Out of memory halves the batch size; at 1 it is the sample's own failure. A batch that fails otherwise is cut into
+    halves until the sample that is to blame stands alone.
+    """
     results: list[dict[str, Any] | Exception] = []
-    for start in range(0, len(inputs), batch_size):
-        results += _encode_batch(pipe, group, settings, inputs[start : start + batch_size])
-    return results
+    fits = 1
+    while len(results) < len(inputs):
+        batch = inputs[len(results) : len(results) + batch_size]
+        try:
+            results += _encode_batch(pipe, group, settings, batch)
+            fits = max(fits, len(batch))
+        except torch.OutOfMemoryError as error:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if len(batch) == 1:
+                results.append(error)
+                batch_size = fits  # the sample was to blame, not the size of its batch
+                continue
+            batch_size = len(batch) // 2
+            logger.warning("%s: out of memory with a batch of %d; going on with %d", group.name, len(batch), batch_size)
+    return results, batch_size
 
 
 def _encode_batch(
     pipe: BasePipeline, group: UnitGroup, settings: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any] | Exception]:
+    """All samples in one batch. Raises OutOfMemoryError, and UserError for what is the run's own mistake."""
     states = [make_state(group.units, {**settings, **sample}) for sample in inputs]
     try:
         with torch.no_grad():
             states = run_units(group.units, pipe, states)
-    except UserError:
-        raise  # a missing model or input is the run's mistake, not a sample's
+    except (UserError, torch.OutOfMemoryError):
+        raise  # a missing model or input; or the caller takes smaller batches
     except Exception as error:
-        # One bad sample, or out of memory: either way smaller batches tell which sample it is.
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
         if len(inputs) == 1:
             return [error]
         logger.warning("%s: a batch of %d failed (%s); trying its halves", group.name, len(inputs), error)
         middle = len(inputs) // 2
-        return [result for part in (inputs[:middle], inputs[middle:]) for result in _encode_batch(pipe, group, settings, part)]
+        return [
+            result
+            for part in (inputs[:middle], inputs[middle:])
+            for result in _encode_batch(pipe, group, settings, part)
+        ]
     return [_checked(group, state.flat()) for state in states]
 
 

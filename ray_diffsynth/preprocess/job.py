@@ -4,28 +4,36 @@ scan -> keys per group -> what the cache has already -> shards -> decode, encode
 """
 
 import logging
+import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from ray_diffsynth.cache.inspection import histogram
+from ray_diffsynth.cache.lease import lease
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import read_metadata
 from ray_diffsynth.data.samples import SampleSpec
-from ray_diffsynth.data.storage import absolute
+from ray_diffsynth.data.storage import absolute, join
 from ray_diffsynth.models.locate import ModelSource, locate_model
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
 from ray_diffsynth.pipelines.stages import Stages, dataset_spec, plan_stages
-from ray_diffsynth.preprocess.catalog import GroupCatalog, committed_manifest, committed_rows, recover
+from ray_diffsynth.preprocess.catalog import GroupCatalog, committed_manifest
 from ray_diffsynth.preprocess.commit import Outcome, check_same_dataset, commit_cache
+from ray_diffsynth.preprocess.dry_run import dry_run
 from ray_diffsynth.preprocess.encoder import EncoderSpec
 from ray_diffsynth.preprocess.keys import GroupPlan, plan_group
-from ray_diffsynth.preprocess.lease import lease
-from ray_diffsynth.preprocess.pool import encode_shards, pool_size
-from ray_diffsynth.preprocess.scan import scan_dataset
-from ray_diffsynth.preprocess.shards import not_known, plan_shards, wanted_rows
+from ray_diffsynth.preprocess.plan import Committed, plan_works
+from ray_diffsynth.preprocess.pool import check_pools, pool_sizes
+from ray_diffsynth.preprocess.scan import Sample, scan_dataset
+from ray_diffsynth.preprocess.summary import contact_sheet, group_numbers, quarantine_numbers
+from ray_diffsynth.preprocess.work import encode_all
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.ray_session import ray_session
-from ray_diffsynth.report import write_report
+from ray_diffsynth.report import make_report, write_json, write_page
 from ray_diffsynth.tasks import get_task
 
 logger = logging.getLogger(__name__)
@@ -55,15 +63,19 @@ class Job:
         )
         family = config.family or family_of(source.root)
         pipe = get_pipeline_class(family).skeleton()
-        sample = dataset_spec(pipe, config)
-        stages = plan_stages(pipe, get_task(config.task), config.trained, sample.inputs)
+        task = get_task(config.task)
+        sample = dataset_spec(pipe, config, task.columns)
+        stages = plan_stages(pipe, task, config.trained, sample.inputs)
         groups = tuple(
-            plan_group(pipe, source, group, sample_inputs=sample.inputs, file_params=sample.file_params, dtype=config.dtype)
+            plan_group(
+                pipe, source, group, sample_inputs=sample.inputs, file_params=sample.file_params, dtype=config.dtype
+            )
             for group in stages.groups
         )
+        check_pools(config, [group.name for group in groups])
         return cls(config, absolute(config.output_path), family, source, sample, stages, groups)
 
-    def encoder(self, group: GroupPlan) -> EncoderSpec:
+    def encoder(self, group: GroupPlan, batch_size: int) -> EncoderSpec:
         """What the actors of `group` need to know."""
         return EncoderSpec(
             family=self.family,
@@ -76,7 +88,7 @@ class Job:
             settings=dict(group.settings),
             sample=self.sample,
             dtype=self.config.dtype,
-            batch_size=self.config.batch_size,
+            batch_size=batch_size,
         )
 
 
@@ -91,35 +103,52 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
         file_columns=[columns[param] for param in job.sample.file_params],
         text_columns=[column for param, column in columns.items() if param == "prompt"],
         required=list(columns.values()),
+        parsers=job.sample.parsers,
     )
     manifest = committed_manifest(job.cache)
     index = manifest.read_index(job.cache) if manifest is not None else None
-    with lease(job.cache), ray_session(config.ray_address, verbose=config.verbose):
-        size = pool_size(config.num_workers, config.resources, config.dataset_num_workers)
+    # A dry run writes nothing, no lease either.
+    holding = nullcontext() if config.dry_run else lease(job.cache)
+    with holding, ray_session(config.ray_address, verbose=config.verbose):
+        sizes = pool_sizes(config, [group.name for group in job.groups])
         with Progress("scan", total=len(metadata.table), unit="files") as progress:
-            samples, bad = scan_dataset(metadata, job.sample, job.cache, num_cpus=size.decode_cpus, on_progress=progress.advance)
+            samples, bad = scan_dataset(
+                metadata,
+                job.sample,
+                job.cache,
+                num_cpus=min(size.decode_cpus for size in sizes.values()),
+                remember=not config.dry_run,
+                on_progress=progress.advance,
+            )
         samples.sort(key=lambda sample: sample.bucket.sort_key)  # stable: dataset order within a bucket
         check_same_dataset(job.cache, manifest, index, job.family, samples)
+        committed = Committed(job.cache, manifest, index)
+        if config.dry_run:
+            return dry_run(job, committed, samples, [*metadata.rejected, *bad], metadata.total)
+        print("\n".join(histogram(Counter(sample.bucket.name for sample in samples))), file=sys.stderr)
         catalogs: dict[str, GroupCatalog] = {}
         encoded: dict[str, int] = {}
-        done: list[tuple[GroupPlan, GroupCatalog]] = []
-        for group in job.groups:
-            # A sample that failed in a group before this one goes to quarantine: no work for it here.
-            alive = [sample for sample in samples if not any(g.key(sample.inputs) in c.failures for g, c in done)]
-            wanted = wanted_rows(group, alive, job.sample)
-            catalogs[group.name] = catalog = committed_rows(job.cache, manifest, index, group.name)
-            done.append((group, catalog))
-            shards = recover(job.cache, group.name, plan_shards(not_known(wanted, catalog.known())), catalog)
-            encoded[group.name] = sum(len(shard.rows) for shard in shards)
-            encode_shards(shards, job.encoder(group), size, cache=job.cache, codec=config.cache_codec, catalog=catalog)
+        times: dict[str, float] = {}
+        for works in plan_works(job, committed, samples, sizes):
+            began = time.monotonic()
+            encode_all(works, cache=job.cache, codec=config.cache_codec)
+            for work in works:
+                catalogs[work.spec.group] = work.catalog
+                encoded[work.spec.group] = work.encoded
+                times[work.spec.group] = time.monotonic() - began
         outcome = commit_cache(job, samples, [*metadata.rejected, *bad], metadata.total, catalogs)
-    return _report(job, outcome, catalogs, encoded, time.monotonic() - started)
+    return _report(job, outcome, samples, encoded, times, time.monotonic() - started)
 
 
 def _report(
-    job: Job, outcome: Outcome, catalogs: dict[str, GroupCatalog], encoded: dict[str, int], seconds: float
+    job: Job,
+    outcome: Outcome,
+    samples: Sequence[Sample],
+    encoded: dict[str, int],
+    times: dict[str, float],
+    seconds: float,
 ) -> dict[str, Any]:
-    """Write report.json and print the last line: what is where, and the counts."""
+    """Write report.json and report.html and print the last line: what is where, and the counts."""
     manifest = outcome.manifest
     counts: dict[str, Any] = dict(manifest.counts)
     parameters = {}
@@ -134,14 +163,25 @@ def _report(
         "buckets": manifest.buckets,
         "bytes": sum(spec.nbytes for spec in manifest.groups),
     }
-    write_report(job.cache, counts=counts, seconds=round(seconds, 3), config=job.config, **summary)
+    more: dict[str, Any] = {
+        "groups": group_numbers(manifest.groups, encoded, times),
+        "quarantine": quarantine_numbers(outcome.quarantine),
+    }
+    report = make_report(counts=counts, seconds=round(seconds, 3), config=job.config, **summary, **more)
+    write_json(job.cache, report)
+    bad = {entry.sample_id for entry in outcome.quarantine}
+    pictures = contact_sheet([sample for sample in samples if sample.sample_id not in bad], job.sample)
+    write_page(job.cache, report, pictures=pictures)
     for entry in outcome.quarantine[:10]:
         logger.warning("quarantined %s: %s: %s", entry.sample_id, entry.error, entry.message)
     if len(outcome.quarantine) > 10:
         logger.warning("... and %d more; see %s/quarantine", len(outcome.quarantine) - 10, job.cache)
-    work = ", ".join(f"{name} {count['encoded']} encoded {count['reused']} reused" for name, count in parameters.items())
+    work = ", ".join(
+        f"{name} {count['encoded']} encoded {count['reused']} reused" for name, count in parameters.items()
+    )
     print(
         f"cache of {counts['samples']} samples in {job.cache} "
-        f"({counts['total']} rows, {counts['quarantined']} quarantined; {work}; {seconds:.1f} s)"
+        f"({counts['total']} rows, {counts['quarantined']} quarantined; {work}; {seconds:.1f} s); "
+        f"see {join(job.cache, 'report.html')}"
     )
     return {**counts, **summary}

@@ -1,7 +1,8 @@
 """Content addresses: what a cached row depends on, and nothing else.
 
-key = blake2b(group fingerprint, sample inputs that flow into the group), where the group fingerprint covers the code of the
-group's units, the weights of its models, the dtype, the transform of the pictures and the settings that the units read.
+key = blake2b(group fingerprint, sample inputs that flow into the group), where the group fingerprint covers the code of
+the group's units, the weights of its models, the dtype, the transform of the pictures and the settings that the units
+read.
 """
 
 import hashlib
@@ -27,8 +28,8 @@ def digest(value: Any) -> str:
 class GroupPlan:
     """One group of stage-1 units with the address space of its rows.
 
-    `inputs` are the sample inputs that flow into it, `settings` the constants that do; `parts` is the readable fingerprint.
-    `bucketed` tells whether its rows depend on the size, so that a file holds one bucket.
+    `inputs` are the sample inputs that flow into it, `settings` the constants that do; `parts` is the readable
+    fingerprint. `bucketed` tells whether its rows depend on the size, so that a file holds one bucket.
     """
 
     group: UnitGroup
@@ -65,7 +66,13 @@ def model_fingerprints(pipe: type[BasePipeline], source: ModelSource, models: Co
 
 
 def plan_group(
-    pipe: BasePipeline, source: ModelSource, group: UnitGroup, *, sample_inputs: Collection[str], file_params: Collection[str], dtype: str
+    pipe: BasePipeline,
+    source: ModelSource,
+    group: UnitGroup,
+    *,
+    sample_inputs: Collection[str],
+    file_params: Collection[str],
+    dtype: str,
 ) -> GroupPlan:
     """Address space of `group` for a dataset whose rows give `sample_inputs`."""
     inputs = tuple(sorted(name for name in group.inputs if name in sample_inputs))

@@ -1,35 +1,20 @@
-"""How much of the cluster one group's pipeline of tasks takes, and the pipeline itself."""
+"""How much of the cluster each group's actors take: one group after another over all of it, or side by side."""
 
-import logging
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import ray
-from ray.data import ActorPoolStrategy, TaskPoolStrategy
-
-from ray_diffsynth.errors import UserError
-from ray_diffsynth.preprocess.catalog import GroupCatalog
-from ray_diffsynth.preprocess.datasink import Counter, ShardSink
-from ray_diffsynth.preprocess.encoder import Decoder, Encoder, EncoderSpec, shard_row
-from ray_diffsynth.preprocess.shards import ShardPlan, single_rows
-from ray_diffsynth.progress import Progress
+from ray_diffsynth.config import PreprocessConfig
+from ray_diffsynth.errors import ConfigError, did_you_mean
 from ray_diffsynth.ray_session import ClusterError, cluster_devices
-
-logger = logging.getLogger(__name__)
-
-
-class EncoderError(UserError):
-    """The units of a group cannot run at all (a missing model or input), so no sample is to blame."""
 
 
 @dataclass(frozen=True)
 class PoolSize:
-    """Actors of a group and what one of them, a decode task and a write task reserve."""
+    """Actors of a group, the samples that one encodes at once, and what an actor, a decode and a write task reserve."""
 
-    actors: int
+    min_actors: int
+    max_actors: int
+    batch_size: int
     actor_cpus: float
     actor_gpus: float
     decode_cpus: float
@@ -37,15 +22,31 @@ class PoolSize:
     write_cpus: float
 
 
-def pool_size(num_workers: int, resources: dict[str, float] | None, decode_tasks: int) -> PoolSize:
-    """Sizes for this cluster: an actor per GPU, or one per two CPUs, leaving room for decoding and writing beside them.
+def check_pools(config: PreprocessConfig, groups: Sequence[str]) -> None:
+    """Raise ConfigError if `pools` names a group that the model does not have."""
+    for name in config.pools or {}:
+        if name not in groups:
+            raise ConfigError(f"pools: {name!r} is no group of this model; {did_you_mean(name, groups)}")
 
-    Ray Data hangs when an actor, its decode task and a write task do not fit the CPUs, so what they reserve is fractional.
+
+def pool_sizes(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, PoolSize]:
+    """A pool for each group on this cluster, with room for decoding and writing beside the actors.
+
+    Ray Data hangs when an actor, its decode task and a write task do not fit the CPUs, so what they reserve is
+    fractional. Raises ClusterError when the pools do not fit.
     """
+    if config.pools is None:
+        size = _whole_cluster(config)
+        return dict.fromkeys(groups, size)
+    return _side_by_side(config, groups)
+
+
+def _whole_cluster(config: PreprocessConfig) -> PoolSize:
+    """An actor per GPU, or one per two CPUs."""
     cpus, gpus = cluster_devices()
-    wanted = dict(resources or {})
+    wanted = dict(config.resources or {})
     gpu = wanted.pop("GPU", 1.0 if gpus >= 1 else 0.0)
-    actors = num_workers or (max(1, int(gpus // gpu)) if gpu else max(1, int(cpus // 2)))
+    actors = config.num_workers or (max(1, int(gpus // gpu)) if gpu else max(1, int(cpus // 2)))
     cpu = wanted.pop("CPU", min(1.0, 0.5 * cpus / actors))
     if wanted:
         raise ClusterError(f"resources={sorted(wanted)} are not known; CPU and GPU are")
@@ -54,78 +55,46 @@ def pool_size(num_workers: int, resources: dict[str, float] | None, decode_tasks
             f"{actors} actors of {cpu:g} CPU and {gpu:g} GPU do not fit a cluster of {cpus:g} CPU and {gpus:g} GPU "
             "beside their decode and write tasks; lower --num_workers or --resources"
         )
-    rest = cpus - actors * cpu
-    return PoolSize(actors, cpu, gpu, min(0.5, rest / 2), decode_tasks or None, min(0.25, rest / 4))
+    decode, write = _tasks(cpus - actors * cpu, 1)
+    return PoolSize(actors, actors, config.batch_size, cpu, gpu, decode, config.dataset_num_workers or None, write)
 
 
-def encode_shards(
-    shards: Sequence[ShardPlan], spec: EncoderSpec, size: PoolSize, *, cache: str, codec: str, catalog: GroupCatalog
-) -> None:
-    """Decode, encode and write the shards on the cluster, and take what was written into `catalog`.
-
-    A shard whose actor dies again and again is dropped by Ray Data; its rows are then tried one by one, so that only the
-    row that kills the encoder stays without a place in the catalog (and goes to quarantine).
-    """
-    if not shards:
-        return
-    total = sum(len(shard.rows) for shard in shards)
-    counter = Counter.remote()  # type: ignore[attr-defined]
-    with Progress(f"encode {spec.group}", total=total, unit="samples") as progress, _watch(counter, progress):
-        _encode(shards, spec, size, cache, codec, catalog, counter)
-        lost = [row for shard in shards for row in single_rows(shard) if row.keys[0] not in catalog.known()]
-        if lost:
-            logger.warning("%s: %d rows were lost with their encoder; trying them one by one", spec.group, len(lost))
-            _encode(lost, spec, size, cache, codec, catalog, counter)
-    ray.kill(counter)
-
-
-def _encode(
-    shards: Sequence[ShardPlan], spec: EncoderSpec, size: PoolSize, cache: str, codec: str, catalog: GroupCatalog, counter: Any
-) -> None:
-    """One pass of Ray Data over the shards. Rows of its dataset are whole shards, so a block never tears one apart."""
-    context = ray.data.DataContext.get_current()
-    context.enable_fallback_to_arrow_object_ext_type = False
-    context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # counted below: what is lost is tried again row by row
-    context.execution_options.verbose_progress = False
-    sink = ShardSink(cache, spec.group, spec.parameters, codec, counter)
-    dataset = ray.data.from_items([shard_row(shard) for shard in shards], override_num_blocks=len(shards))
-    decoded = dataset.map(Decoder(spec), num_cpus=size.decode_cpus, compute=TaskPoolStrategy(size.decode_tasks))
-    encoded = decoded.map(
-        Encoder,
-        fn_constructor_args=(spec,),
-        num_cpus=size.actor_cpus,
-        num_gpus=size.actor_gpus or None,
-        # Two tasks in flight overlap moving one shard with encoding the one before; the calls themselves stay serial.
-        compute=ActorPoolStrategy(size=min(size.actors, len(shards)), max_tasks_in_flight_per_actor=2),
-        # Ray Data's default is to restart for ever, which a picture that kills its decoder would make endless.
-        max_restarts=4,
-        max_task_retries=2,
-    )
-    encoded.write_datasink(sink, ray_remote_args={"num_cpus": size.write_cpus})
-    for shard in sink.shards:
-        catalog.add(shard)
-    if sink.fatal:
-        raise EncoderError(f"{spec.group} could not be encoded: {sink.fatal[0]}")
+def _side_by_side(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, PoolSize]:
+    cpus, gpus = cluster_devices()
+    pools = {name: (config.pools or {}).get(name, {}) for name in groups}
+    # Where no share is given: a GPU each, or equal parts of what there is, cut to hundredths.
+    share = 1.0 if gpus >= len(groups) else int(100 * gpus / len(groups)) / 100
+    least = {name: int(pool.get("min_size", 1)) for name, pool in pools.items()}
+    most = {name: int(pool.get("max_size", least[name])) for name, pool in pools.items()}
+    gpu = {name: pool.get("num_gpus", share) for name, pool in pools.items()}
+    default_cpu = min(1.0, 0.5 * cpus / sum(most.values()))
+    cpu = {name: pool.get("num_cpus", default_cpu) for name, pool in pools.items()}
+    for what, amount, there, spare in (("CPU", cpu, cpus, True), ("GPU", gpu, gpus, False)):
+        needed = sum(least[name] * amount[name] for name in groups)
+        if needed > there + 1e-6 or (spare and needed >= there):
+            each = ", ".join(f"{name}: {least[name]} x {amount[name]:g}" for name in groups)
+            raise ClusterError(
+                f"the pools need {needed:g} {what} at least ({each}), the cluster has {there:g}"
+                f"{', and decoding and writing need some too' if spare else ''}; lower min_size or num_{what.lower()}s"
+            )
+    held = sum(most[name] * cpu[name] for name in groups)
+    free = cpus - (held if held < cpus else sum(least[name] * cpu[name] for name in groups))
+    decode, write = _tasks(free, len(groups))
+    return {
+        name: PoolSize(
+            least[name],
+            most[name],
+            int(pools[name].get("batch_size", config.batch_size)),
+            cpu[name],
+            gpu[name],
+            decode,
+            config.dataset_num_workers or None,
+            write,
+        )
+        for name in groups
+    }
 
 
-@contextmanager
-def _watch(counter: Any, progress: Progress) -> Iterator[None]:
-    """Within it, `progress` follows `counter`."""
-    stop = threading.Event()
-
-    def follow() -> None:
-        seen = 0
-        while not stop.is_set():
-            stop.wait(0.5)
-            written, failed, nbytes = ray.get(counter.get.remote())
-            progress.advance(written + failed - seen, quarantined=failed, MB=f"{nbytes / 1e6:.1f}")
-            seen = written + failed
-
-    thread = threading.Thread(target=follow, name="encode-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def _tasks(free_cpus: float, groups: int) -> tuple[float, float]:
+    """CPUs of a decode and of a write task, so that one of each fits for every group."""
+    return min(0.5, free_cpus / 2 / groups), min(0.25, free_cpus / 4 / groups)

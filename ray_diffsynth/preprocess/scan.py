@@ -1,4 +1,4 @@
-"""The scan: every source file's header and content hash, so that each row has a bucket and cache keys before anything is decoded.
+"""The scan: every source file's header and content hash, so that each row has bucket and keys before it is decoded.
 
 A file whose size and modification time (or ETag) equal those of the last scan is not read again.
 """
@@ -12,8 +12,9 @@ import ray
 
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.metadata import Metadata, Quarantined
-from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, file_stamp, scan_file
+from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, file_stamp, pixel_keys, scan_file
 from ray_diffsynth.data.storage import exists, join, read_bytes, write_bytes_atomic
+from ray_diffsynth.data.video import require_video_support
 from ray_diffsynth.errors import UserError
 
 MEMO = "index/sources.json"
@@ -46,13 +47,17 @@ class Failure:
 Scanned = SourceFile | Failure
 
 
-def scan_files(paths: Sequence[str], memo: Mapping[str, SourceFile]) -> list[Scanned]:
-    """Scan each path; a file with the stamp of its memo is taken from there. Errors are values: one bad file is not the batch's."""
+def scan_files(paths: Sequence[str], memo: Mapping[str, SourceFile], animations: bool = False) -> list[Scanned]:
+    """Scan each path; a file with the stamp of its memo is taken from there. Errors are values."""
     found: list[Scanned] = []
     for path in paths:
         try:
             known = memo.get(path)
-            found.append(known if known is not None and known.stamp == file_stamp(path) else scan_file(path))
+            found.append(
+                known
+                if known is not None and known.stamp == file_stamp(path)
+                else scan_file(path, animations=animations)
+            )
         except UserError as error:
             found.append(Failure.of(error))
     return found
@@ -76,41 +81,54 @@ def save_memo(cache: str, files: Iterable[Scanned]) -> None:
 
 
 def scan_dataset(
-    metadata: Metadata, spec: SampleSpec, cache: str, *, num_cpus: float, on_progress: Callable[[int], None] = lambda n: None
+    metadata: Metadata,
+    spec: SampleSpec,
+    cache: str,
+    *,
+    num_cpus: float,
+    remember: bool = True,
+    on_progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[list[Sample], list[Quarantined]]:
     """Samples in dataset order, and the rows that cannot be used with their reason. Ray tasks read the files."""
     rows = metadata.table.to_pylist()
-    paths = list(dict.fromkeys(spec.path(row, param) for row in rows for param in spec.file_params))
+    paths = list(dict.fromkeys(path for row in rows for param in spec.file_params for path in spec.paths(row, param)))
+    require_video_support(paths)
     memo = load_memo(cache)
     task = ray.remote(num_cpus=num_cpus)(scan_files)
     parts = [paths[start : start + FILES_PER_TASK] for start in range(0, len(paths), FILES_PER_TASK)]
-    pending = [task.remote(part, {path: memo[path] for path in part if path in memo}) for part in parts]
+    pending = [
+        task.remote(part, {path: memo[path] for path in part if path in memo}, spec.size.video) for part in parts
+    ]
     files: dict[str, Scanned] = {}
     for part, reference in zip(parts, pending, strict=True):
         files.update(zip(part, ray.get(reference), strict=True))
         on_progress(len(part))
-    save_memo(cache, files.values())
+    if remember:
+        save_memo(cache, files.values())
     return assign(rows, files, spec)
 
 
-def assign(rows: Iterable[Mapping[str, Any]], files: Mapping[str, Scanned], spec: SampleSpec) -> tuple[list[Sample], list[Quarantined]]:
+def assign(
+    rows: Iterable[Mapping[str, Any]], files: Mapping[str, Scanned], spec: SampleSpec
+) -> tuple[list[Sample], list[Quarantined]]:
     """Give every row its bucket and key inputs, or its reason for quarantine."""
     samples: list[Sample] = []
     bad: list[Quarantined] = []
     for row in rows:
         sample_id = row["sample_id"]
-        found = {param: files[spec.path(row, param)] for param in spec.file_params}
+        found = {param: [files[path] for path in spec.paths(row, param)] for param in spec.file_params}
         # As the dataset writes it: the same data under another folder gives the same index.
         source = str(row[spec.columns[spec.file_params[0]]]) if spec.file_params else ""
-        failure = next((item for item in found.values() if isinstance(item, Failure)), None)
+        failure = next((item for items in found.values() for item in items if isinstance(item, Failure)), None)
         try:
             if failure is None:
-                good = {param: item for param, item in found.items() if isinstance(item, SourceFile)}
+                good = {
+                    param: [item for item in items if isinstance(item, SourceFile)] for param, items in found.items()
+                }
                 bucket = bucket_of(good, spec)
                 inputs = {param: row[column] for param, column in spec.columns.items() if param not in good}
                 inputs |= {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames}
-                # A picture's pixels depend on the bucket it is cut to.
-                inputs |= {param: f"{item.digest}@{bucket.name}" for param, item in good.items()}
+                inputs |= pixel_keys(row, good, bucket, spec)
                 samples.append(Sample(sample_id, source, row, bucket, inputs))
         except UserError as error:
             failure = Failure.of(error)

@@ -1,14 +1,14 @@
 """Which rows are encoded together: pure functions from the wanted keys to shards.
 
-A shard is the unit of work and of loss: one decode task, one actor call, one Parquet file. Its members follow from the wanted
-keys alone, so an interrupted run and its rerun write the same files, byte for byte.
+A shard is the unit of work and of loss: one decode task, one actor call, one Parquet file. Its members follow from the
+wanted keys alone, so an interrupted run and its rerun write the same files, byte for byte.
 """
 
-import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ray_diffsynth.cache.store import shard_name
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.preprocess.keys import GroupPlan
@@ -45,7 +45,7 @@ class ShardPlan:
 
 
 def wanted_rows(group: GroupPlan, samples: Iterable[Sample], spec: SampleSpec) -> Iterator[Wanted]:
-    """The rows of `group` that the samples need, in their order; first the empty caption, so that stage 2 can drop captions."""
+    """The rows of `group` that the samples need, in their order; first the empty caption, for caption dropout."""
     columns = {spec.columns[name] for name in group.inputs if name in spec.columns}
     smallest = Bucket(16, 16)
     if group.caption_only:
@@ -59,11 +59,6 @@ def wanted_rows(group: GroupPlan, samples: Iterable[Sample], spec: SampleSpec) -
 def not_known(wanted: Iterable[Wanted], known: Collection[str]) -> Iterator[Wanted]:
     """Those whose key is not in `known`."""
     return (row for row in wanted if row.key not in known)
-
-
-def shard_name(keys: Sequence[str]) -> str:
-    """File stem of the shard of these keys: the blake2b-96 of them."""
-    return hashlib.blake2b("\n".join(keys).encode(), digest_size=12).hexdigest()
 
 
 def shard_rows(bucket: str, size: Bucket) -> int:

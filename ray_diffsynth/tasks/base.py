@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
@@ -43,6 +44,14 @@ class TrainablePipeline(Protocol):
 
     def predict(self, batch: Mapping[str, Any]) -> torch.Tensor: ...
 
+    def initial_noise(self, shape: Sequence[int], seed: int, rand_device: str = "cpu") -> torch.Tensor: ...
+
+    def sampling_schedule(self, latents: torch.Tensor, num_inference_steps: int) -> FlowMatchScheduler: ...
+
+    def step(
+        self, scheduler: FlowMatchScheduler, latents: torch.Tensor, progress_id: int, noise_pred: torch.Tensor
+    ) -> torch.Tensor: ...
+
 
 @runtime_checkable
 class Task(Protocol):
@@ -50,17 +59,23 @@ class Task(Protocol):
 
     reads: names that ``loss`` takes from the batch and does not write itself, so that the cache must hold them.
     provides: names that ``loss`` gives to the model, so that the cache need not hold them.
+    columns: metadata columns that every row must have, each with what reads its value (it raises ValueError, and the
+        row is rejected). ``loss`` gets those that it reads as lists, one entry a sample.
     """
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]]
     provides: ClassVar[tuple[str, ...]]
+    columns: ClassVar[Mapping[str, Callable[[Any], Any]]]
 
     def loss(self, pipe: TrainablePipeline, batch: Mapping[str, Any], keys: Sequence[SampleKey]) -> LossOutput: ...
 
 
 # task family -> "module:Class"; the class is made with the keyword settings of `get_task`.
-TASKS: dict[str, str] = {"sft": "ray_diffsynth.tasks.sft:SFT"}
+TASKS: dict[str, str] = {
+    "sft": "ray_diffsynth.tasks.sft:SFT",
+    "direct_distill": "ray_diffsynth.tasks.direct_distill:DirectDistill",
+}
 
 
 def task_family(task: str) -> str:
@@ -81,6 +96,18 @@ def stage_of(task: str) -> str | None:
 
 
 def get_task(task: str, **settings: Any) -> Task:
-    """The task object for a task name of any stage, e.g. ``get_task("sft:train", weighting="bell")``."""
-    module, _, name = TASKS[task_family(task)].partition(":")
-    return cast(Task, getattr(importlib.import_module(module), name)(**settings))
+    """The task object for a task name of any stage, e.g. ``get_task("sft:train", weighting="bell")``.
+
+    A setting of another task is left out: one configuration serves them all. One of no task is a TypeError.
+    """
+    classes = {name: _task_class(name) for name in TASKS}
+    known = {name: {field.name for field in dataclasses.fields(cls)} for name, cls in classes.items()}
+    family = task_family(task)
+    others = set().union(*known.values()) - known[family]
+    own = {name: value for name, value in settings.items() if name not in others}
+    return cast(Task, classes[family](**own))
+
+
+def _task_class(family: str) -> Any:
+    module, _, name = TASKS[family].partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from ray_diffsynth.diffusion.randomness import SampleKey, sample_noise, sample_timestep_index
+from ray_diffsynth.diffusion.timestep_sampling import SAMPLINGS, Sampling, TimestepSampling, shifted
 from ray_diffsynth.tasks.base import LossOutput, TrainablePipeline
 
 
@@ -17,8 +18,11 @@ class SFT:
     """Mean squared error of the predicted velocity: ``w(sigma) * |v(x_sigma, sigma) - (noise - x0)|^2``.
 
     Rectified flow (Liu et al. 2022, arXiv:2209.03003): ``x_sigma = (1 - sigma) * x0 + sigma * noise``. Sigma is drawn
-    uniformly from the family's 1000 training timesteps between the two boundaries (fractions of the schedule, 0 = the
-    noisiest end, as in DiffSynth-Studio), and noise from N(0, 1); both are functions of the sample's key alone.
+    from the family's 1000 training timesteps between the two boundaries (fractions of the schedule, 0 = the noisiest
+    end, as in DiffSynth-Studio), and noise from N(0, 1); both are functions of the sample's key alone.
+
+    timestep_sampling: see ``TimestepSampling``; "shift" draws uniformly from the schedule by which the family samples
+    a picture of the sample's size (in 1000 steps), or from the unshifted one shifted by ``timestep_shift``.
 
     weighting: "bell" multiplies by DiffSynth-Studio's bell-shaped weight (mean 1), "none" by 1.
     """
@@ -26,10 +30,16 @@ class SFT:
     name: ClassVar[str] = "sft"
     reads: ClassVar[tuple[str, ...]] = ("input_latents",)
     provides: ClassVar[tuple[str, ...]] = ("latents", "noise", "timestep")
+    columns: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
 
     weighting: Literal["bell", "none"] = "bell"
     min_timestep_boundary: float = 0.0
     max_timestep_boundary: float = 1.0
+    timestep_sampling: Sampling = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    timestep_shift: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.min_timestep_boundary < self.max_timestep_boundary <= 1.0:
@@ -39,19 +49,37 @@ class SFT:
             )
         if self.weighting not in ("bell", "none"):
             raise ValueError(f"loss weighting {self.weighting!r} is unknown; use 'bell' or 'none'")
+        if self.timestep_sampling not in SAMPLINGS:
+            raise ValueError(f"timestep sampling {self.timestep_sampling!r} is unknown; use {', '.join(SAMPLINGS)}")
 
-    def timesteps(self, pipe: TrainablePipeline, keys: Sequence[SampleKey]) -> torch.Tensor:
-        """(B,) fp32 on the CPU: each key's timestep, 1000 * sigma."""
-        schedule = pipe.scheduler.timesteps
+    def timesteps(
+        self, pipe: TrainablePipeline, keys: Sequence[SampleKey], x0: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B,) fp32 on the CPU: each key's timestep, 1000 * sigma. x0: the clean latents, whose size may matter."""
         low, high = self.min_timestep_boundary, self.max_timestep_boundary
-        return schedule[torch.tensor([sample_timestep_index(len(schedule), key, low, high) for key in keys])]
+        schedule = self._schedule(pipe, x0)
+        drawn = TimestepSampling(self.timestep_sampling, self.logit_mean, self.logit_std, self.mode_scale)
+        count = len(schedule)
+        return schedule[
+            torch.tensor([sample_timestep_index(count, key, low, high, drawn.position(key)) for key in keys])
+        ]
+
+    def _schedule(self, pipe: TrainablePipeline, x0: torch.Tensor | None) -> torch.Tensor:
+        """The 1000 timesteps that are drawn from, the noisiest first."""
+        if self.timestep_sampling != "shift":
+            return pipe.scheduler.timesteps
+        if self.timestep_shift is None:
+            if x0 is None:
+                raise ValueError("the timesteps of shift depend on the size of the latents; give x0")
+            return pipe.sampling_schedule(x0, 1000).timesteps
+        return 1000 * shifted(torch.linspace(1, 1 / 1000, 1000), self.timestep_shift)
 
     def loss(self, pipe: TrainablePipeline, batch: Mapping[str, Any], keys: Sequence[SampleKey]) -> LossOutput:
         """batch: what ``pipe.collate`` made of B samples, ``input_latents`` (B, ...) among it; keys: B of them."""
         x0 = batch["input_latents"].float()
         if len(keys) != len(x0):
             raise ValueError(f"{len(keys)} keys for {len(x0)} samples: one key a sample")
-        timestep = self.timesteps(pipe, keys)
+        timestep = self.timesteps(pipe, keys, x0)
         # Drawn on the CPU, one sample at a time: the same numbers on any device, in any batch.
         noise = torch.cat([sample_noise((1, *x0.shape[1:]), key) for key in keys]).to(x0.device)
         latents = pipe.scheduler.add_noise(x0, noise, timestep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from ray_diffsynth.training.metrics import TrainingProgress
+
+logger = logging.getLogger(__name__)
 
 
 class Context(Protocol):
@@ -36,6 +39,10 @@ class Context(Protocol):
         """Whether this worker was asked to end; asked once a step. The run then saves a checkpoint and ends."""
         ...
 
+    def draw_samples(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Have sample pictures made with these trained weights (by parameter name); called by rank 0, does not wait."""
+        ...
+
 
 class LocalContext:
     """Plain `python` (one worker) or torchrun (its environment variables). SIGTERM asks the run to save and end."""
@@ -47,6 +54,7 @@ class LocalContext:
         self.device = torch.device(device or (cuda if torch.cuda.is_available() else "cpu"))
         self._progress = TrainingProgress() if progress else None
         self._stop = threading.Event()
+        self._said = False
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         if self._progress is not None:
@@ -54,6 +62,11 @@ class LocalContext:
 
     def stop_requested(self) -> bool:
         return self._stop.is_set()
+
+    def draw_samples(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+        if not self._said:
+            logger.warning("no sample pictures: they are made by an actor of Ray, and this run is without Ray")
+            self._said = True
 
     def request_stop(self) -> None:
         self._stop.set()

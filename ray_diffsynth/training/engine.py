@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,8 +28,8 @@ def accelerator(context: Context, dtype: str) -> Iterator[Accelerator]:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(context.device)
         torch.cuda.set_device(context.device)
     _reset()
-    # Parameters without a gradient are frozen (module.fix_unused); buffers never change: nothing to search or send.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Parameters without a gradient are frozen (module.fix_unused), so DDP need not search for them in every step.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     try:
         yield Accelerator(cpu=on_cpu, mixed_precision=MIXED_PRECISION[dtype], kwargs_handlers=[ddp])
     finally:
@@ -46,7 +46,7 @@ def _reset() -> None:
 
 
 def distribute(engine: Accelerator, module: nn.Module, world_size: int) -> nn.Module:
-    """`module` in DDP when there are several workers; frozen weights, which all have read already, are left out."""
+    """`module` in DDP when there are several workers; frozen weights and buffers, which all have read, are left out."""
     if world_size == 1:
         return module
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
@@ -54,6 +54,18 @@ def distribute(engine: Accelerator, module: nn.Module, world_size: int) -> nn.Mo
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)  # type: ignore[no-untyped-call]
     prepared: nn.Module = engine.prepare_model(module)
     return prepared
+
+
+def sync_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
+    """The mean of the gradients over the workers, in one message; for a module without DDP."""
+    if world_size == 1:
+        return
+    found = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.reshape(-1) for grad in found])
+    dist.all_reduce(flat)
+    flat /= world_size
+    for grad, part in zip(found, torch.split(flat, [grad.numel() for grad in found]), strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def total(value: torch.Tensor, world_size: int) -> torch.Tensor:

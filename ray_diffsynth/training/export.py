@@ -11,40 +11,42 @@ from safetensors.torch import save
 from ray_diffsynth.data.storage import write_bytes_atomic
 from ray_diffsynth.models.lora import LoraInfo, export_lora, lora_state
 from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.lora_keys import lora_prefix, lora_rename, submodule
 from ray_diffsynth.training.metrics import output_file
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What of a pipeline is trained: `lora` on the module `lora_model`, and all weights of the modules `full`."""
+    """What of a pipeline is trained: a LoRA on each of the modules that `loras` name, and all weights of `full`."""
 
-    lora_model: str | None
-    lora: LoraInfo | None
+    loras: tuple[LoraInfo, ...]
     full: tuple[str, ...]
 
 
-def submodule(pipe: BasePipeline, name: str) -> torch.nn.Module:
-    """`text_encoder` or a part of it, `text_encoder.layers.3`. AttributeError if there is none."""
-    return pipe.get_submodule(name)
-
-
-def lora_prefix(pipe: BasePipeline, model: str) -> str:
-    """What stands before a LoRA's keys: the family's prefix for the model that denoises, `<model>.` for another."""
-    return pipe.lora_prefix if model in pipe.in_iteration_models else f"{model}."
-
-
-def export_trained(pipe: BasePipeline, trained: Trained, output_path: str, name: str) -> list[str]:
+def export_trained(
+    pipe: BasePipeline, trained: Trained, output_path: str, name: str, *, layout: str = "family"
+) -> list[str]:
     """Write `<output_path>/<name>.safetensors` (the LoRA, or the one model trained in full); returns the files.
 
-    Each further model goes to `<name>.<model>.safetensors`, with the model's own keys and the pipeline's dtype.
+    Of several LoRAs that one is the denoising model's, or the first. Each further LoRA or model goes to
+    `<name>.<model>.safetensors`; a model has its own keys and the pipeline's dtype. layout: of the LoRA's keys, the
+    family's (which diffusers, ComfyUI and DiffSynth-Studio load) or "diffusers": `<subfolder>.<its own names>`.
     """
     written: list[str] = []
-    if trained.lora is not None and trained.lora_model is not None:
-        path = output_file(output_path, f"{name}.safetensors")
-        state = lora_state(submodule(pipe, trained.lora_model))
-        info = trained.lora
-        prefix = lora_prefix(pipe, trained.lora_model)
-        export_lora(state, prefix=prefix, rank=info.rank, alpha=info.alpha, rslora=info.rslora, path=path)
+    for info in sorted(trained.loras, key=lambda info: info.name not in pipe.in_iteration_models):
+        path = output_file(output_path, f"{name}.{info.name}.safetensors" if written else f"{name}.safetensors")
+        state = lora_state(submodule(pipe, info.name))
+        own_names = layout == "diffusers" and info.name in pipe.parts
+        prefix = f"{pipe.parts[info.name].subfolder}." if own_names else lora_prefix(pipe, info.name)
+        export_lora(
+            state,
+            prefix=prefix,
+            rank=info.rank,
+            alpha=info.alpha,
+            rslora=info.rslora,
+            path=path,
+            rename=None if own_names else lora_rename(pipe, info.name),
+        )
         written.append(path)
     for model in trained.full:
         alone = len(trained.full) == 1 and not written
@@ -64,6 +66,6 @@ def _plain(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def describe(trained: Trained, parameters: Sequence[torch.nn.Parameter]) -> str:
     """One line for the log: what is trained, and how many values."""
     count = sum(p.numel() for p in parameters)
-    what = [f"LoRA of rank {trained.lora.rank} on {trained.lora_model}"] if trained.lora else []
+    what = [f"LoRA of rank {info.rank} on {info.name}" for info in trained.loras]
     what += [f"all of {model}" for model in trained.full]
     return f"training {' and '.join(what)}: {count / 1e6:.3g} M values"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ray_diffsynth.diffusion.randomness import SampleKey
+from ray_diffsynth.training.captions import drop_captions
 from ray_diffsynth.training.plan import Plan, epoch_plan, lanes_of, steps_per_epoch
 from ray_diffsynth.training.source import SampleSource, prefetch, shard_sizes
 
@@ -29,17 +31,33 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Feed:
-    """A run's order of samples, as a function of position. `step` counts optimizer steps from the start of the run."""
+    """A run's order of samples, as a function of position. `step` counts optimizer steps from the start of the run.
+
+    held_out: rows that are not trained on. caption_dropout: part of the samples that get the empty caption.
+    """
 
     source: SampleSource
     seed: int
     batch_size: int
     lanes: int
     repeat: int
+    held_out: tuple[int, ...] = ()
+    caption_dropout: float = 0.0
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(
+            self.source.buckets,
+            batch_size=self.batch_size,
+            lanes=self.lanes,
+            repeat=self.repeat,
+            without=self.held_out,
+        )
 
     @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(self.source.buckets, batch_size=self.batch_size, lanes=self.lanes, repeat=self.repeat)
+    def trained_samples(self) -> int:
+        """How many samples one pass has."""
+        return len(self.source.sample_ids) - len(self.held_out)
 
     @property
     def samples_per_step(self) -> int:
@@ -54,6 +72,7 @@ class Feed:
             batch_size=self.batch_size,
             lanes=self.lanes,
             repeat=self.repeat,
+            without=self.held_out,
         )
 
     def microbatches(self, start: int, stop: int, rank: int, world_size: int) -> Iterator[Microbatch]:
@@ -79,4 +98,11 @@ class Feed:
         """`microbatches` with their samples, fetched on `threads` threads (0: by the machine)."""
         threads = threads or max(1, min(4, (os.cpu_count() or 1) // 2))
         items = self.microbatches(start, stop, rank, world_size)
-        return prefetch(items, lambda item: self.source.fetch(item.rows), depth=max(DEPTH, threads), threads=threads)
+        return prefetch(items, self.fetch, depth=max(DEPTH, threads), threads=threads)
+
+    def fetch(self, item: Microbatch) -> Sequence[dict[str, Any]]:
+        """The samples of a microbatch, as they are trained on."""
+        samples = self.source.fetch(item.rows)
+        if not self.caption_dropout:
+            return samples
+        return drop_captions(samples, item.keys, self.caption_dropout, self.source.empty_caption())

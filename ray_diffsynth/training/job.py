@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-import torch
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.storage import absolute, is_remote, join
@@ -34,8 +34,11 @@ from ray_diffsynth.training.checkpoint import (
     prepare_resume,
     read_state,
 )
-from ray_diffsynth.training.loop import TrainResult, train
+from ray_diffsynth.training.elastic import Group, Watch, wait_for_room
+from ray_diffsynth.training.loop import TrainResult, merged, train
 from ray_diffsynth.training.metrics import TrainingProgress
+from ray_diffsynth.training.ray_worker import Collector, RayContext, SamplerActor, on_this_node
+from ray_diffsynth.training.sampler import check_models, read_prompts
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.summary import finish
 
@@ -43,61 +46,91 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
 """Failures in a row without a new checkpoint between them, after which a run gives up."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a run that SIGTERM ended before its last step: the same command goes on."""
 _ENVIRONMENT = ("DIFFSYNTH_MODEL_BASE_PATH", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Train as configured; returns what report.json holds. Under torchrun it trains in that process, without Ray."""
+    """Train as configured; returns what report.json holds. Under torchrun it trains in that process, without Ray.
+
+    SIGTERM lets the workers save a checkpoint; then SystemExit(143).
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return local.run(config)
     started = time.monotonic()
     config = absolute_paths(config)
-    Setup.of(config)  # every error of configuration comes here, before Ray starts
+    setup = Setup.of(config)  # every error of configuration comes here, before Ray starts
+    prompts = read_prompts(config.validation_prompts) if config.validation_prompts else []
+    if prompts:
+        check_models(setup)
     prepare_resume(config.output_path, config.resume)
     config = replace(config, resume="auto")
-    with ray_session(config.ray_address, verbose=config.verbose):
-        scaling = scaling_config(config)
-        result = _fit_until_done(config, scaling)
-    assert isinstance(scaling.num_workers, int)
-    return finish(config, result, workers=scaling.num_workers, seconds=time.monotonic() - started)
+    # In this order: Ray sets a handler of its own when it starts.
+    with ray_session(config.ray_address, verbose=config.verbose), sigterm() as terminated:
+        group = worker_group(config)
+        result, workers = _fit_until_done(config, group, prompts, terminated)
+    report = finish(config, result, workers=workers, seconds=time.monotonic() - started)
+    if terminated.is_set() and not result.finished:
+        raise SystemExit(TERMINATED)
+    return report
+
+
+@contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets while the block runs; only in the main thread, elsewhere nothing sets it."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def absolute_paths(config: TrainConfig) -> TrainConfig:
     """Ray's workers run in another folder: everything that is a path here is made one from the root."""
-    names = ("dataset_base_path", "dataset_metadata_path", "output_path", "lora_checkpoint", "preset_lora_path")
+    names = ("dataset_base_path", "dataset_metadata_path", "output_path", "preset_lora_path")
     changes: dict[str, Any] = {name: absolute(value) for name in names if (value := getattr(config, name))}
     for name in ("model", "tokenizer_path", "processor_path"):
         value = getattr(config, name)
         if value and Path(value).exists():  # else a hub id
             changes[name] = absolute(value)
+    if config.lora_checkpoint:
+        changes["lora_checkpoint"] = ",".join(absolute(path) for path in config.lora_checkpoints.values())
     if config.resume not in ("auto", "never"):
         changes["resume"] = absolute(config.resume)
     return replace(config, **changes)
 
 
-def scaling_config(config: TrainConfig) -> ray.train.ScalingConfig:
-    """Workers and what each reserves: a GPU each where there are some, else a share of a node's CPUs.
+def worker_group(config: TrainConfig) -> Group:
+    """Numbers of workers, and what each reserves: a GPU where there are some, else a share of a node's CPUs.
 
-    Raises ClusterError when they do not fit the cluster, which would wait for ever.
+    Raises ClusterError when a fixed number does not fit the cluster, which would wait for ever; an elastic run waits.
     """
     cpus, gpus = cluster_devices()
     wanted = dict(config.resources or {})
     gpu = wanted.pop("GPU", 1.0 if gpus >= 1 else 0.0)
-    workers = config.num_workers or (max(1, int(gpus // gpu)) if gpu else 1)
+    least, most = config.worker_range
+    if most == 0:
+        least = most = max(1, int(gpus // gpu)) if gpu else 1
     lanes = _lanes(config.output_path)
-    if lanes is not None and lanes < workers:
-        logger.warning("the run was started with %d lanes, so %d workers go on with it, not %d", lanes, lanes, workers)
-        workers = lanes
+    if lanes is not None and lanes < most:
+        logger.warning("the run was started with %d lanes, so %d workers go on with it, not %d", lanes, lanes, most)
+        least, most = min(least, lanes), lanes
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    share = max(nodes) // math.ceil(workers / len(nodes))
+    share = max(nodes) // math.ceil(most / len(nodes))
     cpu = wanted.pop("CPU", 1.0 if gpu else max(1.0, share))
-    if workers * gpu > gpus or workers * cpu > cpus:
+    if least == most and (most * gpu > gpus or most * cpu > cpus):
         raise ClusterError(
-            f"{workers} workers of {cpu:g} CPU and {gpu:g} GPU do not fit a cluster of {cpus:g} CPU and {gpus:g} GPU; "
+            f"{most} workers of {cpu:g} CPU and {gpu:g} GPU do not fit a cluster of {cpus:g} CPU and {gpus:g} GPU; "
             "lower --num_workers or --resources"
         )
     resources = {"CPU": cpu, **({"GPU": gpu} if gpu else {}), **wanted}
-    return ray.train.ScalingConfig(num_workers=workers, use_gpu=bool(gpu), resources_per_worker=resources)
+    lanes = lanes or (most * config.gradient_accumulation_steps)
+    return Group(least, most, resources, lanes, even=config.shard_base)
 
 
 def _lanes(output_path: str) -> int | None:
@@ -110,39 +143,102 @@ def _lanes(output_path: str) -> int | None:
     return None
 
 
-def _fit_until_done(config: TrainConfig, scaling: ray.train.ScalingConfig) -> TrainResult:
-    collector = _Collector.remote()  # type: ignore[attr-defined]
+def _fit_until_done(
+    config: TrainConfig, group: Group, prompts: list[str], terminated: threading.Event
+) -> tuple[TrainResult, int]:
+    """Train, with another group of workers whenever one is lost or another number fits; also the last group's size."""
+    collector = Collector.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
+    sampler = _sampler(config, group, prompts)
     arguments = {
         "config": config,
         "collector": collector,
+        "sampler": sampler,
         "folder": os.getcwd(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }
-    storage = config.output_path if is_remote(config.output_path) else str(Path(config.output_path).absolute())
-    failures = 0
+    failures, workers, results = 0, group.most, list[TrainResult]()
     with _shown(collector):
-        while True:
+        while not terminated.is_set():
+            if group.elastic:
+                workers = wait_for_room(group, terminated.is_set)
+                if not workers:
+                    break
             before = list_checkpoints(config.output_path)
-            trainer = ray.train.torch.TorchTrainer(
-                _worker,
-                train_loop_config=arguments,
-                torch_config=ray.train.torch.TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
-                scaling_config=scaling,
-                run_config=ray.train.RunConfig(name="ray", storage_path=storage),
-            )
-            try:
-                trainer.fit()
+            ray.get(collector.begin.remote())
+            with Watch(collector, group, workers, terminated) as watch:
+                try:
+                    _fit(arguments, group, workers)
+                except ray.train.TrainingFailedError as error:
+                    if (known := _user_error(error)) is not None:
+                        raise known from error
+                    failures = failures + 1 if list_checkpoints(config.output_path) == before else 1
+                    if failures >= MAX_FAILURES:
+                        raise
+                    logger.warning("a worker was lost (%s); going on from the newest checkpoint", _first_line(error))
+                    continue
+            results.append(TrainResult(**ray.get(collector.result.remote())))
+            if results[-1].finished or watch.regroup is None:
                 break
-            except ray.train.TrainingFailedError as error:
-                if (known := _user_error(error)) is not None:
-                    raise known from error
-                failures = failures + 1 if list_checkpoints(config.output_path) == before else 1
-                if failures >= MAX_FAILURES:
-                    raise
-                logger.warning("a worker was lost (%s); going on from the newest checkpoint", _first_line(error))
-    result = ray.get(collector.result.remote())
+            logger.warning("%s: going on from step %d", watch.regroup, results[-1].steps)
+    if sampler is not None and results:
+        _end_sampler(sampler)
     ray.kill(collector)
-    return TrainResult(**result)
+    if not results:
+        raise SystemExit(TERMINATED)  # asked to end before there was anything to report
+    return merged(results), workers
+
+
+def _fit(arguments: dict[str, Any], group: Group, workers: int) -> None:
+    config: TrainConfig = arguments["config"]
+    storage = config.output_path if is_remote(config.output_path) else str(Path(config.output_path).absolute())
+    gpu = bool(group.resources.get("GPU"))
+    _Trainer(
+        _worker,
+        train_loop_config=arguments,
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=gpu, resources_per_worker=dict(group.resources)
+        ),
+        run_config=ray.train.RunConfig(name="ray", storage_path=storage),
+    ).fit()
+
+
+def _sampler(config: TrainConfig, group: Group, prompts: list[str]) -> Any:
+    """The actor that makes sample pictures; None without prompts. Raises ClusterError when nothing is left for it."""
+    if not prompts:
+        return None
+    _, gpus = cluster_devices()
+    wanted = dict(config.sample_resources or {})
+    if config.sample_resources is None and gpus:
+        if gpus - group.most * group.resources.get("GPU", 0.0) < 1:
+            raise ClusterError(
+                "the workers leave no GPU for --validation_prompts; lower --num_workers, or give the actor something "
+                "else, e.g. --sample_resources '{\"CPU\": 4}'"
+            )
+        wanted = {"GPU": 1.0}
+    cpu, gpu = wanted.pop("CPU", 0.0), wanted.pop("GPU", 0.0)
+    actor = SamplerActor.options(  # type: ignore[attr-defined]
+        num_cpus=cpu, num_gpus=gpu, resources=wanted or None
+    )
+    return actor.remote(config, prompts)
+
+
+def _end_sampler(sampler: Any) -> None:
+    """Wait for the last pictures, and say what went wrong with any."""
+    try:
+        _, error = ray.get(sampler.finish.remote())
+    except ray.exceptions.RayError as lost:
+        error = _first_line(lost)
+    if error is not None:
+        logger.warning("the sample pictures ended early: %s", error)
+    ray.kill(sampler)
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Leaves Ctrl-C to this program: Ray Train's handler would end the process with a code of its own, and stay."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        return
 
 
 def _worker(arguments: dict[str, Any]) -> None:
@@ -151,52 +247,10 @@ def _worker(arguments: dict[str, Any]) -> None:
         os.chdir(arguments["folder"])
     for name, value in arguments["environment"].items():
         os.environ.setdefault(name, value)
-    context = RayContext(arguments["collector"])
+    context = RayContext(arguments["collector"], arguments["sampler"])
     result = train(arguments["config"], context)
     if context.world_rank == 0:
         ray.get(context.collector.finish.remote(result.to_dict()))
-
-
-class RayContext:
-    """A worker of Ray Train."""
-
-    def __init__(self, collector: Any) -> None:
-        context = ray.train.get_context()
-        self.world_rank: int = context.get_world_rank()
-        self.world_size: int = context.get_world_size()
-        self.device: torch.device = ray.train.torch.get_device()
-        self.collector = collector
-
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        # Not ray.train.report: it makes all the workers wait for each other.
-        self.collector.add.remote(dict(metrics))
-
-    def stop_requested(self) -> bool:
-        return False
-
-
-@ray.remote(num_cpus=0)
-class _Collector:
-    """Carries metrics and the result from rank 0 to the driver."""
-
-    def __init__(self) -> None:
-        self._latest: dict[str, Any] | None = None
-        self._result: dict[str, Any] | None = None
-
-    def add(self, metrics: dict[str, Any]) -> None:
-        self._latest = metrics
-
-    def take(self) -> dict[str, Any] | None:
-        latest, self._latest = self._latest, None
-        return latest
-
-    def finish(self, result: dict[str, Any]) -> None:
-        self._result = result
-
-    def result(self) -> dict[str, Any]:
-        if self._result is None:
-            raise RuntimeError("the workers ended without a result")
-        return self._result
 
 
 @contextmanager
@@ -208,9 +262,11 @@ def _shown(collector: Any, interval: float = 0.5) -> Iterator[None]:
         over = False
         while not over:
             over = ended.wait(interval)
-            metrics = ray.get(collector.take.remote())
+            metrics, messages = ray.get(collector.take.remote())
             if metrics is not None:
                 progress.update(metrics)
+            for message in messages:
+                logger.warning("%s", message)
 
     thread = threading.Thread(target=show, name="progress", daemon=True)
     thread.start()

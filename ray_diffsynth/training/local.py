@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -17,7 +18,10 @@ from ray_diffsynth.training.summary import finish
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Train in this process; rank 0 returns what it wrote into report.json, the others nothing."""
+    """Train in this process; rank 0 returns what it wrote into report.json, the others nothing.
+
+    SIGTERM lets it save a checkpoint; then SystemExit(143).
+    """
     started = time.monotonic()
     context = LocalContext()
     if threading.current_thread() is threading.main_thread():
@@ -34,6 +38,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
         result = train(config, context)
     finally:
         context.close()
-    if context.world_rank != 0:
-        return {}
-    return finish(config, result, workers=context.world_size, seconds=time.monotonic() - started)
+    report = {}
+    if context.world_rank == 0:
+        report = finish(config, result, workers=context.world_size, seconds=time.monotonic() - started)
+    if context.stop_requested() and not result.finished:
+        raise SystemExit(128 + signal.SIGTERM)
+    return report

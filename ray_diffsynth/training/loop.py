@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -16,19 +15,25 @@ from accelerate import Accelerator
 from torch import nn
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.data.storage import write_bytes_atomic
 from ray_diffsynth.diffusion.randomness import generator
 from ray_diffsynth.tasks import LossOutput
-from ray_diffsynth.training.checkpoint import check_identity, newest_checkpoint, save_checkpoint
+from ray_diffsynth.training import memory
+from ray_diffsynth.training.checkpoint import Checkpoint, check_identity, newest_checkpoint, save_checkpoint
 from ray_diffsynth.training.context import Context
-from ray_diffsynth.training.engine import accelerator, distribute, same_everywhere, total
+from ray_diffsynth.training.ema import Ema
+from ray_diffsynth.training.engine import accelerator, distribute, same_everywhere, sync_gradients, total
 from ray_diffsynth.training.export import Trained, describe, export_trained
 from ray_diffsynth.training.feed import Feed, Microbatch
-from ray_diffsynth.training.metrics import MetricsLog, output_file
+from ray_diffsynth.training.held_out import HeldOut, choose_rows
+from ray_diffsynth.training.metrics import MetricsLog
 from ray_diffsynth.training.module import DiffusionTrainingModule, fix_unused, freeze
-from ray_diffsynth.training.optim import constant, make_optimizer, set_learning_rate
+from ray_diffsynth.training.nonfinite import dump_not_finite
+from ray_diffsynth.training.observe import SIGMA_BUCKETS, StepOutcome, StepSums, Window
+from ray_diffsynth.training.optim import depends_on_length, learning_rate, make_optimizer, set_learning_rate
 from ray_diffsynth.training.setup import Setup, TrainingError
+from ray_diffsynth.training.shard import shard_base
 from ray_diffsynth.training.state import TrainingState
+from ray_diffsynth.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,7 @@ class TrainResult:
 
     steps: optimizer steps of the whole run so far; total: planned; started_at: where this attempt began. samples: how
     many there are; padded: entries per epoch that fill batches up. loss: of the last step. files: exported this time.
+    held_out: samples that are not trained on; validation_loss: the last one.
     """
 
     steps: int
@@ -54,6 +60,8 @@ class TrainResult:
     files: list[str] = field(default_factory=list)
     checkpoint: str | None = None
     unused: int = 0
+    held_out: int = 0
+    validation_loss: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -63,10 +71,19 @@ class TrainResult:
         return asdict(self)
 
 
+def merged(results: Sequence[TrainResult]) -> TrainResult:
+    """One result of the groups of workers that trained one after another."""
+    first, last = results[0], results[-1]
+    files = [file for result in results for file in result.files]
+    seconds = sum(result.seconds for result in results)
+    return replace(last, started_at=first.started_at, files=files, seconds=seconds)
+
+
 def train(config: TrainConfig, context: Context) -> TrainResult:
     """Train from the newest checkpoint in `config.output_path` (or from the start) to the end, or until asked to stop.
 
-    Raises UserErrors: what `Setup.of` checks, a checkpoint of another run, a loss that is not finite, a damaged cache.
+    Raises UserErrors: what `Setup.of` checks, a checkpoint of another run, a loss that is not finite, a damaged cache,
+    too little memory.
     """
     setup = Setup.of(config)
     with accelerator(context, config.dtype) as engine:
@@ -78,7 +95,11 @@ class _Run:
 
     def __init__(self, setup: Setup, context: Context, engine: Accelerator) -> None:
         self.setup, self.context, self.engine = setup, context, engine
-        self.config = config = setup.config
+        self.config = setup.config
+        self.loss: float | None = None
+        self.validation_loss: float | None = None
+        self.files: list[str] = []
+        self.saved: str | None = None
         self.data = setup.open_data()
         self.identity = setup.identity(self.data)
         checkpoint = newest_checkpoint(setup.output_path)
@@ -87,37 +108,58 @@ class _Run:
             raise TrainingError(
                 f"the workers see different checkpoints in {setup.output_path}; all nodes must share --output_path"
             )
-        # Fixed when the run starts, so that another number of workers trains the same batches.
-        lanes = context.world_size * config.gradient_accumulation_steps
+        self._plan(checkpoint)
+        self.module: DiffusionTrainingModule
+        self.trained: Trained
+        self._build(checkpoint)
         if checkpoint:
-            check_identity(checkpoint.identity, self.identity, f"{setup.output_path}/checkpoints/{checkpoint.name}")
-            lanes = checkpoint.position["lanes"]
-        self.feed = Feed(self.data, config.seed, config.batch_size, lanes, config.dataset_repeat)
+            self._say(f"going on from step {self.start} of {self.total}, saved in {setup.output_path}/checkpoints")
+
+    def _plan(self, checkpoint: Checkpoint | None) -> None:
+        """Fix the order of samples and the number of steps."""
+        config, context = self.config, self.context
+        # Fixed when the run starts, so that another number of workers trains the same batches.
+        lanes = max(context.world_size, config.worker_range[1]) * config.gradient_accumulation_steps
+        if checkpoint:
+            lanes = int(checkpoint.position["lanes"])
+        held_out = choose_rows(config.validation_samples, len(self.data.sample_ids), config.seed)
+        self.held_out = HeldOut(self.data, held_out, config.seed, config.batch_size)
+        rows = tuple(int(row) for row in held_out)
+        self.feed = Feed(
+            self.data, config.seed, config.batch_size, lanes, config.dataset_repeat, rows, config.caption_dropout
+        )
+        if config.caption_dropout:
+            self.data.empty_caption()  # raises now if there is none
         self.per_epoch = self.feed.steps_per_epoch
         every = config.num_epochs * self.per_epoch
         self.total = every if config.max_steps is None else min(every, config.max_steps)
-        self.loss: float | None = None
-        self.files: list[str] = []
-        self.saved: str | None = None
+        if depends_on_length(config):
+            self.identity["lr_total_steps"] = self.total
+        if checkpoint:
+            where = f"{self.setup.output_path}/checkpoints/{checkpoint.name}"
+            check_identity(checkpoint.identity, self.identity, where)
 
-        self.module: DiffusionTrainingModule
-        self.trained: Trained
-        self.module, self.trained = setup.build(context.device)
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        """Load the model, put the checkpoint in, and make optimizer and DDP."""
+        config, world = self.config, self.context.world_size
+        device = self.context.device
+        self.module, self.trained = self.setup.build(torch.device("cpu") if config.shard_base else device)
+        if config.shard_base:
+            shard_base(self.module, device, world, self.feed.lanes)
         self.unused: list[str] = checkpoint.position["unused"] if checkpoint else self._probe()
         freeze(self.module, self.unused)
         parameters = self.module.trainable()
         if not parameters:
             raise TrainingError("no trainable parameter reaches the loss; choose other lora_target_modules")
-        self.learning_rate = constant(config.learning_rate)
-        optimizer = make_optimizer(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.state = TrainingState(parameters, optimizer, getattr(engine, "scaler", None))
+        self.learning_rate = learning_rate(config, self.total)
+        optimizer = make_optimizer(parameters.values(), config)
+        ema = Ema(parameters, config.ema_decay) if config.ema_decay else None
+        self.state = TrainingState(parameters, optimizer, getattr(self.engine, "scaler", None), ema)
         if checkpoint:
             self.state.restore(checkpoint)
-        self.optimizer: Any = engine.prepare_optimizer(optimizer)
-        self.model: nn.Module = distribute(engine, self.module, context.world_size)
+        self.optimizer: Any = self.engine.prepare_optimizer(optimizer)
+        self.model: nn.Module = self.module if config.shard_base else distribute(self.engine, self.module, world)
         self._say(describe(self.trained, list(parameters.values())))
-        if checkpoint:
-            self._say(f"going on from step {self.start} of {self.total}, saved in {setup.output_path}/checkpoints")
 
     @property
     def is_main(self) -> bool:
@@ -125,47 +167,84 @@ class _Run:
 
     def run(self) -> TrainResult:
         started = time.monotonic()
-        log = MetricsLog(self.setup.output_path, after=self.start) if self.is_main else None
         done = self.start
         rank, world = self.context.world_rank, self.context.world_size
-        with closing(self.feed.read(self.start, self.total, rank, world, self.config.dataset_num_workers)) as batches:
+        self.window = Window()
+        with ExitStack() as stack:
+            self.log = MetricsLog(self.setup.output_path, after=done) if self.is_main else None
+            self.trackers = stack.enter_context(Trackers(self.setup, after=done)) if self.is_main else None
+            batches = self.feed.read(done, self.total, rank, world, self.config.dataset_num_workers)
+            stack.enter_context(closing(batches))
             while done < self.total:
-                metrics, stop = self._step(done, batches)
+                outcome = self._guarded_step(done, batches)
                 done += 1
-                if log is not None and (done % self.config.log_every == 0 or done == self.total):
-                    log.write(metrics)
-                    self.context.report(metrics)
-                if self._save_due(done) or stop:
-                    self._save(done, export=self._save_due(done))
-                    if log is not None:
-                        log.flush()
-                if stop:
+                if done == self.start + 1 and self.context.device.type == "cuda":
+                    self._say(memory.report(self._footprint(), self.config, world))
+                self._after(done, outcome)
+                if outcome.stop:
                     self._say(f"asked to stop: saved step {done}, run the same command again to go on")
                     break
+        trained = self.feed.trained_samples
         return TrainResult(
             steps=done,
             total=self.total,
             started_at=self.start,
             steps_per_epoch=self.per_epoch,
             samples=len(self.data.sample_ids),
-            padded=self.per_epoch * self.feed.samples_per_step - self.config.dataset_repeat * len(self.data.sample_ids),
+            padded=self.per_epoch * self.feed.samples_per_step - self.config.dataset_repeat * trained,
             loss=self.loss,
             seconds=time.monotonic() - started,
             files=self.files,
             checkpoint=self.saved,
             unused=len(self.unused),
+            held_out=len(self.held_out.rows),
+            validation_loss=self.validation_loss,
         )
 
-    def _step(self, step: int, batches: Batches) -> tuple[dict[str, Any], bool]:
-        """One optimizer step; returns its metrics and whether some worker was asked to stop."""
+    def _after(self, done: int, outcome: StepOutcome) -> None:
+        """Validation, the log, sample pictures and checkpoints that are due after `done` steps."""
+        save, config = self._save_due(done), self.config
+        self.loss = outcome.loss
+        self.window.add(outcome)
+        extra: dict[str, Any] = {}
+        if len(self.held_out.rows) and (done == self.total or self._due(done, config.validation_steps)):
+            rank, world = self.context.world_rank, self.context.world_size
+            self.validation_loss = self.held_out.loss(self.module, self.engine, rank, world)
+            extra["validation_loss"] = self.validation_loss
+        if self.log is not None and self.trackers is not None:
+            if extra or done % config.log_every == 0 or done == self.total:
+                metrics = {**self._metrics(done, outcome), **extra}
+                self.log.write(metrics)
+                self.trackers.write(metrics)
+                self.context.report(metrics)
+                self.window = Window()
+            if config.validation_prompts and (done == self.total or self._due(done, config.sample_steps)):
+                weights = {name: p.detach().cpu().clone() for name, p in self.state.parameters.items()}
+                self.context.draw_samples(done, weights)
+        if save or outcome.stop:
+            self._save(done, export=save)
+            if self.log is not None:
+                self.log.flush()
+
+    def _guarded_step(self, step: int, batches: Batches) -> StepOutcome:
+        try:
+            return self._step(step, batches)
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            found = self._footprint()
+            raise TrainingError(memory.advice(found, self.config, self.context.world_size, error)) from error
+
+    def _step(self, step: int, batches: Batches) -> StepOutcome:
+        """One optimizer step."""
         world = self.context.world_size
         began, waited = time.perf_counter(), 0.0
         # DDP divides by the number of workers; what is wanted is the mean over the lanes.
         scale = world / self.feed.lanes
-        # [sum of the lanes' losses, workers that were asked to stop]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        sums[1] = self.context.stop_requested()
-        set_learning_rate(self.state.optimizer, self.learning_rate(step))
+        sums = StepSums.zeros(self.context.device)
+        sums.values[1] = self.context.stop_requested()
+        rate = self.learning_rate(step)
+        set_learning_rate(self.state.optimizer, rate)
         outputs: list[tuple[Microbatch, LossOutput]] = []
         last = False
         while not last:
@@ -177,29 +256,44 @@ class _Run:
                 output = self._forward(self.model, microbatch, samples)
                 self.engine.backward(output.loss * scale)
             outputs.append((microbatch, output))
-            sums[0] += output.loss.detach()
-        loss_sum, stops = total(sums, world).tolist()
+            sums.add(output.loss, output.per_sample, output.sigma)
+        if self.config.shard_base:
+            sync_gradients(self.state.parameters.values(), world)
+        loss_sum, stops, *by_sigma = total(sums.values, world).tolist()
         if not math.isfinite(loss_sum):  # known to every worker, so that all of them end
-            raise TrainingError(self._not_finite(step, outputs))
+            raise TrainingError(dump_not_finite(self.setup.output_path, step, outputs))
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss = loss_sum / self.feed.lanes
-        seconds = time.perf_counter() - began
-        done, each = step + 1, self.feed.samples_per_step
+        if self.state.ema is not None:
+            self.state.ema.update(step + 1)
+        return StepOutcome(
+            loss=loss_sum / self.feed.lanes,
+            grad_norm=norm,
+            learning_rate=rate,
+            waited=waited,
+            seconds=time.perf_counter() - began,
+            stop=stops > 0,
+            sigma_sums=by_sigma[:SIGMA_BUCKETS],
+            sigma_counts=by_sigma[SIGMA_BUCKETS:],
+        )
+
+    def _metrics(self, done: int, outcome: StepOutcome) -> dict[str, Any]:
+        """The line of metrics.jsonl after `done` steps."""
+        each = self.feed.samples_per_step
         return {
             "step": done,
             "steps": self.total,
-            "epoch": step // self.per_epoch,
-            "loss": self.loss,
-            "grad_norm": norm,
-            "learning_rate": self.learning_rate(step),
+            "epoch": (done - 1) // self.per_epoch,
+            "loss": outcome.loss,
+            "grad_norm": outcome.grad_norm,
+            "learning_rate": outcome.learning_rate,
             "samples": each,
             "samples_seen": done * each,
             "samples_total": self.total * each,
-            "samples_per_second": each / seconds,
-            "data_wait": waited / seconds,
-        }, stops > 0
+            "workers": self.context.world_size,
+            **self.window.numbers(each, self.context.device),
+        }
 
     def _forward(self, model: nn.Module, microbatch: Microbatch, samples: Sequence[dict[str, Any]]) -> LossOutput:
         # Dropout and whatever else of a model draws from the global generator is keyed like the rest: by position.
@@ -211,7 +305,7 @@ class _Run:
     def _probe(self) -> list[str]:
         """Find the parameters that no gradient reaches, on the run's first microbatch: the same on every worker."""
         first = next(self.feed.microbatches(0, 1, 0, 1))
-        output = self._forward(self.module, first, self.data.fetch(first.rows))
+        output = self._forward(self.module, first, self.feed.fetch(first))
         unused = fix_unused(self.module, output.loss)
         if unused:
             named = ", ".join(unused[:4])
@@ -223,23 +317,12 @@ class _Run:
         norm = self.engine.clip_grad_norm_(self.state.parameters.values(), limit)
         return float(norm) if norm is not None else float("nan")
 
-    def _not_finite(self, step: int, outputs: Sequence[tuple[Microbatch, LossOutput]]) -> str:
-        """Write down the samples of this worker whose loss is not finite; returns the message."""
-        samples = [
-            {"sample_id": key.sample_id, "epoch": key.epoch, "repeat": key.repeat, "loss": str(loss), "sigma": sigma}
-            for microbatch, output in outputs
-            for key, loss, sigma in zip(microbatch.keys, output.per_sample.tolist(), output.sigma.tolist(), strict=True)
-            if not math.isfinite(loss)
-        ]
-        if not samples:
-            return f"step {step + 1}: the loss of another worker is not finite; see its message"
-        path = output_file(self.setup.output_path, f"nonfinite-step-{step + 1}.json")
-        write_bytes_atomic(path, json.dumps({"step": step + 1, "samples": samples}, indent=1).encode())
-        ids = ", ".join(str(sample["sample_id"]) for sample in samples)
-        return (
-            f"step {step + 1}: the loss is not finite for {ids} (see {path}); lower --learning_rate, use "
-            "--dtype bfloat16 or float32, or look at these samples"
-        )
+    def _footprint(self) -> memory.Footprint:
+        states = 2 if self.config.customized_optimizer is None else 1
+        return memory.Footprint.of(self.module, states, self.context.device)
+
+    def _due(self, done: int, every: int | None) -> bool:
+        return done % every == 0 if every else self._save_due(done)
 
     def _save_due(self, done: int) -> bool:
         every = self.config.save_steps or self.per_epoch
@@ -252,11 +335,18 @@ class _Run:
         if export:
             by_epoch = self.config.save_steps is None and done % self.per_epoch == 0
             name = f"epoch-{done // self.per_epoch - 1}" if by_epoch else f"step-{done}"
-            pipe = self.module.pipe
-            self.files += export_trained(pipe, self.trained, self.setup.output_path, name)
+            self.files += self._export(name)
+            if self.state.ema is not None:
+                with self.state.ema.applied():
+                    self.files += self._export(f"{name}.ema")
         position = {"lanes": self.feed.lanes, "epoch": done // self.per_epoch, "unused": self.unused}
         checkpoint = self.state.checkpoint(done, self.identity, position)
         self.saved = save_checkpoint(self.setup.output_path, checkpoint, self.config.keep_checkpoints)
+
+    def _export(self, name: str) -> list[str]:
+        return export_trained(
+            self.module.pipe, self.trained, self.setup.output_path, name, layout=self.config.lora_format
+        )
 
     def _say(self, text: str) -> None:
         if self.is_main:

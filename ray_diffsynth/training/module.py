@@ -65,7 +65,8 @@ class DiffusionTrainingModule(nn.Module):
         stage = stage_of(task)
         if stage is not None:
             names = [name.strip() for name in (trainable_models or "").split(",") if name.strip()]
-            stage1, stage2 = split_units(pipe.units, [*names, *([lora_base_model] if lora_base_model else [])])
+            names += [name.strip() for name in (lora_base_model or "").split(",") if name.strip()]
+            stage1, stage2 = split_units(pipe.units, names)
             pipe.units = stage1 if stage == "data_process" else stage2
         return pipe
 
@@ -81,8 +82,9 @@ class DiffusionTrainingModule(nn.Module):
         values = [state.flat() for state in run_units(self._stage2, self.pipe, states)]
         own = {name for row in rows for name in row} | {n for unit in self._stage2 for n in unit.fetch_output_params()}
         names = [name for name in dict.fromkeys(self._reads) if name in own and name in values[0]]
-        collated = self.pipe.collate([{name: value[name] for name in names} for value in values])
-        return {**self.settings, **collated}
+        columns = [name for name in names if name in self.task.columns]
+        collated = self.pipe.collate([{n: value[n] for n in names if n not in columns} for value in values])
+        return {**self.settings, **collated, **{name: [value[name] for value in values] for name in columns}}
 
     @torch.no_grad()
     def encode(self, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ and not by all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,9 +56,17 @@ def lanes_of(rank: int, world_size: int, lanes: int) -> list[int]:
     return list(range(rank, lanes, world_size))
 
 
-def steps_per_epoch(buckets: Mapping[str, range], *, batch_size: int, lanes: int, repeat: int = 1) -> int:
+def steps_per_epoch(
+    buckets: Mapping[str, range],
+    *,
+    batch_size: int,
+    lanes: int,
+    repeat: int = 1,
+    without: Sequence[int] | Rows = (),
+) -> int:
     """Optimizer steps of one epoch: what `epoch_plan(...).steps` is, without making the plan."""
-    microbatches = sum(-(-len(rows) * repeat // batch_size) for rows in buckets.values())
+    counts = [len(rows) - sum(1 for row in without if row in rows) for rows in buckets.values()]
+    microbatches = sum(-(-count * repeat // batch_size) for count in counts)
     return -(-microbatches // lanes)
 
 
@@ -72,24 +80,27 @@ def epoch_plan(
     lanes: int,
     repeat: int = 1,
     window: int = 4,
+    without: Sequence[int] | Rows = (),
 ) -> Plan:
     """The plan of one epoch over `buckets` (name -> its contiguous index rows).
 
     Every row comes exactly `repeat` times, and `padded` further entries fill what the batch size and the lanes leave
     open: rows of the same bucket, microbatches of the same epoch. rows_per_shard: bucket -> rows that lie together.
+    without: rows that are never trained on (held out for validation).
     """
     if min(batch_size, lanes, repeat, window) < 1:
         raise ValueError(f"batch_size={batch_size}, lanes={lanes}, repeat={repeat}, window={window}: each must be >= 1")
-    if not any(len(rows) for rows in buckets.values()):
+    held_out = np.asarray(without, np.int64)
+    if sum(len(rows) for rows in buckets.values()) <= len(held_out):
         raise ValueError("the index has no rows to plan an epoch over")
     key = (seed, epoch)
     waiting: dict[str, Rows] = defaultdict(lambda: np.empty(0, np.int64))  # of a bucket: rows short of a microbatch
     steps: list[Rows] = []  # each (n, lanes, batch_size)
     ahead: Rows = np.empty((0, batch_size), np.int64)  # microbatches short of a step for every lane
     for turn in range(repeat):
-        made = [ahead, *_microbatches(buckets, rows_per_shard, waiting, batch_size, window, (*key, turn))]
+        made = [ahead, *_microbatches(buckets, rows_per_shard, waiting, batch_size, window, (*key, turn), held_out)]
         if turn == repeat - 1:
-            made.extend(_filled(buckets, waiting, batch_size, key))
+            made.extend(_filled(buckets, waiting, batch_size, key, held_out))
         stream = np.concatenate(made)
         whole = len(stream) // lanes
         steps.append(_deal(stream[: whole * lanes], lanes))
@@ -100,7 +111,7 @@ def epoch_plan(
         extra = np.resize(again, lanes - len(ahead))
         steps.append(_deal(np.concatenate([ahead, every[extra]]), lanes))
     rows = np.concatenate(steps)
-    return Plan(rows, _repeats(rows), rows.size - repeat * sum(len(r) for r in buckets.values()))
+    return Plan(rows, _repeats(rows), rows.size - repeat * (sum(len(r) for r in buckets.values()) - len(held_out)))
 
 
 def _deal(stream: Rows, lanes: int) -> Rows:
@@ -115,6 +126,7 @@ def _microbatches(
     batch_size: int,
     window: int,
     key: tuple[int, ...],
+    held_out: Rows,
 ) -> Iterator[Rows]:
     """The (n, batch_size) microbatches of each window of one pass; what is left over stays in `waiting`."""
     shards = [
@@ -127,7 +139,7 @@ def _microbatches(
         opened: dict[str, list[Rows]] = defaultdict(list)
         for shard in order[first : first + window]:
             name, rows = shards[shard]
-            opened[name].append(rows)
+            opened[name].append(rows[~np.isin(rows, held_out)])
         cut = []
         for name, parts in opened.items():
             fresh = np.concatenate(parts)
@@ -141,13 +153,14 @@ def _microbatches(
 
 
 def _filled(
-    buckets: Mapping[str, range], waiting: Mapping[str, Rows], batch_size: int, key: tuple[int, ...]
+    buckets: Mapping[str, range], waiting: Mapping[str, Rows], batch_size: int, key: tuple[int, ...], held_out: Rows
 ) -> Iterator[Rows]:
     """The last microbatch of each bucket that has rows left, filled up with rows of the same bucket."""
     for name, rows in waiting.items():
         if len(rows):
             bucket = buckets[name]
             others = permutation(len(bucket), "plan-fill", *key, name) + bucket.start
+            others = others[~np.isin(others, held_out)]
             # Rows that the microbatch does not hold come first, as long as there are any.
             others = np.concatenate([others[~np.isin(others, rows)], others])
             fill = np.resize(others, batch_size - len(rows))

@@ -13,16 +13,19 @@ from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig, split_names
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.data.storage import absolute
+from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import part_sketch
 from ray_diffsynth.models.locate import ModelSource, locate_model
 from ray_diffsynth.models.lora import LoraInfo, add_lora, fuse_lora, load_lora_file, read_lora
 from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.lora_keys import lora_names, submodule
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
 from ray_diffsynth.pipelines.stages import dataset_spec, plan_stages
 from ray_diffsynth.tasks import Task, get_task, task_family
-from ray_diffsynth.training.export import Trained, submodule
+from ray_diffsynth.training.export import Trained
 from ray_diffsynth.training.module import DiffusionTrainingModule
+from ray_diffsynth.training.quantize import quantize
 from ray_diffsynth.training.source import CacheSource, DatasetSource, SampleSource, check_encoders, check_manifest
 
 # What may change when a run goes on: where things lie, how far it goes, what it costs and what it says. Everything else
@@ -33,6 +36,8 @@ FREE_FIELDS = frozenset(
         *("model", "model_id_with_origin_paths", "model_paths", "tokenizer_path", "processor_path", "family"),
         *("num_workers", "resources", "ray_address", "verbose", "dataset_num_workers", "resume", "keep_checkpoints"),
         *("log_every", "use_gradient_checkpointing", "use_gradient_checkpointing_offload", "lora_checkpoint"),
+        *("gradient_checkpointing_every", "shard_base", "lora_format", "log_with", "shard_cache", "shard_cache_gb"),
+        *("validation_steps", "validation_prompts", "sample_steps", "sample_inference_steps", "sample_resources"),
     )
 )
 
@@ -72,9 +77,14 @@ class Setup:
             weighting=config.loss_weighting,
             min_timestep_boundary=config.min_timestep_boundary,
             max_timestep_boundary=config.max_timestep_boundary,
+            timestep_sampling=config.timestep_sampling,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+            mode_scale=config.mode_scale,
+            timestep_shift=config.timestep_shift,
         )
         pipe = get_pipeline_class(family).skeleton()
-        sample = dataset_spec(pipe, config)
+        sample = dataset_spec(pipe, config, task.columns)
         stages = plan_stages(pipe, task, config.trained, sample.inputs)
         models = stages.stage2_models(pipe)
         if config.reads_cache:
@@ -124,13 +134,20 @@ class Setup:
         pipe.scheduler.set_timesteps(1000, training=True)
         if config.preset_lora_path and config.preset_lora_model:
             state, _ = read_lora(config.preset_lora_path)
-            fuse_lora(_submodule(pipe, config.preset_lora_model), state)
-        trained = Trained(config.lora_base_model, self._add_lora(pipe), split_names(config.trainable_models))
+            preset = _submodule(pipe, config.preset_lora_model)
+            names = lora_names(pipe, config.preset_lora_model)
+            fuse_lora(preset, {names(key): value for key, value in state.items()})
+        loras = tuple(self._add_lora(pipe, name) for name in config.lora_models)
+        trained = Trained(loras, split_names(config.trainable_models))
         for name in trained.full:
             # fp32: a step of 1e-4 is lost in bf16's 8 bits. What it computes in is autocast's choice.
             _submodule(pipe, name).requires_grad_(True).float()
         for name in config.trained:
             _submodule(pipe, name).train()
+        for name in pipe.in_iteration_models:
+            checkpoint_every(getattr(pipe, name), config.gradient_checkpointing_every)
+            if config.fp8_base:
+                quantize(getattr(pipe, name))
         module = DiffusionTrainingModule(
             pipe,
             self.task,
@@ -142,24 +159,32 @@ class Setup:
         )
         return module, trained
 
-    def _add_lora(self, pipe: BasePipeline) -> LoraInfo | None:
+    def _add_lora(self, pipe: BasePipeline, name: str) -> LoraInfo:
         config = self.config
-        name = config.lora_base_model
-        if not name:
-            return None
         default = ",".join(pipe.lora_targets) if name in pipe.in_iteration_models else ""
-        targets = config.lora_target_modules or default
+        targets = config.lora_targets(name) or default
         if not targets:
             raise TrainingError(
                 f"--lora_target_modules is missing: the family {self.family} has no default for {name!r}; "
                 'name its layers, e.g. "q_proj,k_proj,v_proj,o_proj", or "all-linear"'
             )
+        if name in pipe.in_iteration_models and not targets.startswith("re:"):
+            known = pipe.lora_aliases
+            targets = ",".join(known.get(target, target) for target in map(str.strip, targets.split(",")))
         model = _submodule(pipe, name)
         info = add_lora(
-            model, rank=config.lora_rank, alpha=config.lora_alpha, target_modules=targets, seed=config.seed, name=name
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            target_modules=targets,
+            seed=config.seed,
+            name=name,
+            dropout=config.lora_dropout,
+            rslora=config.use_rslora,
+            dora=config.use_dora,
         )
-        if config.lora_checkpoint:
-            load_lora_file(model, config.lora_checkpoint, info)
+        if name in config.lora_checkpoints:
+            load_lora_file(model, config.lora_checkpoints[name], info, rename=lora_names(pipe, name))
         return info
 
 

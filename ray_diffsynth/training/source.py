@@ -17,6 +17,7 @@ from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 from ray_diffsynth.data.metadata import read_metadata
 from ray_diffsynth.data.samples import SampleSpec, bucket_of, load_inputs, scan_file
+from ray_diffsynth.data.video import require_video_support
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import SKETCH, part_sketch
 from ray_diffsynth.models.locate import ModelSource
@@ -47,6 +48,10 @@ class SampleSource(Protocol):
         """The parameters of each row. Called from several threads."""
         ...
 
+    def empty_caption(self) -> Mapping[str, Any]:
+        """What takes the place of a sample's caption when it is dropped. Called from several threads."""
+        ...
+
 
 def shard_sizes(buckets: Iterable[str]) -> dict[str, int]:
     """Bucket name -> rows that lie together in the cache, as stage 1 cuts them."""
@@ -63,9 +68,16 @@ class CacheSource:
         self.sample_ids: Sequence[str] = reader.sample_ids
         self.buckets: Mapping[str, range] = reader.buckets
         self.identity = reader.manifest.hash()
+        self._empty: Mapping[str, Any] | None = None
 
     def fetch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         return [{name: self._cast(value) for name, value in row.items()} for row in self.reader.read(rows)]
+
+    def empty_caption(self) -> Mapping[str, Any]:
+        if self._empty is None:
+            values = {name: self._cast(value) for name, value in self.reader.read_empty().items()}
+            self._empty = {name: value for name, value in values.items() if name in self.reader.manifest.parameters}
+        return self._empty
 
     def _cast(self, value: Any) -> Any:
         # What a unit keeps in another dtype on purpose stays as it is.
@@ -133,17 +145,23 @@ class DatasetSource:
             file_columns=[columns[param] for param in spec.file_params],
             text_columns=[columns["prompt"]] if "prompt" in columns else [],
             required=list(columns.values()),
+            parsers=spec.parsers,
         )
         self.rejected: list[tuple[str, str]] = [(row.sample_id, row.message) for row in metadata.rejected]
+        rows = metadata.table.to_pylist()
+        require_video_support(path for row in rows for param in spec.file_params for path in spec.paths(row, param))
         found: list[tuple[Bucket, dict[str, Any], list[str]]] = []
-        for row in metadata.table.to_pylist():
+        for row in rows:
             try:
-                files = {param: scan_file(spec.path(row, param)) for param in spec.file_params}
+                files = {
+                    param: [scan_file(path, animations=spec.size.video) for path in spec.paths(row, param)]
+                    for param in spec.file_params
+                }
                 bucket = bucket_of(files, spec)
             except UserError as error:
                 self.rejected.append((row["sample_id"], str(error)))
                 continue
-            found.append((bucket, row, [file.digest for file in files.values()]))
+            found.append((bucket, row, [file.digest for found in files.values() for file in found]))
         for sample_id, reason in self.rejected:
             logger.warning("left out %s: %s", sample_id, reason)
         if not found:
@@ -157,6 +175,9 @@ class DatasetSource:
 
     def fetch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         return [load_inputs(row, bucket, self.spec) for bucket, row in (self._rows[i] for i in rows)]
+
+    def empty_caption(self) -> Mapping[str, Any]:
+        return {"prompt": ""}
 
 
 def _ranges(names: Sequence[str]) -> dict[str, range]:

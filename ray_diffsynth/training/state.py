@@ -10,12 +10,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ray_diffsynth.training.checkpoint import Checkpoint, CheckpointError
+from ray_diffsynth.training.ema import Ema
 from ray_diffsynth.training.optim import load_optimizer_state, optimizer_state
 
 
 @dataclass
 class TrainingState:
-    """Everything that changes while a run trains, but for its position. A later part (EMA) adds a field and two lines.
+    """Everything that changes while a run trains, but for its position.
 
     parameters: the trained ones by name, in the optimizer's order.
     """
@@ -23,6 +24,7 @@ class TrainingState:
     parameters: dict[str, nn.Parameter]
     optimizer: Optimizer
     scaler: Any | None = None  # torch.amp.GradScaler
+    ema: Ema | None = None
 
     def checkpoint(self, step: int, identity: dict[str, Any], position: dict[str, Any]) -> Checkpoint:
         """The state after `step` optimizer steps; copies nothing, so write it before the next step."""
@@ -32,6 +34,8 @@ class TrainingState:
         others: dict[str, Any] = {"optimizer": numbers}
         if self.scaler is not None:
             others["scaler"] = self.scaler.state_dict()
+        if self.ema is not None:
+            tensors |= {f"ema/{name}": value for name, value in self.ema.average.items()}
         return Checkpoint(step, identity, position, others, tensors)
 
     @torch.no_grad()
@@ -56,3 +60,5 @@ class TrainingState:
         )
         if self.scaler is not None and "scaler" in checkpoint.numbers:
             self.scaler.load_state_dict(checkpoint.numbers["scaler"])
+        if self.ema is not None:
+            self.ema.load(checkpoint.part("ema"))

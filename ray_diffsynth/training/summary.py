@@ -1,17 +1,23 @@
-"""What a run leaves for its user: report.json and the last line."""
+"""What a run leaves for its user: report.json, report.html and the last line."""
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.data.storage import absolute
-from ray_diffsynth.report import write_report
+from ray_diffsynth.data.storage import absolute, exists, file_size, join, list_files, open_input, read_bytes
+from ray_diffsynth.report import Picture, make_report, training_numbers, write_json, write_page
 from ray_diffsynth.training.loop import TrainResult
+from ray_diffsynth.training.metrics import read_metrics
+from ray_diffsynth.training.sampler import SAMPLES_FOLDER
+
+MAX_PICTURES = 12
 
 
 def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: float) -> dict[str, Any]:
-    """Write report.json into the output path, print what was written where, and return the counts."""
+    """Write report.json and report.html into the output path, print what was written where, and return the counts."""
     counts = {
         "samples": result.samples,
         "steps": result.steps,
@@ -24,7 +30,17 @@ def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: f
     }
     output_path = absolute(config.output_path)
     times = {"total": seconds, "training": result.seconds}
-    write_report(output_path, counts=counts, seconds=times, config=config, result=result.to_dict())
+    metrics = read_metrics(output_path)
+    report = make_report(
+        counts=counts,
+        seconds=times,
+        config=config,
+        result=result.to_dict(),
+        training=training_numbers(metrics),
+        lora=newest_lora(output_path),
+    )
+    write_json(output_path, report)
+    write_page(output_path, report, metrics=metrics, pictures=sample_pictures(output_path))
     print(last_line(result, output_path), flush=True)
     return {"counts": counts, "result": result.to_dict()}
 
@@ -38,4 +54,42 @@ def last_line(result: TrainResult, output_path: str) -> str:
         return f"{state}: it was finished already; the files are in {output_path}"
     loss = "" if result.loss is None else f", loss {result.loss:.4g}"
     files = f"wrote {result.files[-1]}" if result.files else "no file yet"
-    return f"{state}{loss}; {files}, checkpoint {result.checkpoint}"
+    return f"{state}{loss}; {files}, checkpoint {result.checkpoint}; see {join(output_path, 'report.html')}"
+
+
+def newest_lora(output_path: str) -> dict[str, Any] | None:
+    """File, bytes, number of values and rank of the LoRA with the most steps; None if there is none.
+
+    Only the file's header is read.
+    """
+    found = [name for name in list_files(output_path, suffix=".safetensors") if name.split("-")[0] in ("epoch", "step")]
+    found = [name for name in found if name.count(".") == 1]  # not the further models of the same step
+    by_steps = sorted(
+        found, key=lambda name: [int(part) for part in name.split(".")[0].split("-")[1:] if part.isdigit()]
+    )
+    for name in reversed(by_steps):
+        path = join(output_path, name)
+        with open_input(path) as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes = {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
+        ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key or ".lora_down." in key}
+        if ranks:
+            values = sum(math.prod(shape) for shape in shapes.values())
+            return {"file": name, "bytes": file_size(path), "parameters": values, "rank": max(ranks)}
+    return None
+
+
+def sample_pictures(output_path: str) -> list[Picture]:
+    """The sample grids that validation left, evenly chosen when there are many, the first and the last among them."""
+    folder = join(output_path, SAMPLES_FOLDER)
+    names = list_files(folder, suffix=".png") if exists(folder) else []
+    if len(names) > MAX_PICTURES:
+        names = [names[round(i * (len(names) - 1) / (MAX_PICTURES - 1))] for i in range(MAX_PICTURES)]
+    return [Picture(read_bytes(join(folder, name)), *_grid_texts(name), "png") for name in names]
+
+
+def _grid_texts(name: str) -> tuple[str, str]:
+    """What stands below the grid `step-00000400.png`, and what is read out in its place."""
+    number = name.removesuffix(".png").rpartition("-")[2]
+    caption = f"Step {int(number)}" if number.isdigit() else name.removesuffix(".png")
+    return caption, f"Sample pictures, {caption}"

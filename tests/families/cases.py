@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-FAMILIES = ("qwen_image",)
+FAMILIES = ("qwen_image", "flux", "z_image", "flux2", "wan", "wan_i2v", "qwen_image_edit", "qwen_image_edit_plus")
 PROMPTS = ("a red square", "a small blue circle on a white table, oil painting", "")
 
 
@@ -48,6 +48,7 @@ class FamilyCase:
         settings: overrides of `training_settings` that keep the tiny model fast.
         lora_targets: None: the family's own.
         tolerance: of the sampling loop against diffusers.
+        load: makes diffusers' pipeline of the folder, where its from_pretrained alone does not do.
     """
 
     family: str
@@ -62,6 +63,7 @@ class FamilyCase:
     settings: Mapping[str, Any] = field(default_factory=dict)
     lora_targets: tuple[str, ...] | None = None
     tolerance: float = 1e-4
+    load: Callable[[Path], Any] | None = None
 
 
 def load_case(family: str) -> FamilyCase:

@@ -1,4 +1,4 @@
-"""Fixtures of the conformance suite: one tiny model, one of our pipelines and one of diffusers' a family and session."""
+"""Fixtures of the conformance suite: of each family a tiny model, our pipeline of it, and diffusers'."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def theirs(case: FamilyCase, root: Path) -> Any:
     """diffusers' pipeline of the same folder."""
     import diffusers
 
-    pipe = getattr(diffusers, case.diffusers_pipeline).from_pretrained(str(root), dtype=torch.float32)
+    cls = getattr(diffusers, case.diffusers_pipeline)
+    pipe = case.load(root) if case.load else cls.from_pretrained(str(root), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

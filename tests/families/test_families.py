@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 
 from ray_diffsynth.cache.codec import decode_value, encode_value
 from ray_diffsynth.diffusion.randomness import SampleKey
-from ray_diffsynth.models.lora import LoraInfo, add_lora, lora_parameters
+from ray_diffsynth.models.lora import LoraInfo, add_lora, load_lora_file, lora_parameters
 from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.lora_keys import lora_names
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
 from ray_diffsynth.pipelines.stages import plan_stages
-from ray_diffsynth.tasks import SFT
+from ray_diffsynth.tasks import SFT, DirectDistill
 from ray_diffsynth.training.export import Trained, export_trained
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from tests.families.cases import FamilyCase, Sampling
@@ -61,7 +63,7 @@ def gradients(module: DiffusionTrainingModule, rows: Sequence[Mapping[str, Any]]
     module.zero_grad()
     output = module(rows, keys(len(rows)))
     output.loss.backward()
-    return float(output.loss), {name: p.grad for name, p in module.trainable().items() if p.grad is not None}
+    return float(output.loss.detach()), {name: p.grad for name, p in module.trainable().items() if p.grad is not None}
 
 
 def our_latents(pipe: BasePipeline, sampling: Sampling) -> torch.Tensor:
@@ -108,6 +110,12 @@ def test_stage_1_encodes_as_diffusers_does(case: FamilyCase, pipe: BasePipeline,
     assert expected.keys() <= ours.keys()
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_texts_are_as_long_as_diffusers_makes_them(case: FamilyCase, pipe: BasePipeline, theirs: Any) -> None:
+    """Where padding is seen by the transformer, another length would be another model."""
+    default = inspect.signature(theirs.__call__).parameters["max_sequence_length"].default
+    assert pipe.training_settings().get("max_sequence_length", 512) == default == 512
 
 
 def test_the_cache_holds_no_more_than_it_must(case: FamilyCase, pipe: BasePipeline) -> None:
@@ -180,7 +188,7 @@ def test_a_lora_trains_and_loads_in_diffusers(
         optimizer.step()
     assert losses[-1] < losses[0]
 
-    (path,) = export_trained(trained, Trained("dit", info, ()), str(tmp_path), "lora")
+    (path,) = export_trained(trained, Trained((info,), ()), str(tmp_path), "lora")
     written = load_file(path)
     assert len(written) == 2 * len(info.targets)
     before = case.latents(theirs, their_output(theirs, sampling))
@@ -189,3 +197,59 @@ def test_a_lora_trains_and_loads_in_diffusers(
     theirs.unload_lora_weights()
     assert (loaded - before).abs().max() > 1e-3, "the file loads and does nothing"
     torch.testing.assert_close(loaded, our_latents(trained.eval(), sampling), rtol=0, atol=case.tolerance)
+
+    fresh, info = with_lora(case, root, ["dit"])  # --lora_checkpoint: training goes on from the file
+    load_lora_file(fresh.dit, path, info, rename=lora_names(fresh, "dit"))
+    expected = lora_parameters(trained.dit)
+    for name, parameter in lora_parameters(fresh.dit).items():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_text_encoder_can_be_trained(case: FamilyCase, root: Path) -> None:
+    """Of each text encoder: its unit moves to stage 2, which gets the prompt, and a gradient reaches its weights."""
+    for name in [part for part in get_pipeline_class(case.family).parts if part.startswith("text_encoder")]:
+        pipe = get_pipeline_class(case.family).from_pretrained(root, torch_dtype=torch.float32)
+        pipe.scheduler.set_timesteps(training=True)
+        getattr(pipe, name).requires_grad_(True)
+        module = DiffusionTrainingModule(pipe, SFT(), trained=[name], inputs=input_names(case), split=True)
+        module.settings.update(case.settings)
+        assert "prompt" in module.stages.parameters
+        assert not any(name in group.models for group in module.stages.groups)
+        rows = [through_the_cache(module.encode(case.inputs(index))) for index in range(2)]
+        _, found = gradients(module, rows)
+        assert any(gradient.abs().max() > 0 for gradient in found.values())
+
+
+def test_bfloat16_trains_and_samples(case: FamilyCase, root: Path) -> None:
+    pipe = get_pipeline_class(case.family).from_pretrained(root, torch_dtype=torch.bfloat16)
+    pipe.scheduler.set_timesteps(training=True)
+    add_lora(pipe.dit, rank=2, alpha=None, target_modules=pipe.lora_targets, seed=0, name="dit")
+    module = module_of(case, pipe)
+    rows = [module.encode(case.inputs(index)) for index in range(2)]
+    assert {value.dtype for row in rows for value in row.values() if isinstance(value, torch.Tensor)} == {
+        torch.bfloat16
+    }
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, found = gradients(module_of(case, pipe, split=True), rows)
+    assert np.isfinite(loss) and found and all(torch.isfinite(gradient).all() for gradient in found.values())
+    assert torch.isfinite(our_latents(pipe.eval(), case.samplings[0])).all()
+
+
+def test_a_student_that_is_its_teacher_has_no_loss(case: FamilyCase, pipe: BasePipeline) -> None:
+    """Direct distillation starts from the noise of the row's seed, and samples as `__call__` does."""
+    own = case.samplings[0].ours
+    settings = {**pipe.training_settings(), **case.settings}
+    settings = {name: value for name, value in settings.items() if name in own}
+    made = pipe(**{**own, **settings}, seed=7, output_type="latent")
+    pipe.scheduler.set_timesteps(training=True)
+    columns = {"seed": 7, "rand_device": "cpu", "num_inference_steps": own["num_inference_steps"], "cfg_scale": 1.0}
+    given = {name: value for name, value in own.items() if name in case.inputs(0)}
+    row = {**module_of(case, pipe).encode({**case.inputs(0), **given}), "input_latents": made, **columns}
+    module = DiffusionTrainingModule(
+        pipe, DirectDistill(), trained=["dit"], inputs=(*input_names(case), *columns), split=True
+    )
+    module.settings.update(case.settings)
+    with torch.no_grad():
+        same = module([row], keys(1)).loss
+        other = module([{**row, "seed": 8}], keys(1)).loss
+    assert same < 1e-8 < other

@@ -14,7 +14,8 @@ from PIL import Image
 from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.base import PipelineError
 from ray_diffsynth.pipelines.graph import cached_parameters, group_units, split_units
-from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline, model_fn_qwen_image, pack_latents, unpack_latents
+from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents
+from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline, model_fn_qwen_image
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
 from ray_diffsynth.pipelines.unit import MissingInputError, UnitState, make_state, run_units
 
@@ -242,9 +243,9 @@ def test_parts_named_by_patterns(tiny_qwen: Path) -> None:
 
 def test_a_picture_is_needed_in_training(training: QwenImagePipeline) -> None:
     state = UnitState({**training.training_settings(), "height": 32, "width": 32}, {"prompt": "p"})
-    with pytest.raises(MissingInputError, match=r"QwenImageUnit_ImageEncoder needs 'input_image'.*metadata column"):
+    with pytest.raises(MissingInputError, match=r"ImageUnit_ImageEncoder needs 'input_image'.*metadata column"):
         run_units(training.units, training, [state])
-    with pytest.raises(MissingInputError, match="QwenImageUnit_ShapeChecker needs 'height'"):
+    with pytest.raises(MissingInputError, match="ImageUnit_ShapeChecker needs 'height'"):
         run_units(training.units, training, [UnitState(training.training_settings(), {"prompt": "p"})])
 
 

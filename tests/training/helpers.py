@@ -11,6 +11,7 @@ import torch
 from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.tasks import task_family
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.source import DatasetSource, shard_sizes
 
@@ -67,7 +68,7 @@ def write_cache(setup: Setup, data: DatasetSource, cache: Path) -> Path:
     count = len(samples)
     manifest = Manifest(
         family=setup.family,
-        task="sft:data_process",
+        task=f"{task_family(config.task)}:data_process",
         trainable=config.trained,
         parameters=stages.parameters,
         groups=tuple(

@@ -22,7 +22,7 @@ from ray_diffsynth.training.source import SourceError
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
 def lora(path: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The stages of the recipe: encoder → latents → decoder and dit (side by side) → export. Each goes on where it stopped.
 
-    OMP_NUM_THREADS=2 python -m ray_diffsynth.demo.recipe encoder latents decoder dit export --out build/demo
+OMP_NUM_THREADS=2 python -m ray_diffsynth.demo.recipe encoder latents decoder dit export --out build/demo
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def stage_decoder(out: Path) -> None:
 
     def look(step: int) -> None:
         vae.save_pretrained(out / "vae")
-        rows = [row for pictures in test_pictures(12).values() for row in (pictures, decode(vae, encode(vae, pictures)))]
+        rows = [
+            row for pictures in test_pictures(12).values() for row in (pictures, decode(vae, encode(vae, pictures)))
+        ]
         grid([picture for row in rows for picture in row], 12).save(out / f"vae_{step}.png")
 
     train_decoder(out / "decoder_state", vae, _pixels(out), DecoderConfig(), look)

@@ -25,8 +25,8 @@ class DecoderConfig:
     """Training of the decoder: crops of 32×32 pixels, then whole pictures in the last `full_steps` steps."""
 
     seed: int = 0
-    steps: int = 4_000
-    full_steps: int = 300
+    steps: int = 6_000
+    full_steps: int = 250
     batch: int = 8
     learning_rate: float = 3e-3
     warmup: int = 50
@@ -83,5 +83,7 @@ def train_decoder(
         if step % 100 == 0:
             logger.info("decoder %d loss %.4f %.0f s", step, loss.item(), state.seconds)
         if step % 500 == 499 or step + 1 == config.steps:
-            logger.info("decoder %d %s", step + 1, {kind: round(psnr(vae, shown), 2) for kind, shown in held_out.items()})
+            logger.info(
+                "decoder %d %s", step + 1, {kind: round(psnr(vae, shown), 2) for kind, shown in held_out.items()}
+            )
             look(step + 1)

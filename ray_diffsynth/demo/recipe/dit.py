@@ -24,14 +24,14 @@ logger = logging.getLogger("ray_diffsynth.demo.recipe")
 
 @dataclass(frozen=True)
 class DitConfig:
-    """Training of the DiT with AdamW: linear warm-up, constant rate, a straight line down over the last `cool` steps."""
+    """Training of the DiT with AdamW: warm-up, constant rate, then a straight line down over the last `cool` steps."""
 
     seed: int = 20
     layers: int = 4
     heads: int = 4
     head_dim: int = 32
-    steps: int = 5_000
-    cool: int = 2_000
+    steps: int = 3_300
+    cool: int = 1_300
     batch: int = 32
     learning_rate: float = 1.5e-3
     warmup: int = 150
@@ -116,7 +116,11 @@ def rate(step: int, config: DitConfig) -> float:
 
 
 def train_dit(
-    folder: Path, data: Latents, config: DitConfig, look: Callable[[QwenImageTransformer2DModel, int], None], look_every: int
+    folder: Path,
+    data: Latents,
+    config: DitConfig,
+    look: Callable[[QwenImageTransformer2DModel, int], None],
+    look_every: int,
 ) -> QwenImageTransformer2DModel:
     """Train, or go on training, the DiT with its state in `folder`; returns the running average of the weights.
 

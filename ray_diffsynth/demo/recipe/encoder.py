@@ -65,12 +65,13 @@ def write_encoder(vae: AutoencoderKLQwenImage, pixels: Pixels, seed: int = 0) ->
         return weight[:, :, -1, weight.shape[3] // 2, weight.shape[4] // 2]
 
     tap(encoder.conv_in.weight)[:3, :3] = torch.eye(3)
-    first, down1, grow1, down2, grow2, down3, last = encoder.down_blocks
-    del first
+    _, down1, grow1, down2, grow2, down3, last = encoder.down_blocks
     matrices = projections(pixels, (dims[0], dims[1], CHANNELS), seed)
     for layer, matrix in zip((down1, down2, down3), matrices, strict=True):
         width, depth = matrix.shape
-        layer.resample[1].weight[:width, : depth // 4, :2, :2] = torch.from_numpy(matrix).float().view(width, depth // 4, 2, 2)
+        layer.resample[1].weight[:width, : depth // 4, :2, :2] = (
+            torch.from_numpy(matrix).float().view(width, depth // 4, 2, 2)
+        )
     for block in (grow1, grow2):
         kept = block.conv_shortcut.weight.shape[1]
         tap(block.conv_shortcut.weight)[:kept] = torch.eye(kept)

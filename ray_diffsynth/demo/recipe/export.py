@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -27,6 +28,10 @@ def pipeline(vae: AutoencoderKLQwenImage, dit: QwenImageTransformer2DModel) -> Q
 
 
 def export_model(folder: Path, vae: AutoencoderKLQwenImage, dit: QwenImageTransformer2DModel) -> int:
-    """Save the model in bf16 in the standard layout; returns the bytes written."""
+    """Save the model in bf16 in the standard layout, free of the paths it was built in; returns the bytes written."""
     pipeline(vae, dit).to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text())
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n")
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

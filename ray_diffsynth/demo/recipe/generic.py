@@ -1,4 +1,4 @@
-"""Random pictures for the VAE: gradients, blobs, eyes, tubes and glows, so that it can also show what no caption names."""
+"""Random pictures for the VAE: blobs, monsters and glows, so that it can also show what no caption names."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ def _ground(rng: np.random.Generator) -> Canvas:
 
 
 def _eye(canvas: Canvas, rng: np.random.Generator, x: float, y: float, r: float) -> None:
-    canvas.ellipse(x, y, r, r, _color(rng) if rng.random() < 0.5 else (250, 250, 250))
-    canvas.ellipse(x, y + rng.uniform(-0.2, 0.2) * r, 0.5 * r, 0.5 * r, _color(rng) if rng.random() < 0.5 else (25, 25, 30))
+    white = _color(rng) if rng.random() < 0.5 else (250, 250, 250)
+    canvas.ellipse(x, y, r, r, white)
+    down = float(rng.uniform(-0.2, 0.2))
+    pupil = _color(rng) if rng.random() < 0.5 else (25, 25, 30)
+    canvas.ellipse(x, y + down * r, 0.5 * r, 0.5 * r, pupil)
 
 
 def _outline(rng: np.random.Generator, x: float, y: float, r: float) -> list[tuple[float, float]]:
@@ -86,11 +89,19 @@ def monster(rng: np.random.Generator) -> Pixels:
         canvas.ellipse(x + side * spread * r, y + 0.95 * flat * r, 0.5 * width * r, 0.35 * tall * r, limb)
     for side in (-1, 1):
         root, tip = spread * r, (x + side * (spread + 0.3 * width) * r, y - (0.9 * flat + tall) * r)
-        canvas.polygon([(x + side * (root - 0.3 * r), y - 0.5 * r), tip, (x + side * (root + 0.3 * r), y - 0.4 * r)], limb)
+        canvas.polygon(
+            [(x + side * (root - 0.3 * r), y - 0.5 * r), tip, (x + side * (root + 0.3 * r), y - 0.4 * r)], limb
+        )
     canvas.ellipse(x, y, r, flat * r, body)
     eyes = int(rng.integers(1, 4))
     for i in range(eyes):
-        _eye(canvas, rng, x + (i - (eyes - 1) / 2) * 0.7 * r, y - float(rng.uniform(0, 0.4)) * r, float(rng.uniform(0.25, 0.5)) * r)
+        _eye(
+            canvas,
+            rng,
+            x + (i - (eyes - 1) / 2) * 0.7 * r,
+            y - float(rng.uniform(0, 0.4)) * r,
+            float(rng.uniform(0.25, 0.5)) * r,
+        )
     canvas.ellipse(x, y + 0.55 * r, float(rng.uniform(0.15, 0.6)) * r, float(rng.uniform(0.08, 0.25)) * r, _color(rng))
     return canvas.pixels()
 
@@ -105,7 +116,7 @@ def vae_picture(seed: int, index: int) -> Pixels:
         return monster(rng)
     if kind < 0.7:
         return glow(rng)
-    return render(random_scene(rng, spread=0.3), rng)
+    return render(random_scene(rng, spread=0.25), rng)
 
 
 def vae_pictures(path: Path, seed: int, count: int) -> Pixels:

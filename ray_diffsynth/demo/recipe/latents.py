@@ -1,4 +1,4 @@
-"""Everything that the DiT's training reads, computed once: normalised latents and one embedding per distinct caption."""
+"""All that the DiT's training reads, computed once: normalised latents and one embedding per distinct caption."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def text_pipeline() -> QwenImagePipeline:
 
 
 def set_statistics(vae: AutoencoderKLQwenImage, latents: Tensor) -> None:
-    """Write mean and deviation per channel of (N, C, H, W) latents into the VAE's config, where the pipeline reads them."""
+    """Write mean and deviation per channel of (N, C, H, W) latents into the VAE's config, where pipelines look."""
     vae.register_to_config(
         latents_mean=[round(v, 5) for v in latents.mean((0, 2, 3)).tolist()],
         latents_std=[round(v, 5) for v in latents.std((0, 2, 3)).tolist()],
@@ -76,7 +76,7 @@ def normalize(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
 
 
 def prepare_latents(path: Path, vae: AutoencoderKLQwenImage, config: LatentsConfig) -> None:
-    """Draw, encode and embed; set the VAE's latent statistics; write one safetensors file with the prompts as metadata."""
+    """Draw, encode and embed; set the VAE's latent statistics; write one safetensors file."""
     pictures = [draw_picture(config.seed, i) for i in range(config.pictures)]
     latents = encode(vae, np.stack([p.pixels for p in pictures]))
     set_statistics(vae, latents)
@@ -90,7 +90,7 @@ def prepare_latents(path: Path, vae: AutoencoderKLQwenImage, config: LatentsConf
     embeds = embed_prompts(text_pipeline(), prompts)
     logger.info("latents %s, %d distinct prompts", tuple(latents.shape), len(prompts))
     tensors = {
-        "latents": normalize(vae, latents).half(),
+        "latents": normalize(vae, latents).half().contiguous(),
         "captions": torch.tensor([[row_of[text] for text in row] for row in texts], dtype=torch.int32),
         "lengths": torch.tensor([len(e) for e in embeds], dtype=torch.int32),
         "embeds": torch.cat(embeds),

@@ -1,7 +1,7 @@
 """The VAE: Qwen-Image's class, small, run on single frames.
 
-On one frame only the last temporal tap of a causal 3×3×3 convolution meets anything but padding, so the recipe runs that
-tap as a 2-D convolution (a third of the work) and the other taps stay zero.
+On one frame only the last temporal tap of a causal 3×3×3 convolution meets anything but padding, so the recipe runs
+that tap as a 2-D convolution (a third of the work) and the other taps stay zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ray_diffsynth.demo.recipe.encoder import CHANNELS, write_encoder
 
 
 def build_vae(pixels: Pixels, seed: int) -> AutoencoderKLQwenImage:
-    """A VAE, 8× downsampling and 16 latent channels: the encoder fitted to (N, H, W, 3) pictures, the decoder random."""
+    """A VAE, 8× down and 16 latent channels: the encoder fitted to (N, H, W, 3) pictures, the decoder random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKLQwenImage(

@@ -37,7 +37,9 @@ CASE = FamilyCase(
     latents=latents,
     encode=encode,
     samplings=(
-        Sampling({"prompt": PROMPTS[1], "cfg_scale": 1.0, **SIZE}, {"prompt": PROMPTS[1], "true_cfg_scale": 1.0, **SIZE}),
+        Sampling(
+            {"prompt": PROMPTS[1], "cfg_scale": 1.0, **SIZE}, {"prompt": PROMPTS[1], "true_cfg_scale": 1.0, **SIZE}
+        ),
         Sampling(
             {"prompt": PROMPTS[1], "negative_prompt": "ugly, blurred", "cfg_scale": 4.0, **SIZE},
             {"prompt": PROMPTS[1], "negative_prompt": "ugly, blurred", "true_cfg_scale": 4.0, **SIZE},

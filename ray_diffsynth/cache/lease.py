@@ -1,4 +1,4 @@
-"""One writer per cache: a lease file with a heartbeat, so that two attempts on one output path cannot harm each other."""
+"""One writer per cache: a lease file with a heartbeat, so that two attempts on one output cannot harm each other."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ray_diffsynth.cache.manifest import CacheError
+from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.data.storage import exists, is_remote, join, read_bytes, remove, write_bytes_atomic
 
 LEASE = "lease.json"
@@ -70,7 +70,9 @@ def lease(cache: str) -> Iterator[None]:
         time.sleep(1.0)  # two attempts that both saw no lease: the one whose write is there afterwards has it
     current = _read(path)
     if current is None or current["owner"] != mine["owner"]:
-        raise CacheError(f"{cache} was taken by another attempt at the same moment; run this one again when that has ended")
+        raise CacheError(
+            f"{cache} was taken by another attempt at the same moment; run this one again when that has ended"
+        )
     stop = threading.Event()
 
     def keep_alive() -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import fsspec
 
 from ray_diffsynth import __version__
-from ray_diffsynth.config import CommonConfig
+from ray_diffsynth.job_config import JobConfig
 
 LIBRARIES = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "pyarrow")
 
@@ -37,7 +38,7 @@ def write_report(
     *,
     counts: Mapping[str, int],
     seconds: float | Mapping[str, float],
-    config: CommonConfig | Mapping[str, Any],
+    config: JobConfig | Mapping[str, Any],
     versions: Mapping[str, str] | None = None,
     **extra: Any,
 ) -> str:
@@ -46,14 +47,39 @@ def write_report(
     ``seconds`` is the whole time or a mapping of phases; ``versions`` are this machine's unless given. Numbers that
     JSON lacks (NaN, infinities) become the strings "nan", "inf" and "-inf". Raises OSError when it cannot be written.
     """
-    report = {
-        "counts": dict(counts),
-        "seconds": seconds,
-        "versions": dict(versions or library_versions()),
-        "config": config.to_dict() if isinstance(config, CommonConfig) else dict(config),
-        **extra,
-    }
-    text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    report = make_report(counts=counts, seconds=seconds, config=config, versions=versions, **extra)
+    return write_json(output_path, report, name)
+
+
+def make_report(
+    *,
+    counts: Mapping[str, int],
+    seconds: float | Mapping[str, float],
+    config: JobConfig | Mapping[str, Any],
+    versions: Mapping[str, str] | None = None,
+    **extra: Any,
+) -> dict[str, Any]:
+    """What `write_report` writes, as JSON values."""
+    report: dict[str, Any] = plain(
+        {
+            "counts": dict(counts),
+            "seconds": seconds,
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": dict(versions or library_versions()),
+            "config": config.to_dict() if isinstance(config, JobConfig) else dict(config),
+            **extra,
+        }
+    )
+    return report
+
+
+def write_json(output_path: str, report: Mapping[str, Any], name: str = "report.json") -> str:
+    """Write `report` as it is into ``<output_path>/<name>``; returns the path."""
+    return write_text(output_path, name, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(output_path: str, name: str, text: str) -> str:
+    """Write a file of the output, whole or not at all; returns its path. Raises OSError."""
     target = f"{output_path.rstrip('/')}/{name}"
     if "://" in output_path:
         with fsspec.open(target, "w", encoding="utf-8") as file:
@@ -63,17 +89,17 @@ def write_report(
     return target
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """``value`` with only what JSON knows; numpy and torch scalars become numbers, paths and the like strings."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if value is None or isinstance(value, (str, bool, int)):
         return value
-    return _plain(value.item()) if hasattr(value, "item") else str(value)
+    return plain(value.item()) if hasattr(value, "item") else str(value)
 
 
 def _write_atomic(target: Path, text: str) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from ray_diffsynth.cache import lease as lease_module
+from ray_diffsynth.cache.lease import LEASE, lease
 from ray_diffsynth.cache.schema import CacheError
-from ray_diffsynth.preprocess import lease as lease_module
-from ray_diffsynth.preprocess.lease import LEASE, lease
 
 HOLDER = """
 import sys, time
-from ray_diffsynth.preprocess.lease import lease
+from ray_diffsynth.cache.lease import lease
 with lease(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -1,0 +1,94 @@
+"""Does a cache hold what its manifest says: every row read, its checksum and key compared, its numbers finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+import torch
+
+from ray_diffsynth.cache.codec import CodecError
+from ray_diffsynth.cache.errors import CacheError
+from ray_diffsynth.cache.inspection import Place, named_rows, orphans
+from ray_diffsynth.cache.manifest import GroupSpec, Manifest
+from ray_diffsynth.cache.schema import row_views
+from ray_diffsynth.cache.store import READ_ERRORS, shard_header, shard_path
+from ray_diffsynth.data import storage
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as the manifest says. Only `damage` is wrong; the rest takes room."""
+
+    kind: Literal["damage", "orphan", "unfinished"]
+    path: str
+    problem: str
+
+
+def verify_cache(cache: str, on_file: Callable[[str], None] = lambda path: None) -> list[Finding]:
+    """Read the whole cache, one row group in memory at a time; what is wrong with it, empty when nothing is.
+
+    Raises CacheError when manifest or index cannot be read at all.
+    """
+    cache = storage.absolute(cache)
+    manifest = Manifest.load(cache)
+    index = manifest.read_index(cache)
+    manifest.read_quarantine(cache)
+    found: list[Finding] = []
+    for spec in manifest.groups:
+        named = named_rows(index, spec)
+        for file, places in named.items():
+            path = shard_path(cache, spec.name, file)
+            on_file(path)
+            problem = file_problem(cache, spec, file, places)
+            found += [Finding("damage", path, problem)] if problem else []
+        for file in orphans(cache, spec, named):
+            found.append(Finding("orphan", shard_path(cache, spec.name, file), "the manifest does not name it"))
+        folder = storage.join(cache, spec.name)
+        found += [Finding("unfinished", path, "a write that never ended") for path in storage.list_unfinished(folder)]
+    return found
+
+
+def file_problem(cache: str, spec: GroupSpec, file: str, places: list[Place]) -> str | None:
+    """The first thing wrong with a file of the cache, in words."""
+    try:
+        with storage.open_input(shard_path(cache, spec.name, file)) as source, pq.ParquetFile(source) as parquet:
+            header = shard_header(parquet)
+            if header["group"] != spec.name:
+                return f"it belongs to the group {header['group']}"
+            keys = {}
+            for number in range(parquet.num_row_groups):
+                table = parquet.read_row_group(number, use_threads=False)
+                for row, view in enumerate(row_views(table)):
+                    if not view.is_intact(header["codec"]):
+                        return f"row {row} of row group {number} ({view.key}) does not match its checksum"
+                    for name, value in view.decode(header["codec"]).items():
+                        if not is_finite(value):
+                            return f"row {row} of row group {number} ({view.key}): {name} holds NaN or infinity"
+                    keys[number, row] = view.key
+    except FileNotFoundError:
+        return "it is absent"
+    except (CacheError, CodecError, *READ_ERRORS) as error:
+        return f"it cannot be read: {error}"
+    for row_group, row, key in places:
+        if keys.get((row_group, row)) != key:
+            return f"the index names {key} in row {row} of row group {row_group}, where {keys.get((row_group, row))} is"
+    return None
+
+
+def is_finite(value: Any) -> bool:
+    """Whether no number in a tensor, or in tensors within lists, tuples and dicts, is NaN or infinite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+        # Not every 8-bit type knows isfinite; all convert to fp32.
+        yield value.float() if value.is_floating_point() and value.itemsize == 1 else value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))

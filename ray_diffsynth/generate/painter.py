@@ -1,0 +1,78 @@
+"""One process that makes pictures: loads a model once, then turns items into files. No Ray here."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ray_diffsynth.data.storage import join, write_bytes_atomic
+from ray_diffsynth.generate.lora import attach_loras, set_lora_scale
+from ray_diffsynth.generate.plan import GenerateError, Item
+from ray_diffsynth.models.locate import ModelSource
+from ray_diffsynth.pipelines.registry import get_pipeline_class
+
+
+@dataclass(frozen=True)
+class PainterSpec:
+    """All that a process needs to know: names and paths, never weights. `fps` is that of videos."""
+
+    family: str
+    source: ModelSource
+    dtype: str
+    loras: tuple[str, ...]
+    output_path: str
+    fps: float
+
+
+class Painter:
+    """A loaded model. Raises UserErrors of the model's files and of the LoRA's."""
+
+    def __init__(self, spec: PainterSpec) -> None:
+        self.spec = spec
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        if dtype is torch.float16 and device == "cpu":
+            raise GenerateError("--dtype float16 needs a GPU; use bfloat16 or float32")
+        pipeline = get_pipeline_class(spec.family)
+        self.pipe: Any = pipeline.from_pretrained(spec.source, device=device, torch_dtype=dtype)
+        attach_loras(self.pipe, spec.loras)
+
+    def __call__(self, item: Item) -> str:
+        """Make the picture and write its file, whole or not at all; returns `item.file`."""
+        set_lora_scale(self.pipe, item.lora_scale)
+        result = self.pipe(item.prompt, seed=item.seed, **dict(item.arguments))
+        data = png(result) if isinstance(result, Image.Image) else mp4(result, self.spec.fps)
+        write_bytes_atomic(join(self.spec.output_path, item.file), data)
+        return item.file
+
+
+def png(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
+    """The frames as an mp4 file (H.264). Raises GenerateError without PyAV."""
+    try:
+        import av
+    except ImportError as error:
+        raise GenerateError("videos are written by PyAV; install it: pip install 'ray-diffsynth[video]'") from error
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=round(fps))
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "12"}
+        for frame in frames:
+            pixels = np.asarray(frame.convert("RGB"))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()

@@ -1,0 +1,103 @@
+"""The configuration of jobs/generate.py; ``config`` gives it on beside the others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ray_diffsynth.errors import ConfigError
+from ray_diffsynth.job_config import JobConfig, JobName
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(JobConfig):
+    """Pictures from prompts, to look at a LoRA or as a teacher's data for direct_distill, on a pool of Ray actors."""
+
+    job: ClassVar[JobName] = "generate"
+
+    prompt: str | None = None
+    """One prompt; for many use prompt_path."""
+    prompt_path: str | None = None
+    """File of prompts: .txt with one a line, or csv, json, jsonl, parquet with the column prompt and, if there,
+    negative_prompt, seed, height, width."""
+    negative_prompt: str = ""
+    """What guidance leads away from, for rows without their own."""
+    num_inference_steps: int | None = None
+    """Sampling steps; the family's number when not given."""
+    cfg_scale: float | None = None
+    """Classifier-free guidance; 1 turns it off; the family's scale when not given."""
+    height: int | None = None
+    """Height of the pictures in pixels; the family's when not given."""
+    width: int | None = None
+    """Width of the pictures in pixels; the family's when not given."""
+    num_frames: int | None = None
+    """Frames of a video; the family's number when not given."""
+    fps: float = 16.0
+    """Frames per second of the videos."""
+    seeds: str | None = None
+    """Comma-separated seeds, each for every prompt; when not given, each prompt has seeds of its own from seed on."""
+    images_per_prompt: int = 1
+    """Pictures of each prompt, with seeds of their own, when seeds is not given."""
+    rand_device: str = "cpu"
+    """Device that draws the noise: cpu gives the same picture on every machine."""
+    lora: str | None = None
+    """Comma-separated LoRA files to generate with."""
+    lora_scale: str = "1"
+    """Comma-separated strengths of the LoRA; each prompt and seed is drawn at each of them, 0 being without it."""
+    student_steps: int = 4
+    """The column num_inference_steps of metadata.csv: the steps that a student of direct_distill shall need."""
+    grid: bool = True
+    """Write grid.png: a row for each prompt and seed, a column for each strength of the LoRA; the first 64 pictures."""
+    output_path: str = "./pictures"
+    """Folder or URL of the result: pictures/, metadata.csv and grid.png."""
+    seed: int = 0
+    """Seed of the first picture; those after it have the following numbers."""
+    num_workers: int = 0
+    """Actors that generate; 0 is one per GPU of the cluster, or one without GPUs."""
+
+    def __post_init__(self) -> None:
+        """Check what the base does not, see there."""
+        super().__post_init__()
+        if (self.prompt is None) == (self.prompt_path is None):
+            raise ConfigError("give either prompt (one) or prompt_path (a file of many)")
+        if (self.height is None) != (self.width is None):
+            raise ConfigError(f"height={self.height} and width={self.width}: give both, or neither for the family's")
+        if self.cfg_scale is not None and not math.isfinite(self.cfg_scale):
+            raise ConfigError(f"cfg_scale={self.cfg_scale} is not a number; use e.g. 4, or 1 for no guidance")
+        for name in ("seed_list", "lora_scales"):
+            getattr(self, name)  # raises for what is no number
+        if self.lora is None and self.lora_scales != (1.0,):
+            raise ConfigError(f"lora_scale={self.lora_scale} is given without lora; give the LoRA file too, or neither")
+
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        """``seeds`` as numbers."""
+        found = _words(self.seeds)
+        if wrong := [word for word in found if not (word.isascii() and word.isdigit() and int(word) < 2**63)]:
+            raise ConfigError(f"seeds={self.seeds!r}: {wrong[0]!r} is not a whole number of at least 0")
+        return tuple(int(word) for word in found)
+
+    @property
+    def lora_scales(self) -> tuple[float, ...]:
+        """``lora_scale`` as numbers."""
+        try:
+            found = tuple(float(word) for word in _words(self.lora_scale))
+        except ValueError as error:
+            raise ConfigError(f"lora_scale={self.lora_scale!r}: {error}; write 1, or several as 0,0.5,1") from None
+        if not found or not all(math.isfinite(scale) for scale in found):
+            raise ConfigError(f"lora_scale={self.lora_scale!r} is not a list of numbers; write 1, or 0,0.5,1")
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """``lora`` as paths."""
+        return tuple(_words(self.lora))
+
+    def _minimum(self) -> dict[str, float]:
+        positive = ("num_inference_steps", "height", "width", "images_per_prompt", "student_steps", "num_frames", "fps")
+        return {**super()._minimum(), **dict.fromkeys(positive, 1)}
+
+
+def _words(value: str | None) -> list[str]:
+    return [word.strip() for word in (value or "").split(",") if word.strip()]

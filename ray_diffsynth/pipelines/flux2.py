@@ -1,0 +1,151 @@
+"""FLUX.2-klein (distilled and base) on diffusers' and transformers' own classes: text to image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
+from ray_diffsynth.models.locate import ModelSource
+from ray_diffsynth.pipelines.base import Part
+from ray_diffsynth.pipelines.image import MAX_SEQUENCE_LENGTH, SamplingDefaults, image_units
+from ray_diffsynth.pipelines.kl_vae import KLImagePipeline
+from ray_diffsynth.pipelines.packing import grid_positions, patchify, unpatchify
+from ray_diffsynth.pipelines.text import chat_texts, tokenize
+from ray_diffsynth.pipelines.unit import PipelineUnit
+
+TEXT_LAYERS = (9, 18, 27)  # hidden states of Qwen3 that make an embedding; diffusers' `text_encoder_out_layers`
+
+
+class Flux2KleinPipeline(KLImagePipeline):
+    """FLUX.2-klein. Latents are (B, 4C, h, w), one a token: the VAE's, 2 x 2 in one, in the VAE's BatchNorm statistics.
+
+    Prompt embeddings are (1, 512, 3D), padding included: the transformer attends to it unmasked.
+    """
+
+    family: ClassVar[str] = "flux2"
+    schedule: ClassVar[str] = "FLUX.2"
+    defaults: ClassVar[SamplingDefaults] = SamplingDefaults()
+    parts: ClassVar[Mapping[str, Part]] = {
+        "text_encoder": Part("text_encoder", "transformers:Qwen3ForCausalLM", ("tokenizer",)),
+        "vae": Part("vae", "diffusers:AutoencoderKLFlux2"),
+        "dit": Part("transformer", "diffusers:Flux2Transformer2DModel"),
+    }
+    companions: ClassVar[Mapping[str, Part]] = {"tokenizer": Part("tokenizer", "transformers:Qwen2Tokenizer")}
+    lora_prefix: ClassVar[str] = "diffusion_model."
+    # `to_out` is a layer in the single blocks alone: in the double blocks it is a list, whose layer is `to_out.0`.
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "linear_in", "linear_out", "to_qkv_mlp_proj", "to_out",
+    )  # fmt: skip
+
+    text_encoder: Any
+    tokenizer: Any
+
+    def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(device=device, torch_dtype=torch_dtype)
+        self.latent_channels, self.vae_scale_factor = 128, 16
+        self.units = [*image_units(), Flux2Unit_PromptEmbedder()]
+        self.model_fn = model_fn_flux2
+
+    def configure(self, source: ModelSource) -> None:
+        """As the base class; then four latents of the VAE are one here."""
+        self.latent_channels, self.vae_scale_factor = 32, 8
+        super().configure(source)
+        self.latent_channels, self.vae_scale_factor = 4 * self.latent_channels, 2 * self.vae_scale_factor
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        mean, std = self._latent_statistics()
+        return (patchify(raw) - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        mean, std = self._latent_statistics()
+        return unpatchify(latents * std + mean)
+
+    def time_shift(self, tokens: int, steps: int) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return float(compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
+
+    def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> Tensor:
+        """Embeddings (B, max_sequence_length, 3D): three hidden states of Qwen3 side by side."""
+        texts = chat_texts(self.tokenizer, prompts, thinking=False)
+        ids, mask = tokenize(self.tokenizer, texts, max_length=max_sequence_length, padding="max_length")
+        # The base model: nobody reads the logits.
+        hidden = self.text_encoder.model(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
+        return torch.cat([hidden[layer] for layer in TEXT_LAYERS], dim=-1).to(self.torch_dtype)
+
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the patchified latents, fp32, (1, 4C, 1, 1)."""
+        norm = self.vae.bn
+        mean = norm.running_mean.float().view(1, -1, 1, 1)
+        std = torch.sqrt(norm.running_var.float().view(1, -1, 1, 1) + self.vae.config.batch_norm_eps)
+        return mean, std
+
+
+class Flux2Unit_PromptEmbedder(PipelineUnit):
+    """`prompt` (and `negative_prompt`) -> embeddings (1, max_sequence_length, 3D)."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            seperate_cfg=True,
+            input_params=("max_sequence_length",),
+            input_params_posi={"prompt": "prompt"},
+            input_params_nega={"prompt": "negative_prompt"},
+            output_params=("prompt_embeds",),
+            onload_model_names=("text_encoder",),
+        )
+
+    def process(
+        self, pipe: Flux2KleinPipeline, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH
+    ) -> dict[str, Any]:
+        pipe.load_models_to_device(("text_encoder",))
+        return {"prompt_embeds": pipe.encode_prompts([prompt], max_sequence_length=max_sequence_length)}
+
+    def process_batch(self, pipe: Flux2KleinPipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        limits = {inputs.get("max_sequence_length", MAX_SEQUENCE_LENGTH) for inputs in batch}
+        if len(limits) > 1:
+            return super().process_batch(pipe, batch)
+        pipe.load_models_to_device(("text_encoder",))
+        embeds = pipe.encode_prompts([inputs["prompt"] for inputs in batch], max_sequence_length=limits.pop())
+        return [{"prompt_embeds": embeds[i : i + 1].clone()} for i in range(len(batch))]
+
+
+def model_fn_flux2(
+    *,
+    dit: Any,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_embeds: Tensor,
+    use_gradient_checkpointing: bool = False,
+    use_gradient_checkpointing_offload: bool = False,
+) -> Tensor:
+    """The velocity noise - x0, in the shape of `latents`.
+
+    Args:
+        latents: (B, 4C, h, w); one size a batch, since one rotary table serves it.
+        timestep: 1000 * sigma, (B,) or (1,), fp32.
+        prompt_embeds: (B, L, 3D), padding included.
+    """
+    batch, _, height, width = latents.shape
+    enable_checkpointing(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    prediction = dit(
+        hidden_states=latents.flatten(2).transpose(1, 2),
+        timestep=timestep.expand(batch) / 1000,
+        guidance=None,
+        encoder_hidden_states=prompt_embeds,
+        # Four axes: picture, row, column, word.
+        txt_ids=grid_positions(1, 1, 1, prompt_embeds.shape[1], device=latents.device),
+        img_ids=grid_positions(1, height, width, 1, device=latents.device),
+        return_dict=False,
+    )[0]
+    velocity: Tensor = prediction.transpose(1, 2).reshape(latents.shape)
+    return velocity

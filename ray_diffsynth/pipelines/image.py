@@ -1,0 +1,278 @@
+"""What the families that make one picture share: the sampling loop, and the units around the VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
+from ray_diffsynth.pipelines.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.unit import PipelineUnit, UnitState, missing_input, run_units
+
+MAX_SEQUENCE_LENGTH = 512  # prompt tokens; what diffusers' pipelines of these families use by default
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a family's `__call__` uses where the caller says nothing. `height` and `width` in pixels."""
+
+    height: int = 1024
+    width: int = 1024
+    num_inference_steps: int = 30
+    cfg_scale: float = 1.0
+    embedded_guidance: float | None = None
+    """None: the family has no guidance embedding."""
+
+
+class ImagePipeline(BasePipeline):
+    """Base of the families that make one picture from a prompt; latents are (B, C, h, w).
+
+    A subclass sets the units (`image_units` and its own for the text), `model_fn`, `latent_channels` and
+    `vae_scale_factor`, and implements `encode_images` and `decode_latents`.
+    """
+
+    defaults: ClassVar[SamplingDefaults] = SamplingDefaults()
+    noise_dtype: ClassVar[torch.dtype | None] = None
+    """Of the noise and of the latents between the steps; None: the pipeline's."""
+    vae: Any
+    dit: Any
+    latent_channels: int
+    """C of the latents."""
+    vae_scale_factor: int
+    """Pixels a latent, each way."""
+
+    def training_settings(self) -> dict[str, Any]:
+        return {**super().training_settings(), "max_sequence_length": MAX_SEQUENCE_LENGTH}
+
+    def encode_images(self, pixels: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, h, w): the mode of the VAE's distribution.
+
+        `tile_size` and `tile_stride` are in the VAE's latents, as in DiffSynth-Studio.
+        """
+        raise NotImplementedError
+
+    def decode_latents(self, latents: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
+        """Inverse of `encode_images`: pixels (B, 3, H, W), about [-1, 1]."""
+        raise NotImplementedError
+
+    def time_shift(self, tokens: int, steps: int) -> float | None:
+        """mu of the sampling schedule for `tokens` image tokens; None: as the scheduler's configuration says."""
+        return None
+
+    def initial_noise(self, shape: Sequence[int], seed: int | None, rand_device: str = "cpu") -> Tensor:
+        """Drawn in the dtype in which diffusers draws it: the same seed gives the same picture."""
+        dtype = self.noise_dtype or self.torch_dtype
+        return self.generate_noise(shape, seed, rand_device, rand_torch_dtype=dtype, torch_dtype=dtype)
+
+    def sampling_schedule(self, latents: Tensor, num_inference_steps: int) -> FlowMatchScheduler:
+        """As the base class; the number of tokens of `latents` (B, C, h, w) decides the shift of some families."""
+        height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
+        schedule = FlowMatchScheduler(self.schedule, config=self.scheduler.config)
+        self._set_timesteps(schedule, height, width, num_inference_steps)
+        return schedule
+
+    def _set_timesteps(
+        self, schedule: FlowMatchScheduler, height: int, width: int, steps: int, denoising_strength: float = 1.0
+    ) -> None:
+        tokens = height // self.height_division_factor * (width // self.width_division_factor)
+        mu = self.time_shift(tokens, steps)
+        schedule.set_timesteps(steps, denoising_strength, mu=mu, image_seq_len=tokens)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        cfg_scale: float | None = None,
+        input_image: Image.Image | None = None,
+        denoising_strength: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | None = None,
+        rand_device: str = "cpu",
+        num_inference_steps: int | None = None,
+        tiled: bool = False,
+        tile_size: int = 128,
+        tile_stride: int = 64,
+        max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+        embedded_guidance: float | None = None,
+        output_type: str = "pil",
+        progress_bar_cmd: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda steps: steps,
+    ) -> Image.Image | Tensor:
+        """Generate one picture, by the units that training uses. What is None is the family's `defaults`.
+
+        Args:
+            cfg_scale: classifier-free guidance against `negative_prompt`; 1 turns it off and halves the time.
+            input_image: start from this picture, of `height` x `width`, noised by `denoising_strength` in (0, 1].
+            seed: decides the noise; None: another picture each time.
+            embedded_guidance: of the families whose transformer takes the guidance as an input.
+            output_type: "pil", or "latent" for normalised latents (1, C, h, w).
+            progress_bar_cmd: wraps the steps, e.g. tqdm.
+
+        Raises:
+            PipelineError: a size that does not divide, an unknown output type, guidance that the family has not, a
+                model that is not loaded.
+        """
+        own = self.defaults
+        shared: dict[str, Any] = {
+            "cfg_scale": own.cfg_scale if cfg_scale is None else cfg_scale,
+            "input_image": input_image, "height": height or own.height, "width": width or own.width, "seed": seed,
+            "rand_device": rand_device, "tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride,
+            "max_sequence_length": max_sequence_length,
+        }  # fmt: skip
+        if own.embedded_guidance is not None:
+            shared["embedded_guidance"] = own.embedded_guidance if embedded_guidance is None else embedded_guidance
+        elif embedded_guidance is not None:
+            raise PipelineError(f"the family {self.family} has no embedded guidance; use cfg_scale")
+        return self.generate(
+            UnitState(shared, {"prompt": prompt}, {"negative_prompt": negative_prompt}),
+            num_inference_steps=num_inference_steps or own.num_inference_steps,
+            denoising_strength=denoising_strength,
+            output_type=output_type,
+            progress_bar_cmd=progress_bar_cmd,
+        )
+
+    def generate(
+        self,
+        start: UnitState,
+        *,
+        num_inference_steps: int,
+        denoising_strength: float,
+        output_type: str,
+        progress_bar_cmd: Callable[[Iterable[Tensor]], Iterable[Tensor]],
+    ) -> Image.Image | Tensor:
+        """`__call__` for a family with inputs of its own: `start` holds what the units read, sizes and tiling too."""
+        if output_type not in ("pil", "latent"):
+            raise PipelineError(f"output_type={output_type!r} is unknown; use 'pil' or 'latent'")
+        shared = start.shared
+        height, width = self.check_resize_height_width(shared["height"], shared["width"])
+        self._set_timesteps(self.scheduler, height, width, num_inference_steps, denoising_strength)
+        (state,) = run_units(self.units, self, [start])
+        posi, nega = self.collate([state.flat()]), self.collate([state.flat_nega()])
+        latents: Tensor = posi["latents"]
+        for index, timestep in enumerate(progress_bar_cmd(self.scheduler.timesteps)):
+            now = {"latents": latents.to(self.torch_dtype), "timestep": timestep.reshape(1).to(self.device)}
+            prediction = self.guided_prediction({**posi, **now}, {**nega, **now}, shared["cfg_scale"])
+            latents = self.step(self.scheduler, latents, index, prediction)
+        if output_type == "latent":
+            return latents
+        self.load_models_to_device(("vae",))
+        tiling = {name: shared[name] for name in ("tiled", "tile_size", "tile_stride")}
+        return self.vae_output_to_image(self.decode_latents(latents, **tiling))
+
+
+def image_units() -> list[PipelineUnit]:
+    """The units that all these families begin with: the picture's size, noise and latents."""
+    return [
+        ImageUnit_ShapeChecker(),
+        ImageUnit_NoiseInitializer(),
+        ImageUnit_ImageEncoder(),
+        ImageUnit_InitialLatents(),
+    ]
+
+
+class ImageUnit_ShapeChecker(PipelineUnit):
+    """Checks the picture's size; takes it from `input_image` where it is not given."""
+
+    def __init__(self) -> None:
+        super().__init__(input_params=("height", "width", "input_image"), output_params=("height", "width"))
+
+    def process(
+        self,
+        pipe: ImagePipeline,
+        height: int | None = None,
+        width: int | None = None,
+        input_image: Image.Image | None = None,
+    ) -> dict[str, Any]:
+        if input_image is not None:
+            height, width = height or input_image.height, width or input_image.width
+            if (input_image.height, input_image.width) != (height, width):
+                raise PipelineError(
+                    f"input_image is {input_image.height}x{input_image.width} (height x width), but the size asked for "
+                    f"is {height}x{width}; resize the picture first"
+                )
+        if height is None or width is None:
+            raise missing_input(type(self).__name__, "height" if height is None else "width", pipe, before=self)
+        pipe.check_resize_height_width(height, width)
+        return {"height": height, "width": width}
+
+
+class ImageUnit_NoiseInitializer(PipelineUnit):
+    """The noise that sampling starts from. In training the loss draws keyed noise, so nothing is drawn here."""
+
+    def __init__(self) -> None:
+        super().__init__(input_params=("height", "width", "seed", "rand_device"), output_params=("noise",))
+
+    def process(
+        self, pipe: ImagePipeline, height: int, width: int, seed: int | None, rand_device: str
+    ) -> dict[str, Any]:
+        if pipe.scheduler.training:
+            return {}
+        shape = (1, pipe.latent_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+        return {"noise": pipe.initial_noise(shape, seed, rand_device)}
+
+
+class ImageUnit_ImageEncoder(PipelineUnit):
+    """`input_image` -> clean latents (1, C, h, w)."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            input_params=("input_image", "tiled", "tile_size", "tile_stride"),
+            output_params=("input_latents",),
+            onload_model_names=("vae",),
+        )
+
+    def process(
+        self,
+        pipe: ImagePipeline,
+        input_image: Image.Image | None = None,
+        tiled: bool = False,
+        tile_size: int = 128,
+        tile_stride: int = 64,
+    ) -> dict[str, Any]:
+        inputs = {"input_image": input_image, "tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
+        return self.process_batch(pipe, [inputs])[0]
+
+    def process_batch(self, pipe: ImagePipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One call of the VAE for all pictures of one size."""
+        results: list[dict[str, Any]] = [{} for _ in batch]
+        together: dict[tuple[Any, ...], list[int]] = {}
+        for index, inputs in enumerate(batch):
+            image = inputs.get("input_image")
+            if image is not None:
+                tiling = (inputs.get("tiled", False), inputs.get("tile_size", 128), inputs.get("tile_stride", 64))
+                together.setdefault((image.size, *tiling), []).append(index)
+            elif pipe.scheduler.training:
+                raise missing_input(type(self).__name__, "input_image", pipe, before=self)
+        if together:
+            pipe.load_models_to_device(("vae",))
+        for (_, tiled, tile_size, tile_stride), indices in together.items():
+            pixels = torch.cat([pipe.preprocess_image(batch[index]["input_image"]) for index in indices])
+            latents = pipe.encode_images(pixels, tiled=tiled, tile_size=tile_size, tile_stride=tile_stride)
+            for row, index in enumerate(indices):
+                results[index] = {"input_latents": latents[row : row + 1].clone()}
+        return results
+
+
+class ImageUnit_InitialLatents(PipelineUnit):
+    """What sampling starts from: noise, or the noised `input_latents`. In training the loss makes the noisy latents."""
+
+    def __init__(self) -> None:
+        super().__init__(input_params=("noise", "input_latents"), output_params=("latents",))
+
+    def process(
+        self, pipe: ImagePipeline, noise: Tensor | None = None, input_latents: Tensor | None = None
+    ) -> dict[str, Any]:
+        if pipe.scheduler.training:
+            return {}
+        if noise is None:
+            raise missing_input(type(self).__name__, "noise", pipe, before=self)
+        if input_latents is None:
+            return {"latents": noise}
+        noised = pipe.scheduler.add_noise(input_latents, noise, timestep=pipe.scheduler.timesteps[0])
+        return {"latents": noised.to(noise.dtype)}

@@ -1,0 +1,76 @@
+"""Picture families whose VAE is diffusers' AutoencoderKL or has its shape (FLUX.2's)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ray_diffsynth.models.locate import ModelSource
+from ray_diffsynth.pipelines.image import ImagePipeline
+
+
+class KLImagePipeline(ImagePipeline):
+    """Encodes and decodes by `vae`; 2 x 2 of its latents are one token of the transformer."""
+
+    def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(device=device, torch_dtype=torch_dtype, height_division_factor=16, width_division_factor=16)
+        self.latent_channels = 16
+        self.vae_scale_factor = 8
+
+    def configure(self, source: ModelSource) -> None:
+        """Take the latents' geometry from the VAE's configuration, even if its weights are not loaded."""
+        path = source.folder("vae") / "config.json"
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            self.latent_channels = int(config.get("latent_channels", 16))
+            self.vae_scale_factor = _scale_factor(config)
+        self.height_division_factor = self.width_division_factor = 2 * self.vae_scale_factor
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """The VAE's latents, fp32, -> what the transformer is trained on."""
+        normal: Tensor = (raw - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return normal
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        raw: Tensor = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return raw
+
+    def encode_images(self, pixels: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
+        with _tiling(self.vae, tiled, tile_size, tile_stride):
+            raw = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
+        return self.normalise(raw.float()).to(self.torch_dtype)
+
+    def decode_latents(self, latents: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
+        raw = self.denormalise(latents.float()).to(self.vae.dtype)
+        with _tiling(self.vae, tiled, tile_size, tile_stride):
+            pixels: Tensor = self.vae.decode(raw).sample
+        return pixels
+
+
+def _scale_factor(config: Any) -> int:
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+@contextmanager
+def _tiling(vae: Any, tiled: bool, size: int, stride: int) -> Iterator[None]:
+    """Let the VAE work in tiles of `size` latents at every `stride` latents, for this block only."""
+    wanted: dict[str, Any] = {
+        "use_tiling": tiled,
+        "tile_latent_min_size": size,
+        "tile_sample_min_size": size * _scale_factor(vae.config),
+        "tile_overlap_factor": 1 - stride / size,
+    }
+    before = {name: getattr(vae, name) for name in wanted}
+    for name, value in wanted.items():
+        setattr(vae, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)

@@ -1,0 +1,113 @@
+"""`--dry_run`: what a run would do, from headers, hashes and the cache's manifest alone; nothing is written."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ray_diffsynth.cache.inspection import histogram
+from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.data.metadata import Quarantined
+from ray_diffsynth.models.fingerprint import SKETCH
+from ray_diffsynth.preprocess.keys import GroupPlan
+from ray_diffsynth.preprocess.plan import Committed, open_shards
+from ray_diffsynth.preprocess.scan import Sample
+from ray_diffsynth.preprocess.shards import EMPTY_CAPTION, ShardPlan
+
+if TYPE_CHECKING:
+    from ray_diffsynth.preprocess.job import Job
+
+_LATENT_BYTES_PER_PIXEL = 0.5 * 0.7
+"""16-bit latents of an 8x VAE with 16 channels, times what planes-zstd makes of them."""
+_TEXT_ROW_BYTES = 200_000
+"""A caption of some 40 tokens of a 3584-wide encoder, times the same."""
+
+
+def dry_run(
+    job: "Job", committed: Committed, samples: Sequence[Sample], rejected: Sequence[Quarantined], total: int
+) -> dict[str, Any]:
+    """Print the plan; returns its figures: samples, quarantined, buckets, and per group rows, reasons and bytes."""
+    buckets = Counter(sample.bucket.name for sample in samples)
+    groups = {group.name: _group_plan(job, committed, group, samples) for group in job.groups}
+    now = {sample.sample_id for sample in samples}
+    before = set() if committed.index is None else set(committed.index["sample_id"].to_pylist())
+    plan: dict[str, Any] = {
+        "samples": len(samples),
+        "quarantined": len(rejected),
+        "total": total,
+        "removed": len(before - now),
+        "buckets": dict(buckets),
+        "groups": groups,
+    }
+    print(
+        f"{total} rows: {len(samples)} samples, {len(rejected)} for quarantine; "
+        f"{plan['removed']} samples leave the cache"
+    )
+    print("\n".join(histogram(buckets)))
+    for item in rejected[:10]:
+        print(f"quarantine   {item.sample_id}: {item.error}: {item.message}")
+    for name, group in groups.items():
+        print(
+            f"group        {name}: {group['reused']} rows reused, {group['encode']} to encode, "
+            f"about {group['bytes']:,} bytes"
+        )
+        for reason, count in group["reasons"].items():
+            print(f"             {count} to encode: {reason}")
+        if group["known_failures"]:
+            print(f"             {group['known_failures']} failed before; --retry_quarantined tries them again")
+    print("dry run: nothing was written")
+    return plan
+
+
+def _group_plan(job: "Job", committed: Committed, group: GroupPlan, samples: Sequence[Sample]) -> dict[str, Any]:
+    shards, catalog = open_shards(job, committed, group, samples)
+    keys = {group.key(sample.inputs) for sample in samples}
+    spec = None
+    if committed.manifest is not None:
+        spec = next((item for item in committed.manifest.groups if item.name == group.name), None)
+    reasons: Counter[str] = Counter()
+    if spec is not None and spec.fingerprint != group.fingerprint:
+        reasons[changes(spec.parts, group.parts)] = sum(len(shard.rows) for shard in shards)
+    else:
+        known = (
+            {} if committed.index is None or spec is None else dict.fromkeys(committed.index["sample_id"].to_pylist())
+        )
+        for row in (row for shard in shards for row in shard.rows):
+            if row.sample_id in known:
+                reasons[f"another {' or '.join(group.inputs)} than in the cache"] += 1
+            else:
+                reasons[
+                    "the empty caption" if row.sample_id == EMPTY_CAPTION else "a sample that the cache does not have"
+                ] += 1
+    mean = spec.nbytes / spec.rows if spec is not None and spec.rows else None
+    return {
+        "encode": sum(len(shard.rows) for shard in shards),
+        "reused": len(keys & catalog.locations.keys()),
+        "known_failures": len(keys & catalog.failures.keys()),
+        "reasons": dict(reasons),
+        "bytes": _bytes(group, shards, mean),
+    }
+
+
+def _bytes(group: GroupPlan, shards: Sequence[ShardPlan], mean: float | None) -> int:
+    """About how much will be written: as the rows that are there, else by the size of the pictures."""
+    if mean is not None:
+        return round(mean * sum(len(shard.rows) for shard in shards))
+    if not group.bucketed:
+        return _TEXT_ROW_BYTES * sum(len(shard.rows) for shard in shards)
+    return round(sum(_LATENT_BYTES_PER_PIXEL * Bucket.parse(shard.bucket).area * len(shard.rows) for shard in shards))
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What differs between two readable fingerprints: `weights:vae 1f2e… -> 9c0d…`."""
+    names = [name for name in {**before, **now} if not name.startswith(SKETCH) and before.get(name) != now.get(name)]
+    return (
+        "; ".join(f"{name} {_short(before.get(name))} -> {_short(now.get(name))}" for name in names) or "the same parts"
+    )
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "absent"
+    text = value if len(value) <= 24 else f"{value[:8]}…{value[-8:]}"
+    return text if text.isprintable() else json.dumps(text)

@@ -1,0 +1,47 @@
+"""What a pool does, as Ray's metrics (Prometheus), reported by the driver: any dashboard of the cluster shows them."""
+
+import time
+from collections import deque
+
+from ray.util.metrics import Counter, Gauge
+
+from ray_diffsynth.preprocess.datasink import Counts
+
+_WINDOW_SECONDS = 60.0
+
+
+class PoolMetrics:
+    """The metrics of one group's pool, tagged `group`:
+
+    ray_diffsynth_encoded_samples, ray_diffsynth_quarantined_samples and ray_diffsynth_cache_bytes (counters),
+    ray_diffsynth_samples_per_second and ray_diffsynth_remaining_samples (gauges).
+    """
+
+    def __init__(self, group: str, total: int) -> None:
+        self._total = total
+        self._before = Counts()
+        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        tags = {"group": group}
+        self._encoded = Counter("ray_diffsynth_encoded_samples", "Samples written to the cache", ("group",))
+        self._failed = Counter("ray_diffsynth_quarantined_samples", "Samples that could not be encoded", ("group",))
+        self._bytes = Counter("ray_diffsynth_cache_bytes", "Bytes written to the cache", ("group",))
+        self._rate = Gauge("ray_diffsynth_samples_per_second", "Encoding rate over the last minute", ("group",))
+        self._remaining = Gauge("ray_diffsynth_remaining_samples", "Samples still to be encoded", ("group",))
+        for metric in (self._encoded, self._failed, self._bytes, self._rate, self._remaining):
+            metric.set_default_tags(tags)
+
+    def update(self, counts: Counts) -> float:
+        """Report the counts so far; returns samples a second over about the last minute."""
+        for metric, now, before in zip((self._encoded, self._failed, self._bytes), counts, self._before, strict=False):
+            if now > before:
+                metric.inc(now - before)
+        self._before = counts
+        done, at = counts.written + counts.failed, time.monotonic()
+        self._marks.append((at, done))
+        while len(self._marks) > 2 and at - self._marks[1][0] > _WINDOW_SECONDS:
+            self._marks.popleft()
+        (first, start), (last, end) = self._marks[0], self._marks[-1]
+        rate = (end - start) / (last - first) if last > first else 0.0
+        self._rate.set(rate)
+        self._remaining.set(max(self._total - done, 0))
+        return rate

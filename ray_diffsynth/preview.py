@@ -1,0 +1,70 @@
+"""A contact sheet of a cache: a few samples decoded from their latents, beside their captions."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ray_diffsynth.cache.errors import CacheError
+from ray_diffsynth.cache.reader import CacheReader
+from ray_diffsynth.data import storage
+from ray_diffsynth.models.locate import locate_model
+from ray_diffsynth.pipelines.registry import get_pipeline_class
+
+LATENTS = "input_latents"
+_TEXT_WIDTH, _GAP, _FONT_SIZE = 360, 8, 13
+
+
+def write_preview(cache: str, model: str, output: str, *, samples: int = 8, family: str | None = None) -> list[str]:
+    """Decode `samples` spread evenly over the cache and write the sheet as PNG; returns their ids.
+
+    Raises CacheError for a cache without latents, and what locating and loading the VAE of `model` raise.
+    """
+    reader = CacheReader(cache)
+    if LATENTS not in reader.manifest.parameters:
+        held = ", ".join(reader.manifest.parameters)
+        raise CacheError(f"{cache} holds no {LATENTS} to decode, only {held}")
+    count = min(samples, len(reader))
+    rows = [at * len(reader) // count for at in range(count)]
+    captions = reader.manifest.read_captions(reader.cache)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: torch.dtype = getattr(torch, reader.manifest.dtype)
+    pipeline = get_pipeline_class(family or reader.manifest.family)
+    pipe = pipeline.from_pretrained(locate_model(model), models=["vae"], device=device, torch_dtype=dtype)
+    decode: Any = pipe.decode_latents  # each family has its own
+    entries = []
+    for row in rows:
+        latents = reader.read([row])[0][LATENTS]
+        with torch.no_grad():
+            pixels = decode(latents.to(device, dtype), tiled=False, tile_size=128, tile_stride=64)
+        frame = pixels if pixels.ndim == 4 else pixels[:, :, pixels.shape[2] // 2]  # of a video the middle frame
+        entries.append((pipe.vae_output_to_image(frame), reader.sample_ids[row], captions[row] or ""))
+    data = io.BytesIO()
+    contact_sheet(entries).save(data, format="PNG")
+    storage.write_bytes_atomic(output, data.getvalue())
+    return [sample_id for _, sample_id, _ in entries]
+
+
+def contact_sheet(entries: Sequence[tuple[Image.Image, str, str]], side: int = 256) -> Image.Image:
+    """One line an entry (picture, sample id, caption): the picture, `side` pixels at most, and its texts beside it."""
+    font = ImageFont.load_default(_FONT_SIZE)
+    cells = []
+    for picture, sample_id, caption in entries:
+        scale = side / max(picture.size)
+        shown = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+        lines = [sample_id, "", *textwrap.wrap(caption or "(no caption)", 52)]
+        cells.append((shown, "\n".join(lines), max(shown.height, (_FONT_SIZE + 5) * len(lines))))
+    height = sum(tall + _GAP for _, _, tall in cells) + _GAP
+    sheet = Image.new("RGB", (side + _TEXT_WIDTH + 3 * _GAP, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = _GAP
+    for shown, text, tall in cells:
+        sheet.paste(shown, (_GAP, top))
+        draw.text((side + 2 * _GAP, top), text, fill="black", font=font)
+        top += tall + _GAP
+    return sheet

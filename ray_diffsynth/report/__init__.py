@@ -1,0 +1,17 @@
+"""What a job leaves for people: ``report.json`` and, from the same data, ``report.html``."""
+
+from ray_diffsynth.report.document import LIBRARIES, library_versions, make_report, write_json, write_report
+from ray_diffsynth.report.page import Picture, render, write_page
+from ray_diffsynth.report.training import training_numbers
+
+__all__ = [
+    "LIBRARIES",
+    "Picture",
+    "library_versions",
+    "make_report",
+    "render",
+    "training_numbers",
+    "write_json",
+    "write_page",
+    "write_report",
+]

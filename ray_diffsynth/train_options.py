@@ -1,0 +1,130 @@
+"""Options of training beyond those that name the data, the model and the run: the second half of ``TrainConfig``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray_diffsynth.errors import ConfigError, did_you_mean
+
+TRACKERS = ("tensorboard", "csv", "wandb", "mlflow", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Fields that ``TrainConfig`` has too."""
+
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """Course of the learning rate, as in diffusers; those that fall end at the run's last step."""
+    lr_warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    customized_optimizer: str | None = None
+    """Optimizer by import path, module:Class, e.g. torch.optim:RMSprop; AdamW when not given."""
+    optimizer_arguments: dict[str, Any] | None = None
+    """Further arguments of customized_optimizer, e.g. {"momentum": 0.9}."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the variance."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights, e.g. 0.999, written beside them as *.ema.safetensors; 0 is none."""
+    timestep_sampling: Literal["uniform", "logit_normal", "mode", "shift"] = "uniform"
+    """How timesteps are drawn: uniform over the family's schedule, SD3's logit_normal, mode, shift by resolution."""
+    logit_mean: float = 0.0
+    """Mean of logit_normal; below 0 draws more of the noisy end."""
+    logit_std: float = 1.0
+    """Standard deviation of logit_normal."""
+    mode_scale: float = 1.29
+    """Scale of mode."""
+    timestep_shift: float | None = None
+    """Factor of shift; by the number of image tokens, as the family's sampling schedule, when not given."""
+    caption_dropout: float = 0.0
+    """Part of the samples that are trained with the empty caption, drawn anew in each epoch."""
+
+    lora_dropout: float = 0.0
+    """Dropout before the LoRA."""
+    use_rslora: bool = False
+    """Scale the LoRA by lora_alpha / sqrt(lora_rank) instead of lora_alpha / lora_rank (rsLoRA)."""
+    use_dora: bool = False
+    """Train the magnitudes of the weights too (DoRA)."""
+    lora_format: Literal["family", "diffusers"] = "family"
+    """Keys of the LoRA file: those that diffusers, ComfyUI and DiffSynth-Studio all load, or diffusers' own names."""
+
+    gradient_checkpointing_every: int = 1
+    """Of the model's blocks, every how many-th is computed again with use_gradient_checkpointing."""
+    fp8_base: bool = False
+    """Keep the frozen model's linear layers in 8 bits, with a scale for each output: half the memory of bfloat16."""
+    shard_base: bool = False
+    """Share the frozen base out among the workers, block by block (FSDP2), for models that one GPU cannot hold."""
+
+    validation_samples: int = 0
+    """Samples that are held out, never trained on, for the validation loss (fixed noise and timesteps)."""
+    validation_steps: int | None = None
+    """Steps between two validation losses; at each checkpoint when not given."""
+    validation_prompts: str | None = None
+    """Text file with a prompt a line, or prompts with | between them: pictures of them are made during training."""
+    sample_steps: int | None = None
+    """Steps between two grids of sample pictures; at each checkpoint when not given."""
+    sample_inference_steps: int | None = None
+    """Inference steps of the sample pictures; the family's default when not given."""
+    sample_resources: dict[str, float] | None = None
+    """Ray resources of the actor that makes the sample pictures; a GPU when the workers leave one."""
+    log_with: str = "tensorboard"
+    """Comma-separated: tensorboard, csv, wandb, mlflow; none for metrics.jsonl alone."""
+
+    shard_cache: str | None = None
+    """Local folder in which each node keeps the files of a remote cache that it has read."""
+    shard_cache_gb: float = 100.0
+    """Size limit of shard_cache in GB; what was used the longest ago goes first."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """``log_with`` as names, without ``none``."""
+        names = [name.strip() for name in self.log_with.split(",") if name.strip()]
+        return tuple(dict.fromkeys(name for name in names if name != "none"))
+
+    def check_options(self) -> None:
+        """Raise ConfigError for a value that cannot work."""
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ConfigError(f"log_with={self.log_with!r}: {name!r} is not known; {did_you_mean(name, TRACKERS)}")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is out of range; use at least 0 and less than 1")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ConfigError(f"caption_dropout={self.caption_dropout} is no part of the samples; use 0 to 1")
+        if self.customized_optimizer and not re.fullmatch(r"[\w.]+[:.]\w+", self.customized_optimizer):
+            raise ConfigError(
+                f"customized_optimizer={self.customized_optimizer!r} is no import path; write module:Class, "
+                "e.g. torch.optim:RMSprop"
+            )
+        if self.optimizer_arguments and not self.customized_optimizer:
+            raise ConfigError("optimizer_arguments is given without customized_optimizer; give both, or adam_beta1 …")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            object.__setattr__(self, "lr_scheduler", "constant_with_warmup")
+        if self.fp8_base and self.shard_base:
+            raise ConfigError("fp8_base and shard_base do not work together; choose one")
+        if self.fp8_base and self.use_dora:
+            raise ConfigError("fp8_base and use_dora do not work together: DoRA needs the weights themselves")
+
+    def positive_options(self) -> dict[str, float]:
+        """The least value of each number here."""
+        one = ("gradient_checkpointing_every", "validation_steps", "sample_steps", "sample_inference_steps")
+        zero = ("lr_warmup_steps", "adam_epsilon", "logit_std", "timestep_shift", "validation_samples")
+        return {**dict.fromkeys(one, 1), **dict.fromkeys(zero, 0), "shard_cache_gb": 0}
+
+
+def worker_range(num_workers: int | str) -> tuple[int, int]:
+    """``2`` -> (2, 2); ``"1..8"`` -> (1, 8); 0, chosen by the machine, -> (0, 0). Raises ConfigError."""
+    text = str(num_workers).strip()
+    if text.isdigit():
+        return int(text), int(text)
+    found = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"num_workers={num_workers!r} is no number of workers; write 2, or 1..8 for an elastic run")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,158 @@
+"""How many workers a run has now, and when it should have another number."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_diffsynth.ray_session import ClusterError
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 20.0
+"""A node that has not run an empty task in this time is taken for lost, though Ray may not have noticed yet."""
+WAIT_SECONDS = 1800.0
+"""How long a run waits for nodes before it gives up."""
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Which numbers of workers a run may have. lanes: batches of a step, which the workers share; None for a new run.
+
+    even: the lanes must divide among the workers. resources: of one worker.
+    """
+
+    least: int
+    most: int
+    resources: Mapping[str, float]
+    lanes: int | None = None
+    even: bool = False
+
+    @property
+    def elastic(self) -> bool:
+        return self.least < self.most
+
+    def choose(self, room: int) -> int:
+        """The most workers for which there is room; 0 if not even the least."""
+        most = min(self.most, room, self.lanes or self.most)
+        least = min(self.least, most) if self.lanes and self.lanes < self.least else self.least
+        fitting = [n for n in range(least, most + 1) if not (self.even and self.lanes and self.lanes % n)]
+        return max(fitting, default=0)
+
+
+def room(resources: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]]) -> int:
+    """How many workers the nodes (id -> resources) have room for."""
+    wanted = {name: amount for name, amount in resources.items() if amount > 0}
+    return sum(
+        min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items())
+        for node in nodes.values()
+    )
+
+
+def nodes() -> dict[str, dict[str, float]]:
+    """Resources of the nodes that are alive and are not being drained (preempted)."""
+    leaving = draining()
+    return {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving}
+
+
+def draining() -> set[str]:
+    """Ids of the nodes that will be taken away, as Ray Train learns it too."""
+    return set(ray._private.state.state.get_draining_nodes() or {})
+
+
+def answering(found: Mapping[str, Mapping[str, float]], seconds: float = ANSWER_SECONDS) -> dict[str, dict[str, float]]:
+    """Those of the nodes on which a task runs: after a crash Ray still lists a node that is gone for a while."""
+    tasks = {
+        _nothing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
+        for node in found
+    }
+    done, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
+    there: dict[str, dict[str, float]] = {}
+    for task in done:
+        try:
+            ray.get(task)
+        except ray.exceptions.RayError as error:
+            logger.debug("node %s does not answer: %s", tasks[task], error)
+            continue
+        there[tasks[task]] = dict(found[tasks[task]])
+    return there
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
+def _nothing() -> None:
+    """Ends."""
+
+
+def wait_for_room(group: Group, stopped: Callable[[], bool], *, seconds: float = WAIT_SECONDS) -> int:
+    """How many workers to start, as soon as there is room for the least; 0 if `stopped`. Raises ClusterError."""
+    began, said = time.monotonic(), False
+    while True:
+        number = group.choose(room(group.resources, answering(nodes())))
+        if number or stopped():
+            return number
+        if time.monotonic() - began > seconds:
+            raise ClusterError(
+                f"there was no room for {group.least} workers of {dict(group.resources)} in {seconds / 60:g} minutes; "
+                "the same command goes on when there is"
+            )
+        if not said:
+            logger.warning("waiting for room for %d workers of %s", group.least, dict(group.resources))
+            said = True
+        time.sleep(POLL_SECONDS)
+
+
+class Watch:
+    """While the workers run: asks them to save and end when the group should change, or when the run should stop.
+
+    terminated: the run was asked to end (SIGTERM). regroup: why it goes on with another group; None if it does not.
+    """
+
+    def __init__(self, collector: Any, group: Group, workers: int, terminated: threading.Event) -> None:
+        self.regroup: str | None = None
+        self._collector, self._group, self._workers, self._terminated = collector, group, workers, terminated
+        self._leaving = draining()  # known before: the group was made without them
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _really_larger(self) -> bool:
+        """Ray lists a node that is gone for a while: ask."""
+        return self._group.choose(room(self._group.resources, answering(nodes()))) > self._workers
+
+    def _run(self) -> None:
+        larger = 0
+        looked = time.monotonic()
+        while not self._end.wait(0.2):
+            if self._terminated.is_set():
+                self._collector.request_stop.remote()
+                return
+            if time.monotonic() - looked < POLL_SECONDS:
+                continue
+            looked = time.monotonic()
+            if draining() - self._leaving:
+                self.regroup = "a node is being taken away"
+            elif self._group.elastic and self._group.choose(room(self._group.resources, nodes())) > self._workers:
+                larger += 1
+                if larger >= 2 and self._really_larger():  # a node that has just come may still be starting
+                    self.regroup = "there is room for more workers"
+            else:
+                larger = 0
+            if self.regroup is not None:
+                self._collector.request_stop.remote()
+                return

@@ -1,0 +1,135 @@
+"""Ray's side of one worker, and the actors that stand beside a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_diffsynth.config import TrainConfig
+
+POLL_SECONDS = 0.5
+PENDING_PICTURES = 4
+"""Grids that may wait for the actor that makes them; further ones are left out."""
+
+
+class RayContext:
+    """A worker of Ray Train. collector, sampler: handles of the actors below; no sampler, no pictures."""
+
+    def __init__(self, collector: Any, sampler: Any = None) -> None:
+        context = ray.train.get_context()
+        self.world_rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        self.collector, self.sampler = collector, sampler
+        self._drawing: list[Any] = []
+        self._asked: Any = None
+        self._asked_at = 0.0
+        self._stop = False
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        # Not ray.train.report: it makes all the workers wait for each other.
+        self.collector.add.remote(dict(metrics))
+
+    def stop_requested(self) -> bool:
+        """What the driver wants, as rank 0 heard it last: never waits for the answer."""
+        if self.world_rank != 0 or self._stop:
+            return self._stop
+        if self._asked is None:
+            if time.monotonic() - self._asked_at >= POLL_SECONDS:
+                self._asked, self._asked_at = self.collector.stop_wanted.remote(), time.monotonic()
+        elif ray.wait([self._asked], timeout=0)[0]:
+            self._stop, self._asked = bool(ray.get(self._asked)), None
+        return self._stop
+
+    def draw_samples(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+        if self.sampler is None:
+            return
+        if self._drawing:
+            _, self._drawing = ray.wait(self._drawing, num_returns=len(self._drawing), timeout=0)
+        if len(self._drawing) >= PENDING_PICTURES:
+            self.collector.say.remote(f"no sample pictures of step {step}: {PENDING_PICTURES} grids are still waiting")
+            return
+        arrays = {name: value.float().numpy() for name, value in weights.items()}
+        self._drawing.append(self.sampler.draw.remote(step, arrays))
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """For an actor that must live as long as the driver: on its node, not on one that may be lost."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+@ray.remote(num_cpus=0)
+class Collector:
+    """Carries metrics and the result from rank 0 to the driver, and the driver's wish to stop to rank 0."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Any] | None = None
+        self._result: dict[str, Any] | None = None
+        self._messages: list[str] = []
+        self._stop = False
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        self._latest = metrics
+
+    def say(self, message: str) -> None:
+        self._messages.append(message)
+
+    def take(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """The newest metrics and messages, each once."""
+        latest, self._latest = self._latest, None
+        messages, self._messages = self._messages, []
+        return latest, messages
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+    def stop_wanted(self) -> bool:
+        return self._stop
+
+    def begin(self) -> None:
+        """A new group of workers starts."""
+        self._stop, self._result = False, None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        self._result = result
+
+    def result(self) -> dict[str, Any]:
+        if self._result is None:
+            raise RuntimeError("the workers ended without a result")
+        return self._result
+
+
+@ray.remote
+class SamplerActor:
+    """`Sampler` in a process of its own, which loads the model with the first pictures; a failure ends only these."""
+
+    def __init__(self, config: TrainConfig, prompts: list[str]) -> None:
+        self._config, self._prompts = config, prompts
+        self._sampler: Any = None
+        self._drawn: list[str] = []
+        self._error: str | None = None
+
+    def draw(self, step: int, weights: Mapping[str, Any]) -> None:
+        from ray_diffsynth.training.sampler import Sampler
+
+        if self._error is not None:
+            return
+        try:
+            if self._sampler is None:
+                device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+                self._sampler = Sampler(self._config, self._prompts, device)
+            tensors = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
+            self._drawn.append(self._sampler.draw(step, tensors))
+        except Exception as error:  # training goes on; the driver says it, see `finish`
+            self._error = f"step {step}: {type(error).__name__}: {error}"
+
+    def finish(self) -> tuple[list[str], str | None]:
+        """Files that were made, and what ended it early; waits for the pictures that were asked for before."""
+        return self._drawn, self._error

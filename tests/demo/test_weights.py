@@ -1,0 +1,55 @@
+"""The model that ships with the package."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImagePipeline
+from safetensors import safe_open
+
+from ray_diffsynth.demo import demo_model_path
+from ray_diffsynth.demo.captions import Scene, canonical
+from ray_diffsynth.demo.draw import draw_picture
+from ray_diffsynth.demo.evaluate import sample, score
+from ray_diffsynth.demo.recipe.vae import decode, encode, psnr, test_pictures
+
+
+@pytest.fixture(scope="module")
+def pipe() -> QwenImagePipeline:
+    return QwenImagePipeline.from_pretrained(demo_model_path(), torch_dtype=torch.float32)
+
+
+def test_it_is_small_bf16_and_without_pickle() -> None:
+    files = [file for file in demo_model_path().rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".md"}
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as weights:
+                assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"BF16"}  # noqa: SIM118
+        elif file.suffix == ".json":
+            assert "_name_or_path" not in file.read_text()
+
+
+def test_the_vae_keeps_the_creature_and_the_style(pipe: QwenImagePipeline) -> None:
+    assert all(psnr(pipe.vae, pictures) >= 28 for pictures in test_pictures(8).values())
+
+
+def test_the_fast_path_is_the_class_itself(pipe: QwenImagePipeline) -> None:
+    pixels = [draw_picture(0, 0).pixels]
+    x = torch.from_numpy(pixels[0]).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(x).latent_dist.mode()
+        again = pipe.vae.decode(latents).sample[0, :, 0].clamp(-1, 1)
+    assert torch.allclose(encode(pipe.vae, pixels), latents[:, :, 0], atol=1e-4)
+    shown = (again.permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(decode(pipe.vae, latents[:, :, 0])[0] - shown).max() < 1
+
+
+def test_it_draws_what_it_is_told(pipe: QwenImagePipeline) -> None:
+    told = [("square", "red", "white"), ("circle", "blue", "yellow"), ("heart", "white", "purple")]
+    scenes = [Scene(shape, color, background, "large", 0.7, 0.0, 0.0) for shape, color, background in told]
+    result = score(sample(pipe, [canonical(scene) for scene in scenes], steps=12), scenes)
+    assert result.background == result.color == 1.0
+    assert result.shape >= 2 / 3

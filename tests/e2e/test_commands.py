@@ -1,0 +1,132 @@
+"""The commands that users run, as processes: DiffSynth-Studio's guide, and `ray job submit` against a running head."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ray_diffsynth.demo.draw import draw_dataset
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
+ENCODERS = "Qwen/Qwen-Image:text_encoder/model*.safetensors,Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"
+TRANSFORMER = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
+GUIDE = (
+    *("--max_pixels", "1048576", "--learning_rate", "1e-4", "--num_epochs", "5", "--remove_prefix_in_ckpt", "pipe.dit."),
+    *("--lora_base_model", "dit", "--lora_target_modules", TARGETS, "--lora_rank", "32", "--use_gradient_checkpointing"),
+    *("--dataset_num_workers", "8", "--find_unused_parameters"),
+)
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> str:
+    """Output of a command that must succeed."""
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+def test_the_two_commands_of_diffsynths_guide(tiny_qwen: Path, tmp_path: Path) -> None:
+    """As they stand, in a folder with the guide's relative paths; the model id resolves to ./models/<id>."""
+    draw_dataset(tmp_path / "data" / "example_image_dataset", 2)
+    shutil.copytree(tiny_qwen, tmp_path / "models" / "Qwen" / "Qwen-Image")
+    base, cache = "data/example_image_dataset", "./models/train/Qwen-Image-LoRA-splited-cache"
+    data = ["--dataset_base_path", base, "--dataset_metadata_path", f"{base}/metadata.csv", "--dataset_repeat", "1"]
+    first = [*data, "--model_id_with_origin_paths", ENCODERS, "--output_path", cache, "--task", "sft:data_process", *GUIDE]
+    said = run([sys.executable, str(ROOT / "jobs" / "preprocess.py"), *first], tmp_path)
+    for flag in ("--learning_rate", "--find_unused_parameters", "--remove_prefix_in_ckpt", "--lora_rank"):
+        assert flag in said, f"{flag} has no effect in stage 1, and nothing says so"
+    second = ["--dataset_base_path", cache, "--dataset_repeat", "50", "--model_id_with_origin_paths", TRANSFORMER]
+    second += ["--output_path", "./models/train/Qwen-Image-LoRA-splited", "--task", "sft:train", *GUIDE]
+    said = run([sys.executable, str(ROOT / "jobs" / "train.py"), *second], tmp_path)
+    assert "--find_unused_parameters" in said and "--remove_prefix_in_ckpt" in said
+    files = sorted(path.name for path in (tmp_path / "models/train/Qwen-Image-LoRA-splited").glob("*.safetensors"))
+    assert files == [f"epoch-{epoch}.safetensors" for epoch in range(5)]
+    lora = load_file(tmp_path / "models/train/Qwen-Image-LoRA-splited" / files[-1])
+    assert {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name} == {32}
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    environment: dict[str, str]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A Ray head with a job server on loopback, with its own ports, token and temporary folder."""
+    gcs, dashboard, agent, client, metrics = free_ports(5)
+    # Unix socket paths may have 107 characters, so the folder must be near the root.
+    folder = Path("/tmp") / f"rds-{secrets.token_hex(4)}"
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    # The job's `python` is found on the head's path.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    ray += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=3"]
+    ray += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
+    ray += [f"--metrics-export-port={metrics}", "--disable-usage-stats"]
+    log = tmp_path_factory.mktemp("head") / "head.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(ray, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        deadline = time.monotonic() + 120
+        while not _answers(address):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield Head(address, {**environment, "RAY_ADDRESS": address})
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=2)
+    except urllib.error.HTTPError:
+        return True  # it is up, and wants the token
+    except OSError:
+        return False
+    return True
+
+
+def test_ray_job_submit(head: Head, tiny_qwen: Path, tmp_path: Path) -> None:
+    """Both jobs on a cluster that is there already, from the checkout's working directory."""
+    draw_dataset(tmp_path / "data", 4)
+    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head.address, "--working-dir", "."]
+    first = ["--model", str(tiny_qwen), "--dataset_base_path", str(tmp_path / "data"), "--output_path", str(tmp_path / "cache")]
+    said = run([*submit, "--", "python", "jobs/preprocess.py", *first], ROOT, head.environment)
+    assert "cache of 4 samples" in said and "succeeded" in said
+    second = ["--model", str(tiny_qwen), "--dataset_base_path", str(tmp_path / "cache"), "--max_steps", "2"]
+    second += ["--output_path", str(tmp_path / "lora"), "--lora_target_modules", "to_q,to_k", "--lora_rank", "4"]
+    said = run([*submit, "--", "python", "jobs/train.py", *second], ROOT, head.environment)
+    assert "succeeded" in said and load_file(next((tmp_path / "lora").glob("*.safetensors")))

@@ -1,0 +1,78 @@
+"""The work on one shard without Ray: batches, out of memory, numbers that are not finite, and bad samples."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ray_diffsynth.config import PreprocessConfig
+from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.preprocess.encoder import Decoder, Encoder, encode, shard_row, unpack
+from ray_diffsynth.preprocess.job import Job
+from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
+from tests.preprocess import counting
+from tests.preprocess.counting import FAMILY, behave, build_model, calls, digest
+
+
+@pytest.fixture
+def job(tmp_path: Path, few: Path) -> Job:
+    config = PreprocessConfig(
+        model=str(build_model(tmp_path / "model")),
+        family=FAMILY,
+        dataset_base_path=str(few),
+        output_path=str(tmp_path / "cache"),
+    )
+    return Job.of(config)
+
+
+def encode_shard(job: Job, batch_size: int, count: int = 12) -> tuple[Encoder, dict[str, Any]]:
+    group = next(group for group in job.groups if group.name == "vae")
+    spec = job.encoder(group, batch_size)
+    size = Bucket(64, 64)
+    rows = tuple(Wanted(f"k{n}", f"{n:04d}.png", {"image": f"{n:04d}.png"}, size.name, size) for n in range(count))
+    encoder = Encoder(spec)
+    return encoder, encoder(Decoder(spec)(shard_row(ShardPlan("shard", size.name, rows))))
+
+
+def pixels(few: Path, number: int) -> str:
+    return digest(np.asarray(Image.open(few / f"{number:04d}.png").convert("RGB")))
+
+
+def test_every_sample_is_encoded_once(job: Job, tmp_path: Path) -> None:
+    _, shard = encode_shard(job, 5)
+    assert [key for key, _ in unpack(shard["inputs"])] == [f"k{n}" for n in range(12)]
+    assert json.loads(shard["failed"]) == {} and len(calls(tmp_path / "model", "vae")) == 12
+
+
+def test_out_of_memory_halves_the_batch_for_good(job: Job, tmp_path: Path, few: Path) -> None:
+    behave(tmp_path / "model", memory=3, too_big=[pixels(few, 5)])
+    encoder, shard = encode_shard(job, 8)
+    failed = json.loads(shard["failed"])
+    assert list(failed) == ["k5"] and failed["k5"][0] == "OutOfMemoryError"
+    assert len(unpack(shard["inputs"])) == 11
+    assert set(Counter(calls(tmp_path / "model", "vae")).values()) == {1}
+    assert encoder.batch_sizes == {"64x64": 2}
+
+
+def test_what_is_not_finite_or_fails_is_that_samples_own(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, _ = encode_shard(job, 4, count=1)
+
+    def process_batch(self: Any, pipe: Any, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        numbers = [inputs["input_image"] for inputs in batch]
+        if 2 in numbers:
+            raise ArithmeticError("two")
+        return [{"input_latents": torch.tensor([float("nan") if n == 1 else 1.0])} for n in numbers]
+
+    monkeypatch.setattr(counting.PictureUnit, "process_batch", process_batch)
+    results, size = encode(encoder.pipe, encoder.group, {}, [{"input_image": n} for n in range(4)], 4)
+    kinds = [type(result).__name__ for result in results]
+    assert kinds == ["dict", "NonFiniteError", "ArithmeticError", "dict"] and size == 4

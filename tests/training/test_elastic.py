@@ -1,0 +1,137 @@
+"""A run whose machines come and go: a two-node cluster on this machine, its second raylet killed and given back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from ray_diffsynth.training.context import LocalContext
+from ray_diffsynth.training.elastic import Group, room
+from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.metrics import read_metrics
+from tests.training.conftest import CacheMaker
+from tests.training.helpers import make_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("group", "rooms", "chosen"),
+    [
+        (Group(1, 8, {"GPU": 1}, lanes=8), [0, 1, 3, 8, 9], [0, 1, 3, 8, 8]),
+        (Group(2, 4, {"GPU": 1}, lanes=4), [1, 2, 3], [0, 2, 3]),
+        (Group(1, 8, {"GPU": 1}, lanes=8, even=True), [1, 3, 7, 8], [1, 2, 4, 8]),
+        (Group(2, 8, {"GPU": 1}, lanes=1), [1, 8], [1, 1]),
+    ],
+)
+def test_as_many_workers_as_fit(group: Group, rooms: list[int], chosen: list[int]) -> None:
+    assert [group.choose(number) for number in rooms] == chosen
+
+
+def test_room_is_counted_node_by_node() -> None:
+    nodes = {"a": {"CPU": 4.0, "GPU": 1.0}, "b": {"CPU": 3.0}, "c": {"CPU": 1.0, "GPU": 4.0}}
+    assert room({"CPU": 2}, nodes) == 3
+    assert room({"CPU": 1, "GPU": 1}, nodes) == 2
+    assert room({"CPU": 1, "GPU": 0.5}, nodes) == 3
+
+
+DRIVER = """
+import json, sys
+from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.training import job, elastic
+elastic.POLL_SECONDS = 0.5
+elastic.ANSWER_SECONDS = 10.0
+print(json.dumps(job.run(TrainConfig(**json.loads(sys.argv[1])))["counts"]))
+"""
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.1)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it(
+    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path
+) -> None:
+    """The same global batch all the time, so the LoRA is that of an undisturbed run."""
+    from ray.cluster_utils import Cluster
+
+    options: dict[str, Any] = {"num_epochs": 200, "batch_size": 1, "save_steps": 5, "learning_rate": 1e-3}
+    options["log_with"] = "none"
+    output = tmp_path / "elastic"
+    resources = {"CPU": 1.0}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=1)
+    steps = 200
+    config = make_config(
+        tiny_qwen,
+        make_cache(),
+        output,
+        num_workers="1..2",
+        resources=resources,
+        ray_address=cluster.address,
+        max_steps=steps,
+        **options,
+    )
+
+    def line() -> dict[str, Any]:
+        return (read_metrics(str(output)) or [{}])[-1]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "driver.log", "w") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, json.dumps(config.to_dict())],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=ROOT,
+        )
+        alive = threading.Event()
+        try:
+            wait_for(lambda: line().get("step", 0) >= 5 or driver.poll() is not None)
+            assert line()["workers"] == 2, (tmp_path / "driver.log").read_text()
+            cluster.remove_node(second, allow_graceful=False)  # SIGKILL of the raylet and what it started
+            wait_for(lambda: line().get("workers") == 1 or driver.poll() is not None)
+            at = line()["step"]
+            cluster.add_node(num_cpus=1)
+            wait_for(lambda: (line().get("workers") == 2 and line()["step"] > at) or driver.poll() is not None)
+            wait_for(lambda: driver.poll() is not None)
+        finally:
+            alive.set()
+            if driver.poll() is None:
+                driver.send_signal(signal.SIGTERM)
+                driver.wait(60)
+            cluster.shutdown()
+    said = (tmp_path / "driver.log").read_text()
+    assert driver.returncode == 0, said
+    lines = read_metrics(str(output))
+    assert [entry["step"] for entry in lines] == list(range(1, steps + 1))
+    sizes = [entry["workers"] for entry in lines]
+    assert [size for n, size in enumerate(sizes) if n == 0 or sizes[n - 1] != size] == [2, 1, 2], said
+    assert "a worker was lost" in said and "there is room for more workers" in said
+    assert {entry["samples"] for entry in lines} == {2}
+
+    alone = make_config(
+        tiny_qwen, make_cache(), tmp_path / "alone", gradient_accumulation_steps=2, max_steps=steps, **options
+    )
+    train(alone, LocalContext("cpu", progress=False))
+    first, other = (
+        safetensors.torch.load_file(folder / f"step-{steps}.safetensors") for folder in (output, tmp_path / "alone")
+    )
+    assert max(float((first[name] - other[name]).abs().max()) for name in first) <= 1e-5
