@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_diffsynth.cache.errors import CacheError
-from ray_diffsynth.data.storage import exists, is_remote, join, read_bytes, remove, write_bytes_atomic
+from ray_diffsynth.data.storage import create_new, exists, is_remote, join, read_bytes, remove, write_bytes_atomic
 
 LEASE = "lease.json"
 BEAT_SECONDS = 5.0
@@ -50,42 +50,67 @@ def _boot_id() -> str:
         return socket.gethostname()
 
 
+class Lease:
+    """A held lease. `check` raises CacheError once another attempt has taken the cache over."""
+
+    def __init__(self, cache: str) -> None:
+        self.cache = cache
+        self.path = join(cache, LEASE)
+        self._mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid()}
+
+    def content(self) -> bytes:
+        """The lease file as of now."""
+        return json.dumps({**self._mine, "time": time.time()}).encode()
+
+    def held(self) -> bool:
+        """Whether the lease file is this holder's."""
+        current = _read(self.path)
+        return current is not None and current["owner"] == self._mine["owner"]
+
+    def check(self) -> None:
+        if not self.held():
+            raise CacheError(
+                f"{self.cache} was taken over by another attempt while this one was silent for more than "
+                f"{STALE_SECONDS:g} s; nothing is lost, run this one again when that has ended"
+            )
+
+
+def _acquire(lease: Lease) -> None:
+    before = _read(lease.path)
+    if before is not None and not _dead(before):
+        raise CacheError(
+            f"{lease.cache} is being written by process {before.get('pid')} on {before.get('host')}; wait for it or "
+            f"end it. If it is gone, its lease ends {STALE_SECONDS:g} s after its last sign of life"
+        )
+    if before is not None:
+        remove(lease.path)
+    created = create_new(lease.path, lease.content())
+    if created and (before is not None or is_remote(lease.path)):
+        # Another attempt may have removed or replaced what was just written: the one whose lease stays has the cache.
+        time.sleep(1.0)
+    if not created or not lease.held():
+        raise CacheError(
+            f"{lease.cache} was taken by another attempt at the same moment; run this one again when that has ended"
+        )
+
+
 @contextmanager
-def lease(cache: str) -> Iterator[None]:
+def lease(cache: str) -> Iterator[Lease]:
     """Hold `cache` for writing. Raises CacheError naming the holder when another live attempt has it."""
-    path = join(cache, LEASE)
-    mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid()}
-    held = _read(path)
-    if held is not None and not _dead(held):
-        raise CacheError(
-            f"{cache} is being written by process {held.get('pid')} on {held.get('host')}; wait for it or end it. "
-            f"If it is gone, its lease ends {STALE_SECONDS:g} s after its last sign of life"
-        )
-
-    def beat() -> None:
-        write_bytes_atomic(path, json.dumps({**mine, "time": time.time()}).encode())
-
-    beat()
-    if is_remote(path):
-        time.sleep(1.0)  # two attempts that both saw no lease: the one whose write is there afterwards has it
-    current = _read(path)
-    if current is None or current["owner"] != mine["owner"]:
-        raise CacheError(
-            f"{cache} was taken by another attempt at the same moment; run this one again when that has ended"
-        )
+    mine = Lease(cache)
+    _acquire(mine)
     stop = threading.Event()
 
     def keep_alive() -> None:
-        while not stop.wait(BEAT_SECONDS):
-            beat()
+        while not stop.wait(BEAT_SECONDS) and mine.held():
+            write_bytes_atomic(mine.path, mine.content())
 
     thread = threading.Thread(target=keep_alive, name="cache-lease", daemon=True)
     thread.start()
     try:
-        yield
+        yield mine
     finally:
         stop.set()
         thread.join()
-        current = _read(path)
-        if current is not None and current["owner"] == mine["owner"]:
-            remove(path)
+        if mine.held():
+            remove(mine.path)

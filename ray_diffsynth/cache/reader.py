@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from ray_diffsynth.cache.codec import CodecError
 from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import repair_advice
+from ray_diffsynth.cache.local_copy import LocalCopies
 from ray_diffsynth.cache.manifest import Manifest, bucket_ranges
 from ray_diffsynth.cache.schema import RowView, table_parameters
 from ray_diffsynth.cache.store import READ_ERRORS, shard_header, shard_path
@@ -62,14 +63,24 @@ class CacheReader:
     handed out: rows_read / (rows_served x groups) is the read amplification.
     """
 
-    def __init__(self, cache: str, *, verify: bool = True, max_cached_bytes: int = 512 << 20) -> None:
+    def __init__(
+        self,
+        cache: str,
+        *,
+        verify: bool = True,
+        max_cached_bytes: int = 512 << 20,
+        copies: LocalCopies | None = None,
+    ) -> None:
         """Open a committed cache. `verify` checks each row's checksum; `max_cached_bytes` bounds the kept row groups.
+
+        `copies` keeps the files of a remote cache on this machine.
 
         Raises CacheError when there is none, or its index is damaged.
         """
         self.cache = storage.absolute(cache)
         self.verify = verify
         self.max_cached_bytes = max_cached_bytes
+        self._open_file = storage.open_input if copies is None else copies.open
         self.manifest = Manifest.load(self.cache)
         index = self.manifest.read_index(self.cache).combine_chunks()
         self.sample_ids: Sequence[str] = _Strings(index.column("sample_id"))
@@ -149,7 +160,7 @@ class CacheReader:
         group, file, row_group = place
         try:
             with (
-                storage.open_input(shard_path(self.cache, group, file)) as source,
+                self._open_file(shard_path(self.cache, group, file)) as source,
                 pq.ParquetFile(source) as parquet,
             ):
                 header = shard_header(parquet)

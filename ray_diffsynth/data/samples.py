@@ -6,7 +6,7 @@ the same pixels.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -89,10 +89,14 @@ class SourceFile:
             return 1
         return available_frames(VideoInfo(self.width, self.height, self.num_frames, self.fps), fps)
 
-    def pixel_key(self, bucket: Bucket, fps: float | None) -> str:
-        """What the pixels that this file becomes depend on: its content, the bucket it is cut to, the frames taken."""
+    def frames_key(self, bucket: Bucket, fps: float | None) -> str:
+        """What the frames that this file becomes depend on: its content, the bucket they are cut to, the rate."""
         taken = f"@{'every frame' if fps is None else f'{fps:g} fps'}" if self.fps else ""
         return f"{self.digest}@{bucket.name}{taken}"
+
+    def picture_key(self, bucket: Bucket) -> str:
+        """The same for a picture, or the first frame of a video."""
+        return f"{self.digest}@{replace(bucket, num_frames=1).name}"
 
 
 def file_stamp(path: str) -> str:
@@ -139,7 +143,12 @@ def pixel_keys(
     row: Mapping[str, Any], files: Mapping[str, Sequence[SourceFile]], bucket: Bucket, spec: SampleSpec
 ) -> dict[str, Any]:
     """Each file parameter as it enters a cache key: what its pixels depend on, in a list where the row has a list."""
-    keys = {param: [file.pixel_key(bucket, spec.size.fps) for file in found] for param, found in files.items()}
+
+    def key(param: str, file: SourceFile) -> str:
+        frames = spec.gives_frames(param, file.path)
+        return file.frames_key(bucket, spec.size.fps) if frames else file.picture_key(bucket)
+
+    keys = {param: [key(param, file) for file in found] for param, found in files.items()}
     return {param: found if isinstance(row[spec.columns[param]], list) else found[0] for param, found in keys.items()}
 
 

@@ -158,6 +158,34 @@ def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer) -> None:
         os.close(handle)
 
 
+def create_new(path: str, data: bytes) -> bool:
+    """Write a file that is not there yet; False if it is. On an object store, which may not tell, the last one wins."""
+    if is_remote(path):
+        if exists(path):
+            return False
+        write_bytes_atomic(path, data)
+        return True
+    path = os.path.abspath(_local(path))
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    with open(temporary, "xb") as file:
+        file.write(data)
+    try:
+        os.link(temporary, path)  # unlike a rename it fails when the name is taken
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            with open(path, "xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+    finally:
+        os.remove(temporary)
+    return True
+
+
 def is_temporary(name: str) -> bool:
     """Whether a file name is that of a write that has not ended (or never will: its process died)."""
     return bool(_TEMPORARY.match(posixpath.basename(name)))

@@ -85,15 +85,17 @@ def _resolve(cls: str) -> Any:
 
 
 def _library(cls: str, model_class: Any) -> str:
-    """Whose from_pretrained a class has, diffusers' or transformers'; ValueError if neither's."""
+    """Whose way to load a class has, diffusers' or transformers'; ValueError if neither's."""
     library = cls.partition(":")[0]
     if library in ("diffusers", "transformers"):
         return library
-    bases = {base.__module__.partition(".")[0] for base in model_class.__mro__}
-    for library in ("diffusers", "transformers"):
-        if library in bases and hasattr(model_class, "from_pretrained"):
+    bases = {(base.__module__.partition(".")[0], base.__name__) for base in getattr(model_class, "__mro__", ())}
+    for library, base in (("diffusers", "ModelMixin"), ("transformers", "PreTrainedModel")):
+        if (library, base) in bases:
             return library
-    raise ValueError(f"{cls!r} has no from_pretrained; subclass diffusers' ModelMixin or transformers' PreTrainedModel")
+    raise ValueError(
+        f"{cls!r} is no model that can be loaded; subclass diffusers' ModelMixin or transformers' PreTrainedModel"
+    )
 
 
 @contextmanager

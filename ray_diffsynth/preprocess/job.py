@@ -109,7 +109,7 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
     index = manifest.read_index(job.cache) if manifest is not None else None
     # A dry run writes nothing, no lease either.
     holding = nullcontext() if config.dry_run else lease(job.cache)
-    with holding, ray_session(config.ray_address, verbose=config.verbose):
+    with holding as held, ray_session(config.ray_address, verbose=config.verbose):
         sizes = pool_sizes(config, [group.name for group in job.groups])
         with Progress("scan", total=len(metadata.table), unit="files") as progress:
             samples, bad = scan_dataset(
@@ -136,6 +136,8 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
                 catalogs[work.spec.group] = work.catalog
                 encoded[work.spec.group] = work.encoded
                 times[work.spec.group] = time.monotonic() - began
+        if held is not None:
+            held.check()
         outcome = commit_cache(job, samples, [*metadata.rejected, *bad], metadata.total, catalogs)
     return _report(job, outcome, samples, encoded, times, time.monotonic() - started)
 

@@ -31,21 +31,20 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
         return AdamW(found, **settings, betas=betas, eps=config.adam_epsilon, fused=all(p.is_cuda for p in found))
     path = config.customized_optimizer
     cls = _import_class(path)
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise OptimizerError(f"--customized_optimizer {path} is no subclass of torch.optim.Optimizer")
     known = inspect.signature(cls).parameters
     own = {name: value for name, value in settings.items() if name in known}
     try:
-        made = cls(found, **{**own, **(config.optimizer_arguments or {})})
+        return cls(found, **{**own, **(config.optimizer_arguments or {})})
     except (TypeError, ValueError) as error:
         raise OptimizerError(f"--customized_optimizer {path}: {error}; see --optimizer_arguments") from error
-    if not isinstance(made, Optimizer):
-        raise OptimizerError(f"--customized_optimizer {path} is no torch.optim.Optimizer but a {type(made).__name__}")
-    return made
 
 
-def _import_class(path: str) -> Callable[..., Any]:
+def _import_class(path: str) -> object:
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        found: object = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise OptimizerError(f"--customized_optimizer {path} cannot be imported: {error}") from error
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ray_diffsynth.cache.local_copy import LocalCopies
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig, split_names
@@ -106,7 +107,10 @@ class Setup:
     def open_data(self) -> SampleSource:
         """The samples: the cache, or for the unsplit task the dataset, whose every picture is looked at."""
         if self.config.reads_cache:
-            reader = CacheReader(absolute(self.config.dataset_base_path))
+            copies = None
+            if self.config.shard_cache:
+                copies = LocalCopies(self.config.shard_cache, int(self.config.shard_cache_gb * 1e9))
+            reader = CacheReader(absolute(self.config.dataset_base_path), copies=copies)
             return CacheSource(reader, getattr(torch, self.config.dtype))
         metadata = self.config.dataset_metadata_path
         return DatasetSource(self.sample, absolute(metadata) if metadata else None)

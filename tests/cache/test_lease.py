@@ -63,3 +63,35 @@ def test_the_heartbeat_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         while json.loads((tmp_path / LEASE).read_text())["time"] == first:
             assert time.monotonic() < deadline, "no heartbeat within 10 s"
             time.sleep(0.05)
+
+
+def test_a_lease_that_was_taken_over_is_noticed(tmp_path: Path) -> None:
+    with lease(str(tmp_path)) as mine:
+        mine.check()
+        (tmp_path / LEASE).write_text(
+            json.dumps({"owner": "x", "host": "h", "boot": "b", "pid": 1, "time": time.time()})
+        )
+        with pytest.raises(CacheError, match="taken over by another attempt"):
+            mine.check()
+    assert json.loads((tmp_path / LEASE).read_text())["owner"] == "x"
+
+
+def test_of_many_attempts_at_once_one_gets_it(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    start, end = Barrier(8), Barrier(8)
+
+    def attempt(_: int) -> bool:
+        start.wait()
+        try:
+            with lease(str(tmp_path)):
+                end.wait()
+                return True
+        except CacheError:
+            end.wait()
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, range(8))) == 1
+    assert not (tmp_path / LEASE).exists()

@@ -67,3 +67,27 @@ def test_join_and_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert storage.absolute("x") == str(tmp_path / "x")
     assert storage.absolute("s3://b/x") == "s3://b/x" and storage.is_remote("s3://b/x")
     assert not storage.is_remote("file:///x") and storage.absolute("file:///x") == "/x"
+
+
+def test_create_new_writes_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = storage.join(base, "lease.json")
+    assert storage.create_new(path, b"mine") and not storage.create_new(path, b"other")
+    assert storage.read_bytes(path) == b"mine" and storage.list_files(base) == ["lease.json"]
+
+    def no_links(*paths: str) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    second = storage.join(base, "second.json")
+    assert storage.create_new(second, b"mine") and not storage.create_new(second, b"other")
+    assert storage.read_bytes(second) == b"mine"
+
+
+def test_folders_and_unfinished_writes(base: str) -> None:
+    base = storage.join(base, "fresh")
+    for name in ("a/x.txt", "b/c/y.txt", "z.txt", ".hidden/q.txt"):
+        storage.write_bytes_atomic(storage.join(base, name), b"x")
+    assert storage.list_folders(base) == ["a", "b"] and storage.list_folders(storage.join(base, "none")) == []
+    if not storage.is_remote(base):
+        Path(base, "a", ".x.txt.tmp-1-ab").write_bytes(b"half")
+        assert storage.list_unfinished(storage.join(base, "a")) == [os.path.join(base, "a", ".x.txt.tmp-1-ab")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,12 @@ def test_keys_follow_content_bucket_and_rate(spec: SampleSpec) -> None:
     keys = pixel_keys(values, files, bucket, spec)
     assert keys["input_video"].startswith(files["input_video"][0].digest) and bucket.name in keys["input_video"]
     assert isinstance(keys["ref"], list) and len(set(keys["ref"])) == 1
-    slow = SampleSpec(
-        spec.base_path, spec.columns, spec.file_params, video_rule(max_pixels=4096, fps=8), spec.video_params
-    )
+    slow = replace(spec, size=video_rule(max_pixels=4096, fps=8))
     other = pixel_keys(values, files, bucket, slow)
     assert other["input_video"] != keys["input_video"] and other["ref"] == keys["ref"], "a picture has no rate"
-    assert pixel_keys(values, files, Bucket(48, 64, 9), spec)["input_video"] != keys["input_video"]
+    longer = pixel_keys(values, files, Bucket(48, 64, 9), spec)
+    assert longer["input_video"] != keys["input_video"]
+    assert longer["input_image"] == keys["input_image"] == other["input_image"], "the first frame stays the first"
 
 
 def test_a_bad_file_of_a_list_is_named(spec: SampleSpec, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.models.lora import match_targets
 from ray_diffsynth.pipelines.base import PipelineError
 from ray_diffsynth.pipelines.flux import FluxPipeline, model_fn_flux
 from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline
+from ray_diffsynth.training.setup import Setup
 
 DOUBLE, SINGLE = "transformer_blocks.0", [f"single_transformer_blocks.{n}" for n in (0, 1)]
 
@@ -46,6 +48,22 @@ def test_the_default_targets_are_the_linear_layers_of_the_blocks(dit: Any) -> No
     every = [path for path in match_targets(dit, "all-linear") if "transformer_blocks." in path]
     assert set(match_targets(dit, FluxPipeline.lora_targets)) == set(every)
     assert "proj_out" in match_targets(dit, "proj_out"), "behind the last block, so that the bare name needs an alias"
+
+
+def test_a_run_trains_the_layers_that_diffsynths_names_mean(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        task="sft",
+        model=str(model_folder("flux")),
+        dataset_base_path=str(tmp_path),
+        output_path=str(tmp_path / "out"),
+        learning_rate=1e-4,
+        lora_target_modules="b_to_out, proj_out",
+    )
+    _, trained = Setup.of(config).build(torch.device("cpu"))
+    (lora,) = trained.loras
+    assert lora.targets == (f"{DOUBLE}.attn.to_add_out", *(f"{block}.proj_out" for block in SINGLE))
 
 
 def test_guidance_is_given_to_a_transformer_that_has_it(dit: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate import job, pool
+from ray_diffsynth.generate.painter import Painter, PainterSpec
 from ray_diffsynth.generate.plan import GenerateError, Item
 from ray_diffsynth.models.lora import add_lora, export_lora, lora_parameters, lora_state
 from ray_diffsynth.models.lora_file import LoraError
@@ -55,22 +57,22 @@ def stamps(output: Path) -> dict[str, int]:
 def test_a_killed_run_goes_on_and_makes_every_picture_once(
     tiny_qwen: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver is interrupted after one picture; then an actor dies in the middle of its picture."""
+    """The run is interrupted after two pictures; in the next one an actor dies in the middle of its picture."""
     out, once = tmp_path / "out", tmp_path / "once"
     given = config(tiny_qwen, out, prompt_path=prompts, images_per_prompt=2)
 
-    def interrupted(items: Any, spec: Any, size: Any, on_done: Any) -> Any:
-        def stop(count: int) -> None:
-            raise KeyboardInterrupt
-
-        return pool.paint_all(items, spec, size, stop)
+    def interrupted(items: Sequence[Item], spec: PainterSpec, size: Any, on_done: Any) -> dict[str, str]:
+        paint = Painter(spec)
+        for item in items[:2]:
+            paint(item)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(job, "paint_all", interrupted)
         with pytest.raises(KeyboardInterrupt):
             job.run(given)
     first = stamps(out)
-    assert 1 <= len(first) < 6 and not (out / "metadata.csv").exists()
+    assert len(first) == 2 and not (out / "metadata.csv").exists()
 
     class Dying(pool.PainterActor):
         def paint(self, item: Item) -> str:
@@ -82,7 +84,7 @@ def test_a_killed_run_goes_on_and_makes_every_picture_once(
     monkeypatch.setattr(pool, "PainterActor", Dying)
     counts = job.run(given)
     assert once.exists()
-    assert counts == {"pictures": 6, "made": 6 - len(first), "reused": len(first), "failed": 0, "total": 6}
+    assert counts == {"pictures": 6, "made": 4, "reused": 2, "failed": 0, "total": 6}
     after = stamps(out)
     assert len(after) == 6 and all(after[name] == stamp for name, stamp in first.items())
     assert job.run(given)["made"] == 0 and stamps(out) == after
@@ -131,11 +133,11 @@ def test_strengths_failures_and_errors(tiny_qwen: Path, tmp_path: Path, monkeypa
     assert without != with_lora
     assert json.loads((out / "report.json").read_text())["failures"][0]["reason"] == "RuntimeError: no memory"
 
-    torch_file = tmp_path / "other.safetensors"
+    other = tmp_path / "other.safetensors"
     state = {"x.lora_A.weight": torch.ones(2, 4), "x.lora_B.weight": torch.ones(4, 2)}
-    export_lora(state, prefix="diffusion_model.", rank=2, alpha=2, path=str(torch_file))
+    export_lora(state, prefix="diffusion_model.", rank=2, alpha=2, path=str(other))
     with pytest.raises(LoraError, match="layers that the dit does not have"):  # of an actor, as it was raised
-        job.run(config(tiny_qwen, out, prompt="a cat", lora=str(torch_file)))
+        job.run(config(tiny_qwen, out, prompt="a cat", lora=str(other)))
     with pytest.raises(LoraError, match="absent.safetensors does not exist"):
         job.run(config(tiny_qwen, out, prompt="a cat", lora="absent.safetensors"))
     with pytest.raises(ClusterError, match="9 actors of 1 CPU"):

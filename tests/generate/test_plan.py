@@ -13,9 +13,11 @@ from PIL import Image
 
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.data.formats import DatasetError
+from ray_diffsynth.data.video import load_first_frame, probe_video
 from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.generate.grid import columns_of, draw_grid
 from ray_diffsynth.generate.lora import attach_loras, joined, set_lora_scale
+from ray_diffsynth.generate.painter import mp4
 from ray_diffsynth.generate.plan import (
     GenerateError,
     Item,
@@ -153,6 +155,14 @@ def test_the_grid_has_a_column_for_each_strength() -> None:
     assert sheet.getpixel((8 + 5, 8 + 18 + 128 + 8 + 18 + 5)) == (120, 0, 0)
     large = draw_grid([Image.new("RGB", (1024, 512))], ["x"], 1)
     assert large.size == (256 + 16, 128 + 18 + 16)
+
+
+def test_a_video_is_written_as_the_dataset_reads_it(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (48, 32), (50 * i, 80, 0)) for i in range(5)]
+    (tmp_path / "a.mp4").write_bytes(mp4(frames, 16))
+    info = probe_video(str(tmp_path / "a.mp4"))
+    assert (info.width, info.height, info.num_frames, round(info.fps)) == (48, 32, 5, 16)
+    assert np.abs(np.asarray(load_first_frame(str(tmp_path / "a.mp4"))).astype(int) - [0, 80, 0]).max() < 12
 
 
 def written(pipe: Any, path: Path, rank: int, seed: int, targets: str) -> dict[str, torch.Tensor]:

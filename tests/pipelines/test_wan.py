@@ -131,7 +131,13 @@ def test_prompts_are_not_cleaned_by_half(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_video_to_video_starts_from_the_video(pipe: WanPipeline) -> None:
     frames = [Image.fromarray(frame) for frame in np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8)]
-    arguments: dict[str, Any] = {"prompt": "a red square", "cfg_scale": 1.0, "seed": 1, "num_inference_steps": 2, **SIZE}
+    arguments: dict[str, Any] = {
+        "prompt": "a red square",
+        "cfg_scale": 1.0,
+        "seed": 1,
+        "num_inference_steps": 2,
+        **SIZE,
+    }
     clean = pipe.encode_video(pipe.preprocess_video(frames), tiled=False, tile_size=34, tile_stride=18)
     near, far = (
         pipe(**arguments, input_video=frames, denoising_strength=strength, output_type="latent")

@@ -8,15 +8,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from ray_diffsynth.cache.store import Shard
 from ray_diffsynth.config import PreprocessConfig
+from ray_diffsynth.preprocess.datasink import ShardSink
+from ray_diffsynth.preprocess.encoder import Decoder, Encoder, shard_row
+from ray_diffsynth.preprocess.pool import PoolSize
+from ray_diffsynth.preprocess.work import Work
 from tests.preprocess.counting import FAMILY, build_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +80,57 @@ def stage1(local_ray: None) -> Stage1:
     return call
 
 
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> Stage1:
+    """As `stage1`, but every task and actor is a call in this process: the same code without Ray."""
+    from ray_diffsynth.preprocess import job as job_module
+    from ray_diffsynth.preprocess import scan as scan_module
+
+    def size(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, PoolSize]:
+        return dict.fromkeys(groups, PoolSize(1, 1, config.batch_size, 0.5, 0, 0.5, None, 0.25))
+
+    monkeypatch.setattr(job_module, "ray_session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(job_module, "pool_sizes", size)
+    monkeypatch.setattr(job_module, "encode_all", encode_inline)
+    monkeypatch.setattr(scan_module, "ray", InlineRay)
+
+    def call(model: Path, data: Path, cache: Path, **options: Any) -> dict[str, Any]:
+        values = {"batch_size": 8, **options}
+        return job_module.run(
+            PreprocessConfig(
+                model=str(model), family=FAMILY, dataset_base_path=str(data), output_path=str(cache), **values
+            )
+        )
+
+    return call
+
+
+class InlineRay:
+    """The part of ray that the scan uses, as plain calls."""
+
+    @staticmethod
+    def remote(**_: Any) -> Callable[..., Any]:
+        return lambda function: SimpleNamespace(remote=function)
+
+    @staticmethod
+    def get(value: Any) -> Any:
+        return value
+
+
+def encode_inline(works: Sequence[Work], *, cache: str, codec: str) -> None:
+    """Decoder, encoder and sink, one shard after another."""
+    for work in works:
+        counter = SimpleNamespace(add=SimpleNamespace(remote=lambda *_: None))
+        sink = ShardSink(cache, work.spec.group, work.spec.parameters, codec, counter)
+        encoder = Encoder(work.spec) if work.shards else None
+        for shard in work.shards:
+            assert encoder is not None
+            block = pa.Table.from_pylist([encoder(Decoder(work.spec)(shard_row(shard)))])
+            for written in sink.write([block], None):
+                work.catalog.add(Shard.from_dict(written))
+                work.encoded += len(written["keys"])
+
+
 @pytest.fixture(scope="session")
 def whole(many: Path, stage1: Stage1, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache of `many` from a run that nothing interrupted."""
@@ -79,39 +139,61 @@ def whole(many: Path, stage1: Stage1, tmp_path_factory: pytest.TempPathFactory) 
     return root / "cache"
 
 
-@pytest.fixture
-def job() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """job(model, data, cache, *flags) starts jobs/preprocess.py; what is left of it is killed at the end."""
-    started: list[subprocess.Popen[str]] = []
+@dataclass(frozen=True)
+class Running:
+    """A started jobs/preprocess.py and where its messages go."""
 
-    def start(model: Path, data: Path | str, cache: Path | str, *flags: str) -> subprocess.Popen[str]:
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_for(self, what: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait until `what` is true; fails when the process ends first."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert self.process.poll() is None, f"the job ended too early:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"nothing came within {seconds} s:\n{self.log.read_text()}"
+            time.sleep(0.02)
+
+    def kill(self, *watched: Path) -> None:
+        """SIGKILL the driver, and wait until nothing writes to `watched` any more: its Ray ends with it."""
+        self.process.kill()
+        self.process.wait()
+        before: object = None
+        while before != (now := [path.stat().st_mtime_ns for path in watched if path.exists()]):
+            before = now
+            time.sleep(2)
+
+    def end(self) -> None:
+        """Kill what is left of the job's own process group."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        finally:
+            self.process.wait()
+
+
+Job = Callable[..., Running]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    """job(model, data, cache, *flags) starts jobs/preprocess.py; what is left of it is killed at the end."""
+    started: list[Running] = []
+
+    def start(model: Path, data: Path, cache: Path, *flags: str) -> Running:
         command = [sys.executable, str(ROOT / "jobs" / "preprocess.py"), "--model", str(model), "--family", FAMILY]
         command += ["--dataset_base_path", str(data), "--output_path", str(cache), "--batch_size", "8", *flags]
-        # A session of its own, so that its Ray can be ended with it.
-        process = subprocess.Popen(
-            command, cwd=ROOT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        started.append(process)
-        return process
+        path = tmp_path / f"job-{len(started)}.log"
+        with open(path, "wb") as log:
+            # A session of its own, so that its processes can be ended with it.
+            process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=log, stderr=log)
+        started.append(Running(process, path))
+        return started[-1]
 
     yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    """Wait until `what` is true; fails when the process ends first."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert process.poll() is None, f"the job ended too early:\n{process.communicate()[0]}"
-        assert time.monotonic() < deadline, f"nothing came within {seconds} s"
-        time.sleep(0.02)
+    for running in started:
+        running.end()
 
 
 def files(cache: Path, *names: str) -> dict[str, bytes]:

@@ -5,12 +5,10 @@ Encoder calls are counted, not timed: only what was encoded and not yet written 
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,12 +16,11 @@ import pytest
 
 from ray_diffsynth.cache.inspection import inspect_cache
 from ray_diffsynth.cache.verify import verify_cache
-from tests.preprocess.conftest import CAPTIONS, PICTURES, ROOT, SHARD, Stage1, files, wait_for
+from tests.preprocess.conftest import CAPTIONS, PICTURES, ROOT, SHARD, Job, Stage1, files
 from tests.preprocess.counting import behave, build_model, calls
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
-Job = Callable[..., "subprocess.Popen[str]"]
 IN_FLIGHT = 3
 """Shards that may be under way in one actor's pool: one encoded, one handed to the actor, one being written."""
 
@@ -43,12 +40,9 @@ def check_exactly_once(cache: Path, whole: Path) -> None:
 @pytest.mark.parametrize("part", [1 / 3, 2 / 3], ids=["a third", "two thirds"])
 def test_the_driver_is_killed(tmp_path: Path, many: Path, whole: Path, stage1: Stage1, job: Job, part: float) -> None:
     model, cache = build_model(tmp_path / "model", sleep=0.01), tmp_path / "cache"
-    process = job(model, many, cache)
-    wait_for(lambda: written(cache) >= part * PICTURES, process)
-    process.kill()
-    process.wait()
-    # The actors end with the driver's Ray, or are ended here; nothing writes any more.
-    end_session(process.pid)
+    running = job(model, many, cache)
+    running.wait_for(lambda: written(cache) >= part * PICTURES)
+    running.kill(model / "calls.log", cache / "vae")
     assert not (cache / "manifest.json").exists()
     finished, before = written(cache), len(calls(model, "vae"))
     assert part * PICTURES <= finished < PICTURES
@@ -60,14 +54,6 @@ def test_the_driver_is_killed(tmp_path: Path, many: Path, whole: Path, stage1: S
     assert len(calls(model, "vae")) - before == PICTURES - finished
     assert before - finished <= IN_FLIGHT * SHARD
     assert Counter(calls(model, "vae")).most_common(1)[0][1] <= 2
-
-
-def end_session(leader: int) -> None:
-    """Wait until no process of the job's session is left: Ray's own end with their driver."""
-    try:
-        os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def test_an_actor_is_killed_in_the_middle_of_a_batch(tmp_path: Path, many: Path, whole: Path, stage1: Stage1) -> None:
@@ -117,11 +103,10 @@ def test_a_raylet_is_killed(tmp_path: Path, many: Path, whole: Path, job: Job) -
     try:
         other = cluster.add_node(num_cpus=2)
         cluster.wait_for_nodes()
-        process = job(model, many, cache, "--ray_address", cluster.address, "--num_workers", "2")
-        wait_for(lambda: written(cache) >= SHARD, process)
+        running = job(model, many, cache, "--ray_address", cluster.address, "--num_workers", "2")
+        running.wait_for(lambda: written(cache) >= SHARD)
         cluster.remove_node(other, allow_graceful=False)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+        assert running.process.wait(timeout=300) == 0, running.log.read_text()
     finally:
         cluster.shutdown()
     check_exactly_once(cache, whole)

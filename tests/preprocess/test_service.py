@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -13,10 +16,8 @@ from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.errors import ConfigError, UserError
-from tests.preprocess.conftest import Stage1
+from tests.preprocess.conftest import CAPTIONS, PICTURES, Stage1, files
 from tests.preprocess.counting import behave, build_model, calls, digest
-
-pytestmark = pytest.mark.ray
 
 
 def pixels(data: Path, number: int) -> str:
@@ -29,39 +30,41 @@ def quarantine(cache: Path) -> dict[str, tuple[str, str]]:
     return {row["sample_id"]: (row["error"], row["group"]) for row in rows}
 
 
-def test_what_failed_is_left_alone_until_it_is_asked_for(tmp_path: Path, few: Path, stage1: Stage1) -> None:
+def test_what_failed_is_left_alone_until_it_is_asked_for(tmp_path: Path, few: Path, inline: Stage1) -> None:
     model, cache = build_model(tmp_path / "model", memory=3, too_big=[pixels(few, 5)]), tmp_path / "cache"
-    report = stage1(model, few, cache)
+    report = inline(model, few, cache)
     assert (report["samples"], report["quarantined"]) == (11, 1)
     assert quarantine(cache) == {"0005.png": ("OutOfMemoryError", "vae")}
     assert report["parameters"]["input_latents"] == {"encoded": 11, "reused": 0}
     behave(model)
-    assert stage1(model, few, cache)["quarantined"] == 1 and len(calls(model, "vae")) == 11
-    report = stage1(model, few, cache, retry_quarantined=True)
+    assert inline(model, few, cache)["quarantined"] == 1 and len(calls(model, "vae")) == 11
+    report = inline(model, few, cache, retry_quarantined=True)
     assert (report["samples"], report["quarantined"]) == (12, 0)
     assert calls(model, "vae")[11:] == [pixels(few, 5)] and len(CacheReader(str(cache)).read(range(12))) == 12
 
 
+@pytest.mark.ray
 @pytest.mark.slow
-def test_a_sample_that_kills_its_encoder_is_found(tmp_path: Path, few: Path, stage1: Stage1) -> None:
+def test_a_sample_that_kills_its_encoder_is_found(tmp_path: Path, few: Path, inline: Stage1) -> None:
     model, cache = build_model(tmp_path / "model", kill=[pixels(few, 7)]), tmp_path / "cache"
-    report = stage1(model, few, cache)
+    report = inline(model, few, cache)
     assert quarantine(cache) == {"0007.png": ("EncoderDied", "vae")}
     assert report["samples"] == 11 and set(calls(model, "vae")) == {pixels(few, n) for n in range(12) if n != 7}
-    assert stage1(model, few, cache)["quarantined"] == 1
+    assert inline(model, few, cache)["quarantined"] == 1
 
 
-def test_too_much_quarantine_fails_and_loses_nothing(tmp_path: Path, few: Path, stage1: Stage1) -> None:
+def test_too_much_quarantine_fails_and_loses_nothing(tmp_path: Path, few: Path, inline: Stage1) -> None:
     model, cache = build_model(tmp_path / "model", too_big=[pixels(few, 1), pixels(few, 2)]), tmp_path / "cache"
     with pytest.raises(UserError, match=r"2 of 12 rows.*max_quarantine 0\.1.*2 x OutOfMemoryError.*0001\.png"):
-        stage1(model, few, cache, max_quarantine=0.1)
+        inline(model, few, cache, max_quarantine=0.1)
     assert not (cache / "manifest.json").exists() and len(calls(model, "vae")) == 10
     with pytest.raises(UserError, match="max_quarantine 1 "):
-        stage1(model, few, cache, max_quarantine=1)
-    assert stage1(model, few, cache, max_quarantine=2)["samples"] == 10
+        inline(model, few, cache, max_quarantine=1)
+    assert inline(model, few, cache, max_quarantine=2)["samples"] == 10
     assert len(calls(model, "vae")) == 10
 
 
+@pytest.mark.ray
 def test_pools_run_side_by_side_and_give_the_same_cache(tmp_path: Path, few: Path, stage1: Stage1) -> None:
     model, cache = build_model(tmp_path / "model", sleep=0.2), tmp_path / "cache"
     pools = {"vae": {"batch_size": 2, "num_cpus": 0.4}, "text_encoder": {"min_size": 1, "max_size": 2}}
@@ -75,20 +78,18 @@ def test_pools_run_side_by_side_and_give_the_same_cache(tmp_path: Path, few: Pat
 
 
 def test_a_dry_run_tells_what_and_why_and_writes_nothing(
-    tmp_path: Path, few: Path, stage1: Stage1, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, few: Path, inline: Stage1, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     model, cache, data = build_model(tmp_path / "model"), tmp_path / "cache", tmp_path / "data"
     shutil.copytree(few, data)
-    plan = stage1(model, data, cache, dry_run=True)
+    plan = inline(model, data, cache, dry_run=True)
     assert not cache.exists() and calls(model) == []
     assert plan["buckets"] == {"64x64": 12} and plan["groups"]["vae"]["encode"] == 12
     assert plan["groups"]["text_encoder"]["reasons"] == {
         "a sample that the cache does not have": 12,
         "the empty caption": 1,
     }
-    stage1(model, data, cache)
+    inline(model, data, cache)
     before = snapshot(cache)
     # One caption edited, one picture replaced, one row removed, one absent file.
     lines = (data / "metadata.csv").read_text().splitlines()
@@ -96,7 +97,7 @@ def test_a_dry_run_tells_what_and_why_and_writes_nothing(
     (data / "metadata.csv").write_text("\n".join([*lines[:-1], "gone.png,nothing"]) + "\n")
     Image.new("RGB", (64, 64), "teal").save(data / "0003.png")
     capsys.readouterr()
-    plan = stage1(model, data, cache, dry_run=True)
+    plan = inline(model, data, cache, dry_run=True)
     assert (plan["samples"], plan["quarantined"], plan["removed"]) == (11, 1, 1)
     assert {name: (group["encode"], group["reused"]) for name, group in plan["groups"].items()} == {
         "vae": (1, 10),
@@ -105,7 +106,7 @@ def test_a_dry_run_tells_what_and_why_and_writes_nothing(
     assert plan["groups"]["text_encoder"]["reasons"] == {"another prompt than in the cache": 1}
     text = capsys.readouterr().out
     assert "64x64" in text and "gone.png: MediaError" in text and "nothing was written" in text
-    plan = stage1(model, data, cache, dry_run=True, dtype="float32")
+    plan = inline(model, data, cache, dry_run=True, dtype="float32")
     assert (
         list(plan["groups"]["vae"]["reasons"]) == ["dtype bfloat16 -> float32"] and plan["groups"]["vae"]["reused"] == 0
     )
@@ -117,7 +118,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def test_resolutions_make_buckets_and_a_histogram(
-    tmp_path: Path, stage1: Stage1, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, inline: Stage1, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -125,10 +126,46 @@ def test_resolutions_make_buckets_and_a_histogram(
     for number, size in enumerate(sizes):
         Image.new("RGB", size, (number, 0, 0)).save(data / f"{number}.png")
         (data / f"{number}.txt").write_text("a picture")
-    report = stage1(build_model(tmp_path / "model"), data, tmp_path / "cache", resolution="64,128")
+    report = inline(build_model(tmp_path / "model"), data, tmp_path / "cache", resolution="64,128")
     assert sum(report["buckets"].values()) == 5
     assert report["buckets"]["64x64"] == 2 and report["buckets"]["128x128"] == 1 and len(report["buckets"]) == 4
     shown = capsys.readouterr().err
     assert all(f"{name}  {count:>8}" in shown for name, count in report["buckets"].items())
     with pytest.raises(ConfigError, match="'big' is not a side"):
         PreprocessConfig(model="m", dataset_base_path="d", resolution="512,big")
+
+
+def test_a_run_that_ended_anywhere_is_completed(tmp_path: Path, many: Path, inline: Stage1) -> None:
+    """Whatever finished files a run left: the rest is encoded, and the cache is byte for byte that of a whole run."""
+    model, whole = build_model(tmp_path / "model"), tmp_path / "whole"
+    inline(model, many, whole)
+    shards = sorted((whole / "vae").glob("*.parquet")) + sorted((whole / "text_encoder").glob("*.parquet"))
+    for kept in (0, 1, 4, len(shards)):
+        cache = tmp_path / f"kept-{kept}"
+        rows = 0
+        for path in shards[len(shards) - kept :]:
+            (cache / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, cache / path.parent.name)
+            rows += pq.read_metadata(path).num_rows
+        before = len(calls(model))
+        inline(model, many, cache)
+        assert files(cache) == files(whole)
+        assert len(calls(model)) - before == PICTURES + CAPTIONS + 1 - rows
+
+
+def test_tars_are_encoded_like_files(tmp_path: Path, few: Path, inline: Stage1) -> None:
+    model, data = build_model(tmp_path / "model"), tmp_path / "tars"
+    data.mkdir()
+    with tarfile.open(data / "00.tar", "w") as archive:
+        for number in range(12):
+            (tmp_path / "caption.txt").write_text(f"caption number {number}")
+            archive.add(few / f"{number:04d}.png", f"{number:04d}.png")
+            archive.add(tmp_path / "caption.txt", f"{number:04d}.txt")
+    inline(model, few, tmp_path / "files")
+    report = inline(model, data, tmp_path / "cache")
+    assert report["samples"] == 12
+    for group in ("vae", "text_encoder"):  # the same contents: the same rows
+        assert [p.name for p in (tmp_path / "cache" / group).iterdir()] == [
+            p.name for p in (tmp_path / "files" / group).iterdir()
+        ]
+    assert list(CacheReader(str(tmp_path / "cache")).sample_ids)[0] == "00.tar/0000.png"

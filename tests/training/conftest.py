@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from ray_diffsynth.demo.draw import draw_dataset
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.source import DatasetSource
-from tests.training.helpers import make_config, write_cache
+from tests.training.helpers import Runs, make_config, write_cache
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +56,11 @@ def without_encoders(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) 
     for weights in (root / "vae").glob("*.safetensors"):
         weights.unlink()
     return root
+
+
+@pytest.fixture(scope="session")
+def runs(tiny_qwen: Path, make_cache: CacheMaker) -> Iterator[Runs]:
+    """runs(output, **options) -> exit codes of a training run on the cache, in processes of its own."""
+    started = Runs(tiny_qwen, make_cache())
+    yield started
+    started.close()

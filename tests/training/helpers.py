@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from ray_diffsynth.tasks import task_family
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.source import DatasetSource, shard_sizes
 
+ROOT = Path(__file__).resolve().parents[2]
 LORA = "to_q,to_k,to_v,to_out.0,to_add_out,img_mlp.net.2"
 
 
@@ -82,3 +88,49 @@ def write_cache(setup: Setup, data: DatasetSource, cache: Path) -> Path:
     schema = index_schema(group.name for group in stages.groups)
     commit(str(cache), manifest, pa.table(columns, schema=schema), QUARANTINE_SCHEMA.empty_table())
     return cache
+
+
+class Runs:
+    """Training runs in processes of their own, without Ray; see `run_server`."""
+
+    def __init__(self, model: Path, cache: Path) -> None:
+        self.model, self.cache = model, cache
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in close
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.training.run_server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+        )
+
+    def __call__(
+        self,
+        output: Path,
+        *,
+        workers: int = 1,
+        kill: dict[str, int] | None = None,
+        term: int | None = None,
+        **changes: Any,
+    ) -> list[int]:
+        """The workers' exit codes, -9 after SIGKILL. The other options are those of `make_config`."""
+        config = make_config(self.model, self.cache, output, **changes).to_dict()
+        order = {"config": config, "workers": workers, "meet": f"{output}.meet", "kill": kill, "term": term}
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        return list(json.loads(self._server.stdout.readline()))
+
+    def messages(self) -> str:
+        """What they all wrote to stderr."""
+        self._messages.seek(0)
+        return self._messages.read()
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(30)
+        self._messages.close()

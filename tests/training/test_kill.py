@@ -1,13 +1,9 @@
-"""SIGKILL and SIGTERM of real processes, without Ray: whatever is killed when, the resumed run ends in the same bytes."""
+"""SIGKILL and SIGTERM of real processes, without Ray: whatever is killed when, resuming ends in the same bytes."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +12,10 @@ import pytest
 from ray_diffsynth.training.checkpoint import list_checkpoints, newest_checkpoint
 from ray_diffsynth.training.metrics import read_metrics
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import make_config
+from tests.training.helpers import Runs, make_config
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 # Ten samples in batches of two: five steps an epoch. Everything that has a state is on.
 OPTIONS: dict[str, Any] = {
     "max_steps": 8,
@@ -37,49 +32,18 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-class Runs:
-    """Training runs, each in a process of its own."""
-
-    def __init__(self, model: Path, cache: Path) -> None:
-        self.model, self.cache = model, cache
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.kill_server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=ROOT,
-            env=environment,
-            text=True,
-        )
-
-    def __call__(self, output: Path, kill: dict[str, int] | None = None, term: int | None = None, **more: Any) -> int:
-        """The exit code; -9 after SIGKILL."""
-        config = make_config(self.model, self.cache, output, **{**OPTIONS, **more}).to_dict()
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps({"config": config, "kill": kill, "term": term}) + "\n")
-        self._server.stdin.flush()
-        return int(json.loads(self._server.stdout.readline()))
-
-    def close(self) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def runs(tiny_qwen: Path, make_cache: CacheMaker) -> Iterator[Runs]:
-    started = Runs(tiny_qwen, make_cache())
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody killed."""
     output = tmp_path_factory.mktemp("whole")
-    assert runs(output) == 0
+    assert go(runs, output) == 0
     return output
+
+
+def go(runs: Runs, output: Path, kill: dict[str, int] | None = None, term: int | None = None, **more: Any) -> int:
+    """The exit code; -9 after SIGKILL."""
+    (code,) = runs(output, kill=kill, term=term, **{**OPTIONS, **more})
+    return code
 
 
 def assert_same(output: Path, whole: Path) -> None:
@@ -110,41 +74,41 @@ def assert_same(output: Path, whole: Path) -> None:
 def test_a_killed_run_goes_on_bit_for_bit(
     runs: Runs, whole: Path, tmp_path: Path, kill: dict[str, int], kept: int
 ) -> None:
-    assert runs(tmp_path, kill) == -9
+    assert go(runs, tmp_path, kill) == -9
     found = newest_checkpoint(str(tmp_path))
     assert (found.step if found else 0) == kept
-    assert runs(tmp_path) == 0
+    assert go(runs, tmp_path) == 0
     assert_same(tmp_path, whole)
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
 
 
 def test_killed_again_and_again(runs: Runs, whole: Path, tmp_path: Path) -> None:
-    codes = [runs(tmp_path, {"step": 3}) for _ in range(3)]
+    codes = [go(runs, tmp_path, {"step": 3}) for _ in range(3)]
     assert codes == [-9, -9, -9]
     assert newest_checkpoint(str(tmp_path)).step == 6  # type: ignore[union-attr]
-    assert runs(tmp_path) == 0
+    assert go(runs, tmp_path) == 0
     assert_same(tmp_path, whole)
 
 
 def test_sigterm_saves_and_says_so_by_its_exit_code(runs: Runs, whole: Path, tmp_path: Path) -> None:
-    assert runs(tmp_path, term=3) == 143
+    assert go(runs, tmp_path, term=3) == 143
     assert list_checkpoints(str(tmp_path))[-1] == "step-00000004"  # asked within step 3, it ends with the next
     assert json.loads((tmp_path / "report.json").read_text())["counts"]["steps"] == 4
-    assert runs(tmp_path) == 0
+    assert go(runs, tmp_path) == 0
     assert_same(tmp_path, whole)
 
 
 def test_a_truncated_checkpoint_is_said_and_the_one_before_used(
     runs: Runs, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert runs(tmp_path, max_steps=6, lr_scheduler="constant") == 0
+    assert go(runs, tmp_path, max_steps=6, lr_scheduler="constant") == 0
     victim = tmp_path / "checkpoints/step-00000006/tensors.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1000])
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(str(tmp_path)).step == 4  # type: ignore[union-attr]
     assert "step-00000006/tensors.safetensors is damaged" in caplog.text and "the checkpoint before it" in caplog.text
-    assert runs(tmp_path, lr_scheduler="constant") == 0
-    assert runs(tmp_path / "other", lr_scheduler="constant") == 0
+    assert go(runs, tmp_path, lr_scheduler="constant") == 0
+    assert go(runs, tmp_path / "other", lr_scheduler="constant") == 0
     name = "step-8.safetensors"
     assert (tmp_path / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
@@ -152,7 +116,7 @@ def test_a_truncated_checkpoint_is_said_and_the_one_before_used(
 def test_going_on_from_a_chosen_checkpoint(runs: Runs, whole: Path, tmp_path: Path) -> None:
     """--resume <path>: the run goes on from there, in its own folder; the earlier checkpoints are set aside."""
     chosen = whole / "checkpoints/step-00000004"
-    assert runs(tmp_path, resume=str(chosen)) == 0
+    assert go(runs, tmp_path, resume=str(chosen)) == 0
     name = "checkpoints/step-00000008/tensors.safetensors"
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tests.families.cases import FamilyCase
 from tests.families.tiny import wan_parts
+from tests.families.tiny.parts import seeded
 
 
 def build(folder: Path) -> Path:
     from diffusers import WanPipeline
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         WanPipeline(**wan_parts.components()).save_pretrained(folder)
     return folder
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.families.cases import FamilyCase, picture
 from tests.families.tiny import wan_parts
+from tests.families.tiny.parts import seeded
 from tests.families.tiny.wan_parts import FRAMES, HEIGHT, WIDTH
 
 FIRST = picture(HEIGHT, WIDTH, seed=11)
@@ -21,8 +22,7 @@ def build(folder: Path) -> Path:
     from diffusers import WanImageToVideoPipeline
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         parts = wan_parts.components(condition_channels=20, image_dim=8)
         config = CLIPVisionConfig(
             hidden_size=8,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.families.cases import PROMPTS, Sampling
+from tests.families.tiny.parts import t5_tokenizer
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 5
 NEGATIVE = "ugly, blurred"
-
-
-def t5_tokenizer() -> Any:
-    """A unigram tokenizer learnt from the prompts; every letter is in it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import T5TokenizerFast
-
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    letters = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'\"():")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=150,
-        show_progress=False,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        initial_alphabet=letters,
-    )
-    tokenizer.train_from_iterator([*PROMPTS, NEGATIVE] * 4, trainer)
-    vocab = [(piece, float(score)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
 def components(*, condition_channels: int = 0, image_dim: int | None = None) -> dict[str, Any]:

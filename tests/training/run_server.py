@@ -1,8 +1,10 @@
-"""Runs that are killed: one process that has imported everything, and a fork of it for each run, so that a kill is cheap.
+"""Runs in processes of their own: one has imported everything, and each run is a fork of it, so that a kill is cheap.
 
-Reads one JSON line a run from stdin: {"config": {...}, "kill": {...} or null, "term": step or null}; answers with the
-child's exit code, or minus the signal. kill: {"step": n}: SIGKILL within step n, after backward; {"fsync": n}: at
-the n-th fsync of a checkpoint's folder, so that it is half written; {"rename": n}: before its n-th rename.
+Reads one JSON line a run from stdin and answers with the exit codes of its workers (minus the signal that ended one):
+{"config": {…}, "workers": how many, "meet": file by which they find each other, "kill": {…} or null, "term": step or
+null}. kill: {"step": n}: SIGKILL within step n, after backward; {"fsync": n}: in place of the n-th fsync of a
+checkpoint, so that it is half written; {"rename": n}: in place of its n-th rename. term: SIGTERM within that step.
+Each worker leaves the bytes of its frozen weights in <meet>-<rank>.json.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.training import checkpoint, local, loop
-
 
 # What a run would import by itself, again in each child.
 LAZY = (
@@ -92,25 +96,53 @@ def _run(order: dict[str, Any]) -> None:
     local.run(TrainConfig(**order["config"]))
 
 
+def _worker(order: dict[str, Any], rank: int) -> None:
+    """One of several."""
+    meet, workers = order["meet"], order["workers"]
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # accelerate wants to see them; the group is there
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=workers)
+    after = loop._Run._after
+
+    def measured(self: Any, *others: Any) -> None:
+        with open(f"{meet}-{rank}.json", "w") as file:
+            json.dump(self._footprint().base, file)
+        after(self, *others)
+
+    loop._Run._after = measured  # type: ignore[method-assign]
+    _run(order)
+
+
 def main() -> None:
     """Serve until stdin ends."""
     for name in LAZY:
         importlib.import_module(name)
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            os.dup2(2, 1)  # stdout is for the answers
-            code = 1
-            try:
-                _run(json.loads(line))
-                code = 0
-            except SystemExit as left:
-                code = int(left.code or 0)
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+        order = json.loads(line)
+        children = [_fork(order, rank) for rank in range(order["workers"])]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
+
+
+def _fork(order: dict[str, Any], rank: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    os.dup2(2, 1)  # stdout is for the answers
+    code = 1
+    try:
+        if order["workers"] == 1:
+            _run(order)
+        else:
+            _worker(order, rank)
+        code = 0
+    except SystemExit as left:
+        code = int(left.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

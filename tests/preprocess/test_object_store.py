@@ -1,0 +1,60 @@
+"""Data and cache on an S3-compatible server: the same cache as on disk, found again, verified, repaired and pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from ray_diffsynth.cache.__main__ import main
+from ray_diffsynth.cache.errors import CacheError
+from ray_diffsynth.cache.lease import lease
+from ray_diffsynth.cache.reader import CacheReader
+from ray_diffsynth.data import storage
+from tests.preprocess.conftest import Stage1, files
+from tests.preprocess.counting import build_model, calls
+from tests.s3_server import s3_server
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with s3_server() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        fsspec.filesystem("s3", use_listings_cache=False).clear_instance_cache()
+        fsspec.filesystem("s3", use_listings_cache=False).mkdir("lab")
+        yield "s3://lab"
+        fsspec.filesystem("s3", use_listings_cache=False).clear_instance_cache()
+
+
+@pytest.mark.slow
+def test_a_cache_on_s3(bucket: str, few: Path, inline: Stage1, tmp_path: Path) -> None:
+    for path in few.iterdir():
+        storage.write_bytes_atomic(f"{bucket}/data/{path.name}", path.read_bytes())
+    model, cache = build_model(tmp_path / "model"), f"{bucket}/cache"
+    inline(model, f"{bucket}/data", cache)  # type: ignore[arg-type]
+    before = len(calls(model))
+    report = inline(model, f"{bucket}/data", cache)  # type: ignore[arg-type]
+    assert len(calls(model)) == before and report["samples"] == 12
+    # Byte for byte what the same data gives on disk.
+    inline(model, few, tmp_path / "disk")
+    for name, content in files(tmp_path / "disk").items():
+        assert storage.read_bytes(f"{cache}/{name}") == content, name
+    mine, local = CacheReader(cache), CacheReader(str(tmp_path / "disk"))
+    for a, b in zip(mine.read(range(12)), local.read(range(12)), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    assert main(["verify", cache]) == 0 and main(["inspect", cache]) == 0
+    with lease(cache), pytest.raises(CacheError, match="is being written by process"), lease(cache):
+        raise AssertionError("the lease was given twice")
+    # Damage is found, taken away and made good.
+    shard = f"{cache}/vae/{storage.list_files(f'{cache}/vae', suffix='.parquet')[0]}"
+    storage.write_bytes_atomic(shard, storage.read_bytes(shard)[:-60])
+    assert main(["verify", cache]) == 1 and main(["repair", cache]) == 0
+    assert inline(model, f"{bucket}/data", cache)["parameters"]["input_latents"]["encoded"] == 12  # type: ignore[arg-type]
+    storage.write_bytes_atomic(f"{cache}/vae/spare.parquet", storage.read_bytes(shard))
+    assert main(["repair", cache, "--prune"]) == 0
+    assert storage.list_files(f"{cache}/vae", suffix=".parquet") == [shard.rpartition("/")[2]]
+    assert main(["verify", cache]) == 0
