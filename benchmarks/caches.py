@@ -12,7 +12,9 @@ from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 
 
-def gaussian_cache(cache: Path, samples: int, side: int = 1024, tokens: int = 60, codec: str = "planes-zstd", share: int = 4) -> int:
+def gaussian_cache(
+    cache: Path, samples: int, side: int = 1024, tokens: int = 60, codec: str = "planes-zstd", share: int = 4
+) -> int:
     """`samples` bf16 latents (16 channels, side/8) and embeddings (tokens x 3584), one for `share` samples.
 
     Returns their raw bytes, each distinct value counted once.
@@ -41,7 +43,14 @@ def gaussian_cache(cache: Path, samples: int, side: int = 1024, tokens: int = 60
         nbytes += shard.nbytes
         for position, i in enumerate(members):
             text = texts[i // share // 32]
-            place = (f"v{i}", shard.file, *shard.locate(position), f"t{i // share}", text.file, *text.locate(i // share % 32))
+            place = (
+                f"v{i}",
+                shard.file,
+                *shard.locate(position),
+                f"t{i // share}",
+                text.file,
+                *text.locate(i // share % 32),
+            )
             for name, value in zip(columns, (f"s{i}", f"{i}.png", bucket.name, *place), strict=True):
                 columns[name].append(value)
     manifest = Manifest(

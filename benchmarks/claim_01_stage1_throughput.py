@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.harness import Row, in_turn, main, seconds
 from benchmarks.stage1 import draw, fresh, local_ray, preprocess, steady_rate
 
-PICTURES, SOURCE, SIDE, BATCH, TIMES = 320, 768, 256, 4, 5
+PICTURES, SOURCE, SIDE, BATCH, TIMES = 256, 1024, 256, 4, 5
 
 
 def measure() -> list[Row]:
@@ -25,7 +25,7 @@ def measure() -> list[Row]:
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="claim-01-"))
     model, data = build_tiny_model(root / "model"), draw(root / "data", PICTURES, SOURCE, captions=4, suffix="jpg")
-    options = {"height": SIDE, "width": SIDE, "batch_size": BATCH, "num_workers": 1}
+    options = {"height": SIDE, "width": SIDE, "batch_size": BATCH, "num_workers": 1, "dtype": "float32"}
     job = Job.of(
         PreprocessConfig(model=str(model), dataset_base_path=str(data), output_path=str(root / "x"), **options)
     )

@@ -36,7 +36,9 @@ def measure() -> list[Row]:
         )
         rows.append(Row("2", "stage-1 scaling 1 -> 2 actors, sleeping encoder", found["ratio"], ">=", 1.95, found))
     with local_ray(cpus=cores):
-        found = in_turn(lambda: rate(1, real, larger), lambda: rate(2, real, larger), TIMES)
+        found = in_turn(
+            lambda: rate(1, real, larger, dtype="float32"), lambda: rate(2, real, larger, dtype="float32"), TIMES
+        )
         what = f"the same, real encoder on {cores} cores"
         rows.append(Row("2", what, found["ratio"], ">=", 1.7, found))
     return rows

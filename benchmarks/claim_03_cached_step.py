@@ -37,7 +37,7 @@ def measure() -> list[Row]:
 
     def run(name: str) -> float:
         Setup.open_data = in_memory if name == "memory" else opened  # type: ignore[method-assign]
-        output = fresh(root / name)
+        output = fresh(root / f"out-{name}")
         train(config(folder, root / "cache", output), LocalContext("cpu", progress=False))
         found = sorted(step_seconds(output))
         p99[name].append(found[int(0.99 * len(found))])

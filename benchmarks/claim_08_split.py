@@ -22,6 +22,7 @@ PICTURES, SIDE, TIMES, EPOCHS = 24, 128, 5, (1, 2, 5, 10)
 def measure() -> list[Row]:
     import torch
 
+    from ray_diffsynth.cache.store import GroupRow, write_shard
     from ray_diffsynth.demo.tiny import build_tiny_model
     from ray_diffsynth.training.loop import train
     from ray_diffsynth.training.setup import Setup
@@ -32,11 +33,18 @@ def measure() -> list[Row]:
     folder, data = build_tiny_model(root / "model"), draw(root / "data", PICTURES, SIDE)
     size: dict[str, Any] = {"height": SIDE, "width": SIDE}
 
+    setup = Setup.of(config(folder, data, root / "x", task="sft", **size))
+    source = setup.open_data()
+    write_cache(setup, source, root / "cache")  # type: ignore[arg-type]
+    module, _ = setup.build(torch.device("cpu"))
+
     def stage1() -> float:
-        cache = fresh(root / "cache")
-        setup = Setup.of(config(folder, data, cache, task="sft", **size))
+        scratch = fresh(root / "scratch")
         began = time.perf_counter()
-        write_cache(setup, setup.open_data(), cache)  # type: ignore[arg-type]
+        samples = [module.encode(sample) for sample in source.fetch(range(PICTURES))]
+        for group in module.stages.groups:
+            found = [GroupRow(f"{n}", {p: s[p] for p in group.parameters}) for n, s in enumerate(samples)]
+            write_shard(str(scratch), group.name, "shard", "all", found, codec="planes-zstd")
         return time.perf_counter() - began
 
     def training(task: str, base: Path, epochs: int) -> float:
@@ -46,7 +54,6 @@ def measure() -> list[Row]:
         train(config(folder, base, output, task=task, num_epochs=epochs, **size), context)
         return (context.done[-1] - context.done[0]) / (len(context.done) - 1) * len(context.done)
 
-    stage1()
     rows: list[Row] = []
     for epochs in EPOCHS:
         pairs: list[tuple[float, float, float]] = []

@@ -7,25 +7,25 @@ the replacement (``REFUSED``). docs/coming_from_diffsynth.md lists all of them; 
 
 from __future__ import annotations
 
-_LOGGED = "each job writes report.json into output_path"
+_SWANLAB = "SwanLab is not supported; see --log_with for TensorBoard, CSV, W&B and MLflow"
 _OFFLOAD = "a stage loads only the models that it runs; use_gradient_checkpointing_offload saves memory too"
 
 NO_EFFECT: dict[str, str] = {
     "align_to_opensource_format": "the LoRA is always written with the keys that diffusers loads",
     "cpu_offload_split_threshold": _OFFLOAD,
-    "enable_csv_log": _LOGGED,
+    "enable_csv_log": "use --log_with csv; metrics.jsonl is always written",
     "enable_model_cpu_offload": _OFFLOAD,
     "enable_optimizer_cpu_offload": _OFFLOAD,
-    "enable_swanlab_log": _LOGGED,
-    "enable_tensorboard_log": _LOGGED,
-    "enable_wandb_log": _LOGGED,
+    "enable_swanlab_log": _SWANLAB,
+    "enable_tensorboard_log": "TensorBoard is on by default, see --log_with",
+    "enable_wandb_log": "use --log_with wandb",
     "find_unused_parameters": "parameters without a gradient are found by one probe step and frozen",
-    "fp8_models": "the frozen models stay in --dtype",
+    "fp8_models": "the frozen models stay in --dtype; --fp8_base keeps the trained model's base in 8 bits",
     "initialize_model_on_cpu": "models are always read on the CPU and then moved to the actor's or worker's device",
     "offload_models": "a stage loads only the models that its units run",
     "remove_prefix_in_ckpt": "the keys of the LoRA file follow the family, so that diffusers loads it as it is",
-    "swanlab_project": _LOGGED,
-    "wandb_project": _LOGGED,
+    "swanlab_project": _SWANLAB,
+    "wandb_project": "set the environment variable WANDB_PROJECT, see --log_with",
     "zero_cond_t": "it is read from the transformer's config.json",
 }
 

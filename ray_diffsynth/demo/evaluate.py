@@ -52,7 +52,7 @@ def _border(pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The pixels of the four corners, a sixteenth of the picture each way: (n, 3)."""
     k = max(1, pixels.shape[0] // 16)
     ends = np.r_[:k, -k:0]
-    return pixels[np.ix_(ends, ends)].reshape(-1, 3)
+    return np.asarray(pixels[np.ix_(ends, ends)].reshape(-1, 3))
 
 
 def _silhouette(mask: Mask) -> Mask:
@@ -66,14 +66,14 @@ def _silhouette(mask: Mask) -> Mask:
 def _foreground(pixels: npt.NDArray[np.float64]) -> Mask:
     """Pixels nearer to the commonest other colour than to the background; thin specks are left out."""
     ground = np.median(_border(pixels), axis=0)
-    mask = np.linalg.norm(pixels - ground, axis=-1) > 50
+    mask: Mask = np.linalg.norm(pixels - ground, axis=-1) > 50
     if not mask.any():
         return mask
     ink = np.median(pixels[mask], axis=0)
     mask = np.linalg.norm(pixels - ink, axis=-1) < np.linalg.norm(pixels - ground, axis=-1)
     padded = np.pad(mask, 1).astype(int)
-    neighbours = sum(np.roll(padded, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
-    return mask & (neighbours[1:-1, 1:-1] >= 5)
+    around = np.stack([np.roll(padded, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
+    return np.asarray(mask & (around.sum(0)[1:-1, 1:-1] >= 5))
 
 
 @functools.cache

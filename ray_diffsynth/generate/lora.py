@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ray_diffsynth.models.lora import add_lora, load_lora_state
+from ray_diffsynth.models.lora import add_lora, load_lora_state, lora_parameters
 from ray_diffsynth.models.lora_file import LoraError, lora_prefixes, read_lora
 from ray_diffsynth.pipelines.base import BasePipeline
 from ray_diffsynth.pipelines.lora_keys import lora_names
@@ -96,4 +96,7 @@ def _attach(module: nn.Module, state: Mapping[str, Tensor], model: str, dtype: t
     targets = "re:" + "|".join(re.escape(layer) for layer in layers)
     add_lora(module, rank=rank, alpha=None, target_modules=targets, seed=0, name=model)
     load_lora_state(module, state)
-    module.requires_grad_(False).to(dtype)
+    # The adapter alone: the model may keep some of its layers in fp32.
+    for parameter in lora_parameters(module).values():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)

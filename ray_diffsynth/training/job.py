@@ -180,8 +180,10 @@ def _fit_until_done(
             if results[-1].finished or watch.regroup is None:
                 break
             logger.warning("%s: going on from step %d", watch.regroup, results[-1].steps)
-    if sampler is not None and results:
-        _end_sampler(sampler)
+    if sampler is not None:
+        if results and results[-1].finished:
+            _end_sampler(sampler)
+        ray.kill(sampler)
     ray.kill(collector)
     if not results:
         raise SystemExit(TERMINATED)  # asked to end before there was anything to report
@@ -231,7 +233,6 @@ def _end_sampler(sampler: Any) -> None:
         error = _first_line(lost)
     if error is not None:
         logger.warning("the sample pictures ended early: %s", error)
-    ray.kill(sampler)
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -250,6 +251,8 @@ def _worker(arguments: dict[str, Any]) -> None:
     context = RayContext(arguments["collector"], arguments["sampler"])
     result = train(arguments["config"], context)
     if context.world_rank == 0:
+        if result.finished:
+            context.wait_for_samples()
         ray.get(context.collector.finish.remote(result.to_dict()))
 
 

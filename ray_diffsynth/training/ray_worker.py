@@ -59,6 +59,11 @@ class RayContext:
         arrays = {name: value.float().numpy() for name, value in weights.items()}
         self._drawing.append(self.sampler.draw.remote(step, arrays))
 
+    def wait_for_samples(self) -> None:
+        """Until the pictures that were asked for are made: they need the weights that this process holds."""
+        if self._drawing:
+            ray.wait(self._drawing, num_returns=len(self._drawing))
+
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
     """For an actor that must live as long as the driver: on its node, not on one that may be lost."""

@@ -40,7 +40,7 @@ def test_the_loss_falls(tiny_qwen: Path, fp32_cache: Path, trained: Path, tmp_pa
         return sum(values) / len(values)
 
     before = loss()
-    load_lora_file(module.pipe.dit, str(trained), next(iter(loras.loras.values())))
+    load_lora_file(module.pipe.dit, str(trained), loras.loras[0])
     after = loss()
     assert after < 0.9 * before, f"{before} -> {after}"
 
@@ -56,10 +56,11 @@ def test_diffusers_loads_the_lora_and_unloads_it(tiny_qwen: Path, trained: Path)
     ours = Ours.from_pretrained(str(tiny_qwen), torch_dtype=torch.float32)
 
     def latents(pipe: object) -> torch.Tensor:
-        options = {"prompt": "a red circle", "height": 64, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
+        options = {"prompt": "a red circle", "height": 64, "width": 64, "num_inference_steps": 3}
         if isinstance(pipe, Ours):
-            return pipe(**options, seed=5, cfg_scale=1.0)
-        made = plain(**options, true_cfg_scale=1.0, generator=torch.Generator().manual_seed(5)).images
+            return pipe(**options, seed=5, cfg_scale=1.0, output_type="latent")
+        generator = torch.Generator().manual_seed(5)
+        made = plain(**options, true_cfg_scale=1.0, generator=generator, output_type="latent").images
         return Plain._unpack_latents(made, 64, 64, plain.vae_scale_factor)[:, :, 0]
 
     base = latents(plain)

@@ -20,6 +20,7 @@ from ray_diffsynth.pipelines.base import BasePipeline
 from ray_diffsynth.pipelines.lora_keys import lora_names
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
 from ray_diffsynth.pipelines.stages import plan_stages
+from ray_diffsynth.pipelines.unit import make_state, run_units
 from ray_diffsynth.tasks import SFT
 from ray_diffsynth.training.export import Trained, export_trained
 from ray_diffsynth.training.module import DiffusionTrainingModule
@@ -135,6 +136,20 @@ def test_the_cache_holds_no_more_than_it_must(case: FamilyCase, pipe: BasePipeli
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(tensor, torch.Tensor):  # no view into a batch's storage
                 assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
+
+
+def test_encoding_in_batches_equals_one_by_one(case: FamilyCase, pipe: BasePipeline) -> None:
+    module = module_of(case, pipe)
+    units = [unit for group in module.stages.groups for unit in group.units]
+    rows = [case.inputs(index) for index in range(ROWS)]
+    with torch.no_grad():
+        states = run_units(units, pipe, [make_state(units, {**module.settings, **row}) for row in rows])
+    for row, state in zip(rows, states, strict=True):
+        for name, alone in module.encode(row).items():
+            value = state.flat()[name]
+            torch.testing.assert_close(value, alone, rtol=0, atol=1e-5)
+            if isinstance(value, torch.Tensor):  # nothing that is kept holds on to the storage of the batch
+                assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), name
 
 
 def test_a_padded_batch_equals_its_samples(case: FamilyCase, pipe: BasePipeline) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from ray_diffsynth.training.checkpoint import list_checkpoints
 from ray_diffsynth.training.context import LocalContext
 from ray_diffsynth.training.loop import train
 from ray_diffsynth.training.metrics import read_metrics
+from ray_diffsynth.training.setup import TrainingError
 from ray_diffsynth.training.source import SourceError
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
@@ -94,3 +98,56 @@ def test_errors_come_through(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: 
         job.run(make_config(tiny_qwen, make_cache(), tmp_path, lora_target_modules="to_qq"))
     assert list_checkpoints(str(tmp_path)) == []
     assert ray.is_initialized()
+
+
+def test_sample_pictures_are_made_beside_the_training(
+    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
+    options: dict[str, Any] = {"max_steps": 4, "num_workers": 1, "resources": {"CPU": 1}, "sample_steps": 2}
+    options |= {"height": 64, "width": 64, "sample_inference_steps": 2}
+    options["validation_prompts"] = str(tmp_path / "prompts.txt")
+    job.run(make_config(tiny_qwen, make_cache(), tmp_path / "out", **options))
+    assert "ended early" not in caplog.text
+    grids = sorted((tmp_path / "out/samples").iterdir())
+    assert [path.name for path in grids] == ["step-00000002.png", "step-00000004.png"]
+    assert Image.open(grids[0]).size == (128, 64)
+    assert grids[0].read_bytes() != grids[1].read_bytes()  # the LoRA moved, the noise did not
+    events = EventAccumulator(str(tmp_path / "out/tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("samples")] == [2, 4]
+    with pytest.raises(TrainingError, match=r"needs the whole model, but .*vae.* is not given"):
+        half = {**options, "model": None, "model_id_with_origin_paths": None}
+        half["model_paths"] = json.dumps([str(p) for p in sorted((tiny_qwen / "transformer").glob("*.safetensors"))])
+        job.run(make_config(tiny_qwen, make_cache(), tmp_path / "half", **half))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_epochs": 2000, "num_workers": 1, "resources": {"CPU": 1}, "save_steps": 10_000}
+    options["log_with"] = "none"
+
+    def terminate() -> None:
+        while len(read_metrics(str(tmp_path / "run"))) < 3:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(SystemExit) as left:
+        job.run(make_config(tiny_qwen, make_cache(), tmp_path / "run", **options))
+    thread.join()
+    assert left.value.code == 143
+    (name,) = list_checkpoints(str(tmp_path / "run"))
+    step = int(name.removeprefix("step-"))
+    assert json.loads((tmp_path / "run/report.json").read_text())["counts"]["steps"] == step >= 3
+    for folder in ("run", "whole"):
+        config = make_config(tiny_qwen, make_cache(), tmp_path / folder, **{**options, "max_steps": step + 2})
+        train(config, LocalContext("cpu", progress=False))
+    files = [(tmp_path / folder / f"step-{step + 2}.safetensors") for folder in ("run", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+from tests.training.test_elastic import test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it  # noqa: E402, F401

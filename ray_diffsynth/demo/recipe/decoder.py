@@ -25,7 +25,7 @@ class DecoderConfig:
     """Training of the decoder: crops of 32×32 pixels, then whole pictures in the last `full_steps` steps."""
 
     seed: int = 0
-    steps: int = 6_000
+    steps: int = 2_500
     full_steps: int = 250
     batch: int = 8
     learning_rate: float = 3e-3

@@ -30,7 +30,7 @@ class DitConfig:
     layers: int = 4
     heads: int = 4
     head_dim: int = 32
-    steps: int = 3_250
+    steps: int = 3_600
     cool: int = 800
     batch: int = 32
     learning_rate: float = 1.5e-3
@@ -74,7 +74,8 @@ def velocity(dit: nn.Module, latents: Tensor, sigma: Tensor, embeds: Tensor) -> 
         img_shapes=[[(1, h // 2, w // 2)]] * b,
         return_dict=False,
     )[0]
-    return QwenImagePipeline._unpack_latents(out, 8 * h, 8 * w, 8).squeeze(2)
+    unpacked: Tensor = QwenImagePipeline._unpack_latents(out, 8 * h, 8 * w, 8)
+    return unpacked.squeeze(2)
 
 
 def flow_loss(dit: nn.Module, latents: Tensor, embeds: Tensor, shift: float, generator: torch.Generator) -> Tensor:

@@ -42,7 +42,7 @@ def components(features: Array, count: int) -> tuple[Array, Array]:
 def projections(pixels: Pixels, widths: tuple[int, ...], seed: int) -> list[Array]:
     """One matrix (width, 4·channels before) per level. The last is rotated, so that all channels vary alike."""
     features = pixels.astype(np.float64) / 127.5 - 1
-    out = []
+    out: list[Array] = []
     for width in widths:
         grouped = blocks(features)
         rows, deviation = components(grouped, width)

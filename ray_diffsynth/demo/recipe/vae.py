@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -45,18 +46,20 @@ def build_vae(pixels: Pixels, seed: int) -> AutoencoderKLQwenImage:
     return vae
 
 
-def _conv(self: nn.Conv3d, x: Tensor, cache_x: None = None) -> Tensor:
-    pad = self._padding  # type: ignore[attr-defined]  # (left, right, top, bottom, front, back)
-    return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], (pad[2], pad[0])).unsqueeze(2)
+def _conv(self: Any, x: Tensor, cache_x: None = None) -> Tensor:
+    left, _, top, *_ = self._padding
+    out = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], (top, left))
+    return out.unsqueeze(2)
 
 
-def _norm(self: nn.Module, x: Tensor) -> Tensor:
+def _norm(self: Any, x: Tensor) -> Tensor:
     scale = torch.rsqrt((x * x).sum(1, keepdim=True) + 1e-12) * self.scale
-    return x * scale * self.gamma  # type: ignore[operator]
+    out: Tensor = x * scale * self.gamma
+    return out
 
 
-def _resample(self: nn.Module, x: Tensor, feat_cache: None = None, feat_idx: list[int] | None = None) -> Tensor:
-    out: Tensor = self.resample(x[:, :, 0])  # type: ignore[operator]
+def _resample(self: Any, x: Tensor, feat_cache: None = None, feat_idx: list[int] | None = None) -> Tensor:
+    out: Tensor = self.resample(x[:, :, 0])
     return out.unsqueeze(2)
 
 
