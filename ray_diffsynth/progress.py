@@ -82,9 +82,9 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second over about the last minute; 0 before the first."""
+        """Units a second over about the last minute; 0 before there is a tenth of a second to tell it from."""
         (first, start), (last, end) = self._marks[0], self._marks[-1]
-        return (end - start) / (last - first) if last > first else 0.0
+        return (end - start) / (last - first) if last - first >= 0.1 else 0.0
 
     def line(self, width: int = COLUMNS - 1) -> str:
         """The state in one line of at most ``width`` characters."""

@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--grid", type=Path)
     args = parser.parse_args()
-    pipe = QwenImagePipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    pipe = QwenImagePipeline.from_pretrained(args.model, dtype=torch.float32)
     scenes = known_scenes(args.n)
     clock = time.perf_counter()
     pictures = sample(pipe, [canonical(scene) for scene in scenes], steps=args.steps, guidance=args.guidance)

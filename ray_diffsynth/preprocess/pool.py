@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ray
+
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.errors import ConfigError, did_you_mean
 from ray_diffsynth.ray_session import ClusterError, cluster_devices
@@ -47,7 +49,7 @@ def _whole_cluster(config: PreprocessConfig) -> PoolSize:
     wanted = dict(config.resources or {})
     gpu = wanted.pop("GPU", 1.0 if gpus >= 1 else 0.0)
     actors = config.num_workers or (max(1, int(gpus // gpu)) if gpu else max(1, int(cpus // 2)))
-    cpu = wanted.pop("CPU", min(1.0, 0.5 * cpus / actors))
+    cpu = wanted.pop("CPU", _default_cpus(cpus, actors))
     if wanted:
         raise ClusterError(f"resources={sorted(wanted)} are not known; CPU and GPU are")
     if actors * gpu > gpus or actors * cpu >= cpus:
@@ -67,7 +69,7 @@ def _side_by_side(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, 
     least = {name: int(pool.get("min_size", 1)) for name, pool in pools.items()}
     most = {name: int(pool.get("max_size", least[name])) for name, pool in pools.items()}
     gpu = {name: pool.get("num_gpus", share) for name, pool in pools.items()}
-    default_cpu = min(1.0, 0.5 * cpus / sum(most.values()))
+    default_cpu = _default_cpus(cpus, sum(most.values()))
     cpu = {name: pool.get("num_cpus", default_cpu) for name, pool in pools.items()}
     for what, amount, there, spare in (("CPU", cpu, cpus, True), ("GPU", gpu, gpus, False)):
         needed = sum(least[name] * amount[name] for name in groups)
@@ -93,6 +95,20 @@ def _side_by_side(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, 
         )
         for name in groups
     }
+
+
+def cluster_nodes() -> int:
+    """Machines of the cluster that are alive."""
+    return sum(1 for node in ray.nodes() if node["Alive"])
+
+
+def _default_cpus(cpus: float, actors: int) -> float:
+    """CPUs of an actor that says nothing of them: half of what there is for all actors.
+
+    On several machines a quarter: when half of them are lost, their actors start again on the others, and otherwise
+    would leave no CPU for the decode tasks that they wait for.
+    """
+    return min(1.0, (0.5 if cluster_nodes() == 1 else 0.25) * cpus / actors)
 
 
 def _tasks(free_cpus: float, groups: int) -> tuple[float, float]:

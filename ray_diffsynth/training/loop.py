@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
@@ -176,7 +176,8 @@ class _Run:
             batches = self.feed.read(done, self.total, rank, world, self.config.dataset_num_workers)
             stack.enter_context(closing(batches))
             while done < self.total:
-                outcome = self._guarded_step(done, batches)
+                with self._memory_explained():
+                    outcome = self._step(done, batches)
                 done += 1
                 if done == self.start + 1 and self.context.device.type == "cuda":
                     self._say(memory.report(self._footprint(), self.config, world))
@@ -226,9 +227,11 @@ class _Run:
             if self.log is not None:
                 self.log.flush()
 
-    def _guarded_step(self, step: int, batches: Batches) -> StepOutcome:
+    @contextmanager
+    def _memory_explained(self) -> Iterator[None]:
+        """An allocation that fails in the block becomes an error that says what to try."""
         try:
-            return self._step(step, batches)
+            yield
         except RuntimeError as error:
             if not memory.is_out_of_memory(error):
                 raise
@@ -305,8 +308,9 @@ class _Run:
     def _probe(self) -> list[str]:
         """Find the parameters that no gradient reaches, on the run's first microbatch: the same on every worker."""
         first = next(self.feed.microbatches(0, 1, 0, 1))
-        output = self._forward(self.module, first, self.feed.fetch(first))
-        unused = fix_unused(self.module, output.loss)
+        with self._memory_explained():
+            output = self._forward(self.module, first, self.feed.fetch(first))
+            unused = fix_unused(self.module, output.loss)
         if unused:
             named = ", ".join(unused[:4])
             self._say(f"{len(unused)} of the trained parameters get no gradient and stay as they are: {named}")

@@ -12,12 +12,12 @@ from ray_diffsynth.demo import demo_model_path
 from ray_diffsynth.demo.captions import Scene, canonical
 from ray_diffsynth.demo.draw import draw_picture
 from ray_diffsynth.demo.evaluate import sample, score
-from ray_diffsynth.demo.recipe.vae import decode, encode, psnr, test_pictures
+from ray_diffsynth.demo.recipe.vae import decode, encode, held_out_pictures, psnr
 
 
 @pytest.fixture(scope="module")
 def pipe() -> QwenImagePipeline:
-    return QwenImagePipeline.from_pretrained(demo_model_path(), torch_dtype=torch.float32)
+    return QwenImagePipeline.from_pretrained(demo_model_path(), dtype=torch.float32)
 
 
 def test_it_is_small_bf16_and_without_pickle() -> None:
@@ -32,13 +32,15 @@ def test_it_is_small_bf16_and_without_pickle() -> None:
             assert "_name_or_path" not in file.read_text()
 
 
-def test_the_vae_keeps_the_creature_and_the_style(pipe: QwenImagePipeline) -> None:
-    assert all(psnr(pipe.vae, pictures) >= 28 for pictures in test_pictures(8).values())
+def test_the_vae_keeps_shapes_creature_and_style(pipe: QwenImagePipeline) -> None:
+    floors = {"shapes": 28, "creature": 24, "style": 27}  # dB, just below the model card's figures
+    measured = {kind: psnr(pipe.vae, pictures) for kind, pictures in held_out_pictures(8).items()}
+    assert all(measured[kind] >= floor for kind, floor in floors.items()), measured
 
 
 def test_the_fast_path_is_the_class_itself(pipe: QwenImagePipeline) -> None:
     pixels = [draw_picture(0, 0).pixels]
-    x = torch.from_numpy(pixels[0]).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+    x = torch.from_numpy(pixels[0].copy()).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
     with torch.no_grad():
         latents = pipe.vae.encode(x).latent_dist.mode()
         again = pipe.vae.decode(latents).sample[0, :, 0].clamp(-1, 1)

@@ -56,7 +56,7 @@ def check_clean(log: Path, output: Path) -> None:
 @pytest.mark.timeout(900)
 def test_ctrl_c(tiny_qwen: Path, fp32_cache: Path, tmp_path: Path) -> None:
     """Both jobs at once, each amid its work: 130, what was finished is kept, no traceback."""
-    draw_dataset(tmp_path / "data", 400)
+    draw_dataset(tmp_path / "data", 40)
     cache, lora = tmp_path / "cache", tmp_path / "lora"
     first: list[str | Path] = ["--model", tiny_qwen, "--dataset_base_path", tmp_path / "data", "--output_path", cache]
     second: list[str | Path] = ["--model", tiny_qwen, "--dataset_base_path", fp32_cache, "--output_path", lora]

@@ -16,7 +16,10 @@ from ray_diffsynth.ray_session import ClusterError
 GROUPS = ("vae", "text_encoder")
 
 
-def sizes(monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, **options: Any) -> dict[str, PoolSize]:
+def sizes(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, nodes: int = 1, **options: Any
+) -> dict[str, PoolSize]:
+    monkeypatch.setattr(pool, "cluster_nodes", lambda: nodes)
     monkeypatch.setattr(pool, "cluster_devices", lambda: (cpus, gpus))
     return pool_sizes(PreprocessConfig(model="m", dataset_base_path="d", **options), GROUPS)
 
@@ -31,6 +34,12 @@ def test_one_group_after_another_takes_all(monkeypatch: pytest.MonkeyPatch) -> N
     vae = sizes(monkeypatch, 16, 4)["vae"]
     assert (vae.min_actors, vae.max_actors, vae.actor_gpus) == (4, 4, 1.0)
     assert sizes(monkeypatch, 2, 0)["vae"].min_actors == 1
+
+
+def test_when_half_of_the_machines_are_lost_decoding_still_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    for nodes in (2, 4):
+        size = sizes(monkeypatch, 2 * nodes, 0, nodes=nodes)["vae"]
+        assert size.min_actors * size.actor_cpus + size.decode_cpus + size.write_cpus <= 2 * nodes / 2
 
 
 @pytest.mark.parametrize(("cpus", "gpus"), [(2, 0), (4, 1), (16, 2), (64, 8)])

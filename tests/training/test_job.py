@@ -39,30 +39,6 @@ def difference(a: Path, b: Path) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
-def test_two_workers_train_the_lora_of_one_and_it_is_elastic(
-    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The same two lanes: served by one process, by two workers, and by 1, then 2, then 1 of them."""
-    options: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3, "batch_size": 2}
-    alone = make_config(tiny_qwen, make_cache(), tmp_path / "one", gradient_accumulation_steps=2, **options)
-    train(alone, LocalContext("cpu", progress=False))
-    report = job.run(make_config(tiny_qwen, make_cache(), tmp_path / "two", num_workers=2, **options))
-    assert report["counts"]["workers"] == 2
-    assert "trained 6 of 6 steps on 10 samples" in capsys.readouterr().out
-    assert json.loads((tmp_path / "two/report.json").read_text())["counts"]["steps"] == 6
-    assert difference(tmp_path / "one/step-6.safetensors", tmp_path / "two/step-6.safetensors") <= 1e-5
-    assert len(read_metrics(str(tmp_path / "two"))) == 6
-
-    for steps, workers in ((2, 1), (4, 2), (6, 1)):
-        changes: dict[str, Any] = {**options, "max_steps": steps, "gradient_accumulation_steps": 2}
-        config = make_config(tiny_qwen, make_cache(), tmp_path / "elastic", num_workers=workers, **changes)
-        if workers == 1:
-            train(config, LocalContext("cpu", progress=False))
-        else:
-            job.run(config)
-    assert difference(tmp_path / "one/step-6.safetensors", tmp_path / "elastic/step-6.safetensors") <= 1e-5
-
-
 def test_a_killed_worker_costs_nothing(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,40 +65,7 @@ def test_a_killed_worker_costs_nothing(
     assert [line["step"] for line in read_metrics(str(tmp_path / "killed"))] == [1, 2, 3, 4, 5]
 
 
-def test_errors_come_through(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="for trained models 'dit'"):  # before any worker starts
-        job.run(make_config(tiny_qwen, make_cache(), tmp_path, trainable_models="text_encoder"))
-    with pytest.raises(ClusterError, match="99 workers of .* do not fit"):
-        job.run(make_config(tiny_qwen, make_cache(), tmp_path, num_workers=99))
-    with pytest.raises(Exception, match=r"to_qq.*did you mean"):  # from a worker, without three attempts
-        job.run(make_config(tiny_qwen, make_cache(), tmp_path, lora_target_modules="to_qq"))
-    assert list_checkpoints(str(tmp_path)) == []
-    assert ray.is_initialized()
-
-
-def test_sample_pictures_are_made_beside_the_training(
-    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    from PIL import Image
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
-    options: dict[str, Any] = {"max_steps": 4, "num_workers": 1, "resources": {"CPU": 1}, "sample_steps": 2}
-    options |= {"height": 64, "width": 64, "sample_inference_steps": 2}
-    options["validation_prompts"] = str(tmp_path / "prompts.txt")
-    job.run(make_config(tiny_qwen, make_cache(), tmp_path / "out", **options))
-    assert "ended early" not in caplog.text
-    grids = sorted((tmp_path / "out/samples").iterdir())
-    assert [path.name for path in grids] == ["step-00000002.png", "step-00000004.png"]
-    assert Image.open(grids[0]).size == (128, 64)
-    assert grids[0].read_bytes() != grids[1].read_bytes()  # the LoRA moved, the noise did not
-    events = EventAccumulator(str(tmp_path / "out/tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Images("samples")] == [2, 4]
-    with pytest.raises(TrainingError, match=r"needs the whole model, but .*vae.* is not given"):
-        half = {**options, "model": None, "model_id_with_origin_paths": None}
-        half["model_paths"] = json.dumps([str(p) for p in sorted((tiny_qwen / "transformer").glob("*.safetensors"))])
-        job.run(make_config(tiny_qwen, make_cache(), tmp_path / "half", **half))
+from tests.training.test_elastic import test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it  # noqa: E402, F401
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
@@ -150,4 +93,61 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_qwen: Path, make_cache:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-from tests.training.test_elastic import test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it  # noqa: E402, F401
+def test_sample_pictures_are_made_beside_the_training(
+    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
+    options: dict[str, Any] = {"max_steps": 4, "num_workers": 1, "resources": {"CPU": 1}, "sample_steps": 2}
+    options |= {"height": 64, "width": 64, "sample_inference_steps": 2}
+    options["validation_prompts"] = str(tmp_path / "prompts.txt")
+    job.run(make_config(tiny_qwen, make_cache(), tmp_path / "out", **options))
+    assert "ended early" not in caplog.text
+    grids = sorted((tmp_path / "out/samples").iterdir())
+    assert [path.name for path in grids] == ["step-00000002.png", "step-00000004.png"]
+    assert Image.open(grids[0]).size == (128, 64)
+    assert grids[0].read_bytes() != grids[1].read_bytes()  # the LoRA moved, the noise did not
+    events = EventAccumulator(str(tmp_path / "out/tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("samples")] == [2, 4]
+    with pytest.raises(TrainingError, match=r"needs the whole model, but .*vae.* is not given"):
+        half = {**options, "model": None, "model_id_with_origin_paths": None}
+        half["model_paths"] = json.dumps([str(p) for p in sorted((tiny_qwen / "transformer").glob("*.safetensors"))])
+        job.run(make_config(tiny_qwen, make_cache(), tmp_path / "half", **half))
+
+
+def test_errors_come_through(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="for trained models 'dit'"):  # before any worker starts
+        job.run(make_config(tiny_qwen, make_cache(), tmp_path, trainable_models="text_encoder"))
+    with pytest.raises(ClusterError, match="99 workers of .* do not fit"):
+        job.run(make_config(tiny_qwen, make_cache(), tmp_path, num_workers=99))
+    with pytest.raises(Exception, match=r"to_qq.*did you mean"):  # from a worker, without three attempts
+        job.run(make_config(tiny_qwen, make_cache(), tmp_path, lora_target_modules="to_qq"))
+    assert list_checkpoints(str(tmp_path)) == []
+    assert ray.is_initialized()
+
+
+def test_two_workers_train_the_lora_of_one_and_it_is_elastic(
+    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same two lanes: served by one process, by two workers, and by 1, then 2, then 1 of them."""
+    options: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3, "batch_size": 2}
+    alone = make_config(tiny_qwen, make_cache(), tmp_path / "one", gradient_accumulation_steps=2, **options)
+    train(alone, LocalContext("cpu", progress=False))
+    report = job.run(make_config(tiny_qwen, make_cache(), tmp_path / "two", num_workers=2, **options))
+    assert report["counts"]["workers"] == 2
+    assert "trained 6 of 6 steps on 10 samples" in capsys.readouterr().out
+    assert json.loads((tmp_path / "two/report.json").read_text())["counts"]["steps"] == 6
+    assert difference(tmp_path / "one/step-6.safetensors", tmp_path / "two/step-6.safetensors") <= 1e-5
+    assert len(read_metrics(str(tmp_path / "two"))) == 6
+
+    for steps, workers in ((2, 1), (4, 2), (6, 1)):
+        changes: dict[str, Any] = {**options, "max_steps": steps, "gradient_accumulation_steps": 2}
+        config = make_config(tiny_qwen, make_cache(), tmp_path / "elastic", num_workers=workers, **changes)
+        if workers == 1:
+            train(config, LocalContext("cpu", progress=False))
+        else:
+            job.run(config)
+    assert difference(tmp_path / "one/step-6.safetensors", tmp_path / "elastic/step-6.safetensors") <= 1e-5

@@ -20,7 +20,7 @@ from ray_diffsynth.demo.recipe.dit import DitConfig, train_dit
 from ray_diffsynth.demo.recipe.export import export_model, pipeline
 from ray_diffsynth.demo.recipe.generic import vae_pictures
 from ray_diffsynth.demo.recipe.latents import LatentsConfig, load_latents, prepare_latents
-from ray_diffsynth.demo.recipe.vae import build_vae, decode, encode, test_pictures
+from ray_diffsynth.demo.recipe.vae import build_vae, decode, encode, held_out_pictures
 
 logger = logging.getLogger("ray_diffsynth.demo.recipe")
 
@@ -48,7 +48,7 @@ def stage_decoder(out: Path) -> None:
     def look(step: int) -> None:
         vae.save_pretrained(out / "vae")
         rows = [
-            row for pictures in test_pictures(12).values() for row in (pictures, decode(vae, encode(vae, pictures)))
+            row for pictures in held_out_pictures(12).values() for row in (pictures, decode(vae, encode(vae, pictures)))
         ]
         grid([picture for row in rows for picture in row], 12).save(out / f"vae_{step}.png")
 

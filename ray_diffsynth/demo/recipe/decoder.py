@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ray_diffsynth.demo.draw import Pixels
 from ray_diffsynth.demo.recipe.state import TrainingState
-from ray_diffsynth.demo.recipe.vae import encode, psnr, single_frame, test_pictures, to_tensor
+from ray_diffsynth.demo.recipe.vae import encode, held_out_pictures, psnr, single_frame, to_tensor
 
 logger = logging.getLogger("ray_diffsynth.demo.recipe")
 
@@ -67,7 +67,7 @@ def train_decoder(
     average = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(False)
     decoder = copy.deepcopy(average).requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    latents, held_out = encode(vae, pixels), test_pictures()
+    latents, held_out = encode(vae, pixels), held_out_pictures()
     state = TrainingState(folder, decoder, average, {"adamw": optimizer})
     for step in state.steps(config.steps, save_every=250):
         fall = 0.5 * (1 + np.cos(np.pi * step / config.steps))

@@ -30,7 +30,7 @@ class DitConfig:
     layers: int = 4
     heads: int = 4
     head_dim: int = 32
-    steps: int = 3_600
+    steps: int = 3_250
     cool: int = 800
     batch: int = 32
     learning_rate: float = 1.5e-3

@@ -104,7 +104,7 @@ def psnr(vae: AutoencoderKLQwenImage, pixels: list[Pixels]) -> float:
     return float((10 * np.log10(255.0**2 / error)).mean())
 
 
-def test_pictures(n: int = 32) -> dict[str, list[Pixels]]:
+def held_out_pictures(n: int = 32) -> dict[str, list[Pixels]]:
     """Pictures that no stage trains on, by kind."""
     return {
         "shapes": [draw_picture(901, i).pixels for i in range(n)],
