@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.caches import gaussian_cache
 from benchmarks.harness import Row, in_turn, main, seconds
 
-SAMPLES, BATCH, TIMES = 384, 4, 7
+SAMPLES, BATCH, TIMES = 160, 4, 5
 
 
 def measure() -> list[Row]:

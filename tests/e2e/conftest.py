@@ -10,7 +10,10 @@ import pytest
 from ray_diffsynth.config import PreprocessConfig, TrainConfig
 from ray_diffsynth.demo.draw import draw_dataset
 
-LORA = "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
+LORA = (
+    "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
+    "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
+)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +44,9 @@ def preprocess(local_ray: None) -> Preprocess:
 
 
 @pytest.fixture(scope="session")
-def fp32_cache(tiny_qwen: Path, dataset: Path, preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fp32_cache(
+    tiny_qwen: Path, dataset: Path, preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The dataset's cache in fp32, encoded one sample at a time. Read it, never write to it."""
     cache = tmp_path_factory.mktemp("cache") / "fp32"
     preprocess(tiny_qwen, dataset, cache)

@@ -37,7 +37,7 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture.resize((1, 1)).save(root / "dot.png")
     picture.convert("CMYK").save(root / "cmyk.jpg")
     picture.convert("P").save(root / "palette.png")
-    Image.fromarray((noise(1)[..., 0].astype(np.uint16) * 257)).save(root / "deep.png")
+    Image.fromarray(noise(1)[..., 0].astype(np.uint16) * 257).save(root / "deep.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(noise(2)[:32]).save(root / "rotated.jpg", exif=exif)
@@ -64,7 +64,16 @@ def test_every_row_is_in_the_manifest_or_in_quarantine(nasty_cache: Path) -> Non
     quarantine = manifest.read_quarantine(str(nasty_cache)).to_pylist()
     reasons = {row["sample_id"]: row["error"] for row in quarantine}
     assert set(CacheReader(str(nasty_cache)).sample_ids) == {
-        *("good.png", "good.png#2", "cmyk.jpg", "cmyk.jpg#2", "palette.png", "deep.png", "rotated.jpg", "übergröße 🎨.png"),
+        *(
+            "good.png",
+            "good.png#2",
+            "cmyk.jpg",
+            "cmyk.jpg#2",
+            "palette.png",
+            "deep.png",
+            "rotated.jpg",
+            "übergröße 🎨.png",
+        ),
     }
     for name in ("corrupt.png", "empty.png", "text.png", "absent.png"):
         assert reasons[name] == "MediaError", name
@@ -108,7 +117,9 @@ def test_an_unusable_dataset_writes_no_manifest(
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
-def test_a_model_folder_without_config_is_named(tiny_qwen: Path, dataset: Path, preprocess: Preprocess, tmp_path: Path) -> None:
+def test_a_model_folder_without_config_is_named(
+    tiny_qwen: Path, dataset: Path, preprocess: Preprocess, tmp_path: Path
+) -> None:
     model = Path(shutil.copytree(tiny_qwen, tmp_path / "model"))
     (model / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match=r"vae.*config\.json|config\.json.*vae"):

@@ -32,7 +32,9 @@ def test_the_latents_are_diffusers_own(fp32_cache: Path, dataset: Path, tiny_qwe
     vae = AutoencoderKLQwenImage.from_pretrained(str(tiny_qwen), subfolder="vae")
     reader = CacheReader(str(fp32_cache))
     row = list(reader.sample_ids).index("shapes_00000.png")
-    pixels = torch.from_numpy(np.array(Image.open(dataset / "shapes_00000.png").convert("RGB"))).permute(2, 0, 1).float()
+    pixels = (
+        torch.from_numpy(np.array(Image.open(dataset / "shapes_00000.png").convert("RGB"))).permute(2, 0, 1).float()
+    )
     with torch.no_grad():
         latents = vae.encode((pixels / 127.5 - 1)[None, :, None]).latent_dist.mode()[:, :, 0]
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))

@@ -22,12 +22,32 @@ from ray_diffsynth.demo.draw import draw_dataset
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
+TARGETS = (
+    "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
+    "img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
+)
 ENCODERS = "Qwen/Qwen-Image:text_encoder/model*.safetensors,Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"
 TRANSFORMER = "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
 GUIDE = (
-    *("--max_pixels", "1048576", "--learning_rate", "1e-4", "--num_epochs", "5", "--remove_prefix_in_ckpt", "pipe.dit."),
-    *("--lora_base_model", "dit", "--lora_target_modules", TARGETS, "--lora_rank", "32", "--use_gradient_checkpointing"),
+    *(
+        "--max_pixels",
+        "1048576",
+        "--learning_rate",
+        "1e-4",
+        "--num_epochs",
+        "5",
+        "--remove_prefix_in_ckpt",
+        "pipe.dit.",
+    ),
+    *(
+        "--lora_base_model",
+        "dit",
+        "--lora_target_modules",
+        TARGETS,
+        "--lora_rank",
+        "32",
+        "--use_gradient_checkpointing",
+    ),
     *("--dataset_num_workers", "8", "--find_unused_parameters"),
 )
 
@@ -45,7 +65,16 @@ def test_the_two_commands_of_diffsynths_guide(tiny_qwen: Path, tmp_path: Path) -
     shutil.copytree(tiny_qwen, tmp_path / "models" / "Qwen" / "Qwen-Image")
     base, cache = "data/example_image_dataset", "./models/train/Qwen-Image-LoRA-splited-cache"
     data = ["--dataset_base_path", base, "--dataset_metadata_path", f"{base}/metadata.csv", "--dataset_repeat", "1"]
-    first = [*data, "--model_id_with_origin_paths", ENCODERS, "--output_path", cache, "--task", "sft:data_process", *GUIDE]
+    first = [
+        *data,
+        "--model_id_with_origin_paths",
+        ENCODERS,
+        "--output_path",
+        cache,
+        "--task",
+        "sft:data_process",
+        *GUIDE,
+    ]
     said = run([sys.executable, str(ROOT / "jobs" / "preprocess.py"), *first], tmp_path)
     for flag in ("--learning_rate", "--find_unused_parameters", "--remove_prefix_in_ckpt", "--lora_rank"):
         assert flag in said, f"{flag} has no effect in stage 1, and nothing says so"
@@ -81,7 +110,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     gcs, dashboard, agent, client, metrics = free_ports(5)
     # Unix socket paths may have 107 characters, so the folder must be near the root.
     folder = Path("/tmp") / f"rds-{secrets.token_hex(4)}"
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("RAY_ADDRESS", None)
     # The job's `python` is found on the head's path.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
@@ -91,7 +125,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     ray += [f"--metrics-export-port={metrics}", "--disable-usage-stats"]
     log = tmp_path_factory.mktemp("head") / "head.log"
     with log.open("w") as output:
-        process = subprocess.Popen(ray, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            ray, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         address = f"http://127.0.0.1:{dashboard}"
         deadline = time.monotonic() + 120
@@ -122,8 +158,23 @@ def _answers(address: str) -> bool:
 def test_ray_job_submit(head: Head, tiny_qwen: Path, tmp_path: Path) -> None:
     """Both jobs on a cluster that is there already, from the checkout's working directory."""
     draw_dataset(tmp_path / "data", 4)
-    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head.address, "--working-dir", "."]
-    first = ["--model", str(tiny_qwen), "--dataset_base_path", str(tmp_path / "data"), "--output_path", str(tmp_path / "cache")]
+    submit = [
+        str(Path(sys.executable).with_name("ray")),
+        "job",
+        "submit",
+        "--address",
+        head.address,
+        "--working-dir",
+        ".",
+    ]
+    first = [
+        "--model",
+        str(tiny_qwen),
+        "--dataset_base_path",
+        str(tmp_path / "data"),
+        "--output_path",
+        str(tmp_path / "cache"),
+    ]
     said = run([*submit, "--", "python", "jobs/preprocess.py", *first], ROOT, head.environment)
     assert "cache of 4 samples" in said and "succeeded" in said
     second = ["--model", str(tiny_qwen), "--dataset_base_path", str(tmp_path / "cache"), "--max_steps", "2"]

@@ -19,10 +19,14 @@ def lora(config_output: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_split_equals_unsplit(tiny_qwen: Path, dataset: Path, fp32_cache: Path, tmp_path: Path, batch_size: int) -> None:
+def test_split_equals_unsplit(
+    tiny_qwen: Path, dataset: Path, fp32_cache: Path, tmp_path: Path, batch_size: int
+) -> None:
     options = {"batch_size": batch_size, "num_epochs": 2}
     split = train(train_config(tiny_qwen, fp32_cache, tmp_path / "split", **options), LocalContext(progress=False))
-    whole = train(train_config(tiny_qwen, dataset, tmp_path / "whole", task="sft", **options), LocalContext(progress=False))
+    whole = train(
+        train_config(tiny_qwen, dataset, tmp_path / "whole", task="sft", **options), LocalContext(progress=False)
+    )
     assert split.steps == whole.steps > 8 and split.loss == whole.loss
     first, second = lora(tmp_path / "split"), lora(tmp_path / "whole")
     assert first.keys() == second.keys()

@@ -65,9 +65,6 @@ def test_a_killed_worker_costs_nothing(
     assert [line["step"] for line in read_metrics(str(tmp_path / "killed"))] == [1, 2, 3, 4, 5]
 
 
-from tests.training.test_elastic import test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it  # noqa: E402, F401
-
-
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_epochs": 2000, "num_workers": 1, "resources": {"CPU": 1}, "save_steps": 10_000}
     options["log_with"] = "none"
