@@ -45,12 +45,12 @@ def test_what_failed_is_left_alone_until_it_is_asked_for(tmp_path: Path, few: Pa
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sample_that_kills_its_encoder_is_found(tmp_path: Path, few: Path, inline: Stage1) -> None:
+def test_a_sample_that_kills_its_encoder_is_found(tmp_path: Path, few: Path, stage1: Stage1) -> None:
     model, cache = build_model(tmp_path / "model", kill=[pixels(few, 7)]), tmp_path / "cache"
-    report = inline(model, few, cache)
+    report = stage1(model, few, cache)
     assert quarantine(cache) == {"0007.png": ("EncoderDied", "vae")}
     assert report["samples"] == 11 and set(calls(model, "vae")) == {pixels(few, n) for n in range(12) if n != 7}
-    assert inline(model, few, cache)["quarantined"] == 1
+    assert stage1(model, few, cache)["quarantined"] == 1
 
 
 def test_too_much_quarantine_fails_and_loses_nothing(tmp_path: Path, few: Path, inline: Stage1) -> None:
