@@ -15,6 +15,7 @@ from ray_diffsynth.demo.draw import draw_dataset
 from tests.docs.test_docs import ROOT, blocks, commands, run_command
 
 
+@pytest.mark.unproven
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -56,6 +57,7 @@ def test_the_guide(
     assert without != with_lora
 
 
+@pytest.mark.unproven
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)

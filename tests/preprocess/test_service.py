@@ -43,6 +43,7 @@ def test_what_failed_is_left_alone_until_it_is_asked_for(tmp_path: Path, few: Pa
     assert calls(model, "vae")[11:] == [pixels(few, 5)] and len(CacheReader(str(cache)).read(range(12))) == 12
 
 
+@pytest.mark.unproven
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sample_that_kills_its_encoder_is_found(tmp_path: Path, few: Path, stage1: Stage1) -> None:
@@ -64,6 +65,7 @@ def test_too_much_quarantine_fails_and_loses_nothing(tmp_path: Path, few: Path, 
     assert len(calls(model, "vae")) == 10
 
 
+@pytest.mark.unproven
 @pytest.mark.ray
 def test_pools_run_side_by_side_and_give_the_same_cache(tmp_path: Path, few: Path, stage1: Stage1) -> None:
     model, cache = build_model(tmp_path / "model", sleep=0.2), tmp_path / "cache"
