@@ -15,7 +15,6 @@ from ray_diffsynth.demo.draw import draw_dataset
 from tests.docs.test_docs import ROOT, blocks, commands, run_command
 
 
-@pytest.mark.unproven
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
