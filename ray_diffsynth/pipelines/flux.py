@@ -10,7 +10,12 @@ from torch import Tensor
 
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.pipelines.base import Part
-from ray_diffsynth.pipelines.image import MAX_SEQUENCE_LENGTH, SamplingDefaults, image_units
+from ray_diffsynth.pipelines.image import (
+    MAX_SEQUENCE_LENGTH,
+    ImageUnit_PromptEmbedder,
+    SamplingDefaults,
+    image_units,
+)
 from ray_diffsynth.pipelines.kl_vae import KLImagePipeline
 from ray_diffsynth.pipelines.packing import grid_positions, pack_latents, unpack_latents
 from ray_diffsynth.pipelines.text import tokenize
@@ -68,7 +73,7 @@ class FluxPipeline(KLImagePipeline):
 
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype)
-        self.units = [*image_units(), FluxUnit_PooledEmbedder(), FluxUnit_PromptEmbedder()]
+        self.units = [*image_units(), FluxUnit_PooledEmbedder(), ImageUnit_PromptEmbedder("text_encoder_2")]
         self.model_fn = model_fn_flux
 
     def training_settings(self) -> dict[str, Any]:
@@ -87,11 +92,11 @@ class FluxPipeline(KLImagePipeline):
         pooled: Tensor = self.text_encoder(tokens.input_ids.to(self.device)).pooler_output
         return pooled.to(self.torch_dtype)
 
-    def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> Tensor:
-        """T5's embeddings (B, max_sequence_length, D), without a mask, as the model was trained."""
+    def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> list[Tensor]:
+        """T5's embedding (1, max_sequence_length, D) of each prompt, without a mask, as the model was trained."""
         ids, _ = tokenize(self.tokenizer_2, prompts, max_length=max_sequence_length, padding="max_length")
         embeds: Tensor = self.text_encoder_2(ids.to(self.device)).last_hidden_state
-        return embeds.to(self.torch_dtype)
+        return [single[None].to(self.torch_dtype, copy=True) for single in embeds]
 
 
 class FluxUnit_PooledEmbedder(PipelineUnit):
@@ -113,34 +118,6 @@ class FluxUnit_PooledEmbedder(PipelineUnit):
         pipe.load_models_to_device(("text_encoder",))
         pooled = pipe.pool_prompts([inputs["prompt"] for inputs in batch])
         return [{"pooled_prompt_embeds": pooled[i : i + 1].clone()} for i in range(len(batch))]
-
-
-class FluxUnit_PromptEmbedder(PipelineUnit):
-    """`prompt` (and `negative_prompt`) -> T5's embeddings (1, max_sequence_length, D)."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            seperate_cfg=True,
-            input_params=("max_sequence_length",),
-            input_params_posi={"prompt": "prompt"},
-            input_params_nega={"prompt": "negative_prompt"},
-            output_params=("prompt_embeds",),
-            onload_model_names=("text_encoder_2",),
-        )
-
-    def process(
-        self, pipe: FluxPipeline, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH
-    ) -> dict[str, Any]:
-        pipe.load_models_to_device(("text_encoder_2",))
-        return {"prompt_embeds": pipe.encode_prompts([prompt], max_sequence_length=max_sequence_length)}
-
-    def process_batch(self, pipe: FluxPipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        limits = {inputs.get("max_sequence_length", MAX_SEQUENCE_LENGTH) for inputs in batch}
-        if len(limits) > 1:
-            return super().process_batch(pipe, batch)
-        pipe.load_models_to_device(("text_encoder_2",))
-        embeds = pipe.encode_prompts([inputs["prompt"] for inputs in batch], max_sequence_length=limits.pop())
-        return [{"prompt_embeds": embeds[i : i + 1].clone()} for i in range(len(batch))]
 
 
 def model_fn_flux(

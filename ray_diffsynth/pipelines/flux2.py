@@ -11,11 +11,15 @@ from torch import Tensor
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.base import Part
-from ray_diffsynth.pipelines.image import MAX_SEQUENCE_LENGTH, SamplingDefaults, image_units
+from ray_diffsynth.pipelines.image import (
+    MAX_SEQUENCE_LENGTH,
+    ImageUnit_PromptEmbedder,
+    SamplingDefaults,
+    image_units,
+)
 from ray_diffsynth.pipelines.kl_vae import KLImagePipeline
 from ray_diffsynth.pipelines.packing import grid_positions, patchify, unpatchify
 from ray_diffsynth.pipelines.text import chat_texts, tokenize
-from ray_diffsynth.pipelines.unit import PipelineUnit
 
 TEXT_LAYERS = (9, 18, 27)  # hidden states of Qwen3 that make an embedding; diffusers' `text_encoder_out_layers`
 
@@ -48,7 +52,7 @@ class Flux2KleinPipeline(KLImagePipeline):
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype)
         self.latent_channels, self.vae_scale_factor = 128, 16
-        self.units = [*image_units(), Flux2Unit_PromptEmbedder()]
+        self.units = [*image_units(), ImageUnit_PromptEmbedder()]
         self.model_fn = model_fn_flux2
 
     def configure(self, source: ModelSource) -> None:
@@ -70,8 +74,8 @@ class Flux2KleinPipeline(KLImagePipeline):
 
         return float(compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
 
-    def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> Tensor:
-        """Embeddings (B, max_sequence_length, 3D): three hidden states of Qwen3 side by side."""
+    def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> list[Tensor]:
+        """One embedding (1, max_sequence_length, 3D) a prompt: three hidden states of Qwen3 side by side."""
         texts = chat_texts(self.tokenizer, prompts, thinking=False)
         ids, mask = tokenize(self.tokenizer, texts, max_length=max_sequence_length, padding="max_length")
         # The base model: nobody reads the logits.
@@ -81,7 +85,8 @@ class Flux2KleinPipeline(KLImagePipeline):
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
-        return torch.cat([hidden[layer] for layer in TEXT_LAYERS], dim=-1).to(self.torch_dtype)
+        embeds = torch.cat([hidden[layer] for layer in TEXT_LAYERS], dim=-1).to(self.torch_dtype)
+        return [single[None].clone() for single in embeds]
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the patchified latents, fp32, (1, 4C, 1, 1)."""
@@ -89,34 +94,6 @@ class Flux2KleinPipeline(KLImagePipeline):
         mean = norm.running_mean.float().view(1, -1, 1, 1)
         std = torch.sqrt(norm.running_var.float().view(1, -1, 1, 1) + self.vae.config.batch_norm_eps)
         return mean, std
-
-
-class Flux2Unit_PromptEmbedder(PipelineUnit):
-    """`prompt` (and `negative_prompt`) -> embeddings (1, max_sequence_length, 3D)."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            seperate_cfg=True,
-            input_params=("max_sequence_length",),
-            input_params_posi={"prompt": "prompt"},
-            input_params_nega={"prompt": "negative_prompt"},
-            output_params=("prompt_embeds",),
-            onload_model_names=("text_encoder",),
-        )
-
-    def process(
-        self, pipe: Flux2KleinPipeline, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH
-    ) -> dict[str, Any]:
-        pipe.load_models_to_device(("text_encoder",))
-        return {"prompt_embeds": pipe.encode_prompts([prompt], max_sequence_length=max_sequence_length)}
-
-    def process_batch(self, pipe: Flux2KleinPipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        limits = {inputs.get("max_sequence_length", MAX_SEQUENCE_LENGTH) for inputs in batch}
-        if len(limits) > 1:
-            return super().process_batch(pipe, batch)
-        pipe.load_models_to_device(("text_encoder",))
-        embeds = pipe.encode_prompts([inputs["prompt"] for inputs in batch], max_sequence_length=limits.pop())
-        return [{"prompt_embeds": embeds[i : i + 1].clone()} for i in range(len(batch))]
 
 
 def model_fn_flux2(

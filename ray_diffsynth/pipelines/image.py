@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
 from ray_diffsynth.pipelines.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.initial_latents import FlowMatchUnit_InitialLatents
 from ray_diffsynth.pipelines.unit import PipelineUnit, UnitState, missing_input, run_units
 
 MAX_SEQUENCE_LENGTH = 512  # prompt tokens; what diffusers' pipelines of these families use by default
@@ -29,11 +31,11 @@ class SamplingDefaults:
     """None: the family has no guidance embedding."""
 
 
-class ImagePipeline(BasePipeline):
+class ImagePipeline(BasePipeline, ABC):
     """Base of the families that make one picture from a prompt; latents are (B, C, h, w).
 
-    A subclass sets the units (`image_units` and its own for the text), `model_fn`, `latent_channels` and
-    `vae_scale_factor`, and implements `encode_images` and `decode_latents`.
+    A subclass sets the units (`image_units`, and `ImageUnit_PromptEmbedder` or its own for the text), `model_fn`,
+    `latent_channels` and `vae_scale_factor`, and implements the abstract methods.
     """
 
     defaults: ClassVar[SamplingDefaults] = SamplingDefaults()
@@ -49,16 +51,20 @@ class ImagePipeline(BasePipeline):
     def training_settings(self) -> dict[str, Any]:
         return {**super().training_settings(), "max_sequence_length": MAX_SEQUENCE_LENGTH}
 
+    @abstractmethod
     def encode_images(self, pixels: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, h, w): the mode of the VAE's distribution.
 
         `tile_size` and `tile_stride` are in the VAE's latents, as in DiffSynth-Studio.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_latents(self, latents: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
         """Inverse of `encode_images`: pixels (B, 3, H, W), about [-1, 1]."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int) -> list[Tensor]:
+        """One embedding (1, L, D) a prompt, of at most `max_sequence_length` tokens, in the pipeline's dtype."""
 
     def time_shift(self, tokens: int, steps: int) -> float | None:
         """mu of the sampling schedule for `tokens` image tokens; None: as the scheduler's configuration says."""
@@ -172,7 +178,7 @@ def image_units() -> list[PipelineUnit]:
         ImageUnit_ShapeChecker(),
         ImageUnit_NoiseInitializer(),
         ImageUnit_ImageEncoder(),
-        ImageUnit_InitialLatents(),
+        FlowMatchUnit_InitialLatents(),
     ]
 
 
@@ -259,20 +265,37 @@ class ImageUnit_ImageEncoder(PipelineUnit):
         return results
 
 
-class ImageUnit_InitialLatents(PipelineUnit):
-    """What sampling starts from: noise, or the noised `input_latents`. In training the loss makes the noisy latents."""
+class ImageUnit_PromptEmbedder(PipelineUnit):
+    """`prompt` (and `negative_prompt`) -> embeddings (1, L, D), by the pipeline's `encode_prompts`.
 
-    def __init__(self) -> None:
-        super().__init__(input_params=("noise", "input_latents"), output_params=("latents",))
+    Args:
+        model: the text encoder that `encode_prompts` runs.
+    """
+
+    def __init__(self, model: str = "text_encoder") -> None:
+        super().__init__(
+            seperate_cfg=True,
+            input_params=("max_sequence_length",),
+            input_params_posi={"prompt": "prompt"},
+            input_params_nega={"prompt": "negative_prompt"},
+            output_params=("prompt_embeds",),
+            onload_model_names=(model,),
+        )
 
     def process(
-        self, pipe: ImagePipeline, noise: Tensor | None = None, input_latents: Tensor | None = None
+        self, pipe: ImagePipeline, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH
     ) -> dict[str, Any]:
-        if pipe.scheduler.training:
-            return {}
-        if noise is None:
-            raise missing_input(type(self).__name__, "noise", pipe, before=self)
-        if input_latents is None:
-            return {"latents": noise}
-        noised = pipe.scheduler.add_noise(input_latents, noise, timestep=pipe.scheduler.timesteps[0])
-        return {"latents": noised.to(noise.dtype)}
+        return self.process_batch(pipe, [{"prompt": prompt, "max_sequence_length": max_sequence_length}])[0]
+
+    def process_batch(self, pipe: ImagePipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One call of the text encoder for all prompts of one maximum length."""
+        together: dict[int, list[int]] = {}
+        for index, inputs in enumerate(batch):
+            together.setdefault(inputs.get("max_sequence_length", MAX_SEQUENCE_LENGTH), []).append(index)
+        pipe.load_models_to_device(self.onload_model_names or ())
+        results: list[dict[str, Any]] = [{} for _ in batch]
+        for limit, indices in together.items():
+            embeds = pipe.encode_prompts([batch[index]["prompt"] for index in indices], max_sequence_length=limit)
+            for index, single in zip(indices, embeds, strict=True):
+                results[index] = {"prompt_embeds": single}
+        return results

@@ -13,10 +13,15 @@ from torch import Tensor
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.base import Part
-from ray_diffsynth.pipelines.image import MAX_SEQUENCE_LENGTH, ImagePipeline, SamplingDefaults, image_units
+from ray_diffsynth.pipelines.image import (
+    MAX_SEQUENCE_LENGTH,
+    ImagePipeline,
+    ImageUnit_PromptEmbedder,
+    SamplingDefaults,
+    image_units,
+)
 from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents
 from ray_diffsynth.pipelines.tiling import vae_tiling
-from ray_diffsynth.pipelines.unit import PipelineUnit
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +53,7 @@ class QwenImagePipeline(ImagePipeline):
         super().__init__(device=device, torch_dtype=torch_dtype, height_division_factor=16, width_division_factor=16)
         self.latent_channels = 16
         self.vae_scale_factor = 8
-        self.units = [*image_units(), QwenImageUnit_PromptEmbedder()]
+        self.units = [*image_units(), ImageUnit_PromptEmbedder()]
         self.model_fn = model_fn_qwen_image
 
     def configure(self, source: ModelSource) -> None:
@@ -112,32 +117,6 @@ class QwenImagePipeline(ImagePipeline):
             for values in (config.latents_mean, config.latents_std)
         )
         return mean, std
-
-
-class QwenImageUnit_PromptEmbedder(PipelineUnit):
-    """`prompt` (and `negative_prompt`) -> embeddings (1, L, D) without padding, so that no mask is needed for one."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            seperate_cfg=True,
-            input_params=("max_sequence_length",),
-            input_params_posi={"prompt": "prompt"},
-            input_params_nega={"prompt": "negative_prompt"},
-            output_params=("prompt_embeds",),
-            onload_model_names=("text_encoder",),
-        )
-
-    def process(
-        self, pipe: QwenImagePipeline, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH
-    ) -> dict[str, Any]:
-        return self.process_batch(pipe, [{"prompt": prompt, "max_sequence_length": max_sequence_length}])[0]
-
-    def process_batch(self, pipe: QwenImagePipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One call of the text encoder for all prompts, padded to the longest; the padding is cut off again."""
-        pipe.load_models_to_device(("text_encoder",))
-        limits = [inputs.get("max_sequence_length", MAX_SEQUENCE_LENGTH) for inputs in batch]
-        embeds = pipe.encode_prompts([inputs["prompt"] for inputs in batch], max_sequence_length=max(limits))
-        return [{"prompt_embeds": single[:, :limit]} for single, limit in zip(embeds, limits, strict=True)]
 
 
 def model_fn_qwen_image(

@@ -18,11 +18,11 @@ from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.base import BasePipeline, Part, PipelineError
+from ray_diffsynth.pipelines.initial_latents import FlowMatchUnit_InitialLatents
 from ray_diffsynth.pipelines.tiling import vae_tiling
 from ray_diffsynth.pipelines.unit import UnitState, run_units
 from ray_diffsynth.pipelines.wan_units import (
     Video,
-    WanVideoUnit_InitialLatents,
     WanVideoUnit_InputVideoEmbedder,
     WanVideoUnit_NoiseInitializer,
     WanVideoUnit_PromptEmbedder,
@@ -91,7 +91,7 @@ class WanPipeline(BasePipeline):
             WanVideoUnit_ShapeChecker(),
             WanVideoUnit_NoiseInitializer(),
             WanVideoUnit_InputVideoEmbedder(),
-            WanVideoUnit_InitialLatents(),
+            FlowMatchUnit_InitialLatents(),
             WanVideoUnit_PromptEmbedder(),
         ]
         self.model_fn = model_fn_wan

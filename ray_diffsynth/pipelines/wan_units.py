@@ -90,24 +90,6 @@ class WanVideoUnit_InputVideoEmbedder(PipelineUnit):
         return {"input_latents": pipe.encode_video(pixels, tiled=tiled, tile_size=tile_size, tile_stride=tile_stride)}
 
 
-class WanVideoUnit_InitialLatents(PipelineUnit):
-    """What sampling starts from: noise, or the noised `input_latents`. In training the loss makes the noisy latents."""
-
-    def __init__(self) -> None:
-        super().__init__(input_params=("noise", "input_latents"), output_params=("latents",))
-
-    def process(
-        self, pipe: WanPipeline, noise: Tensor | None = None, input_latents: Tensor | None = None
-    ) -> dict[str, Any]:
-        if pipe.scheduler.training:
-            return {}
-        if noise is None:
-            raise missing_input(type(self).__name__, "noise", pipe, before=self)
-        if input_latents is None:
-            return {"latents": noise}
-        return {"latents": pipe.scheduler.add_noise(input_latents.to(noise.dtype), noise, pipe.scheduler.timesteps[0])}
-
-
 class WanVideoUnit_PromptEmbedder(PipelineUnit):
     """`prompt` (and `negative_prompt`) -> embeddings (1, L, D) without padding; `model_fn` pads them."""
 

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.pipelines.base import Part
-from ray_diffsynth.pipelines.image import MAX_SEQUENCE_LENGTH, SamplingDefaults, image_units
+from ray_diffsynth.pipelines.image import (
+    MAX_SEQUENCE_LENGTH,
+    ImageUnit_PromptEmbedder,
+    SamplingDefaults,
+    image_units,
+)
 from ray_diffsynth.pipelines.kl_vae import KLImagePipeline
 from ray_diffsynth.pipelines.text import chat_texts, tokenize
-from ray_diffsynth.pipelines.unit import PipelineUnit
 
 
 class ZImagePipeline(KLImagePipeline):
@@ -42,7 +46,7 @@ class ZImagePipeline(KLImagePipeline):
 
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype)
-        self.units = [*image_units(), ZImageUnit_PromptEmbedder()]
+        self.units = [*image_units(), ImageUnit_PromptEmbedder()]
         self.model_fn = model_fn_z_image
 
     def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> list[Tensor]:
@@ -53,32 +57,6 @@ class ZImagePipeline(KLImagePipeline):
         ids, mask = ids.to(self.device), mask.to(self.device).bool()
         hidden = self.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
         return [row[kept][None].to(self.torch_dtype) for row, kept in zip(hidden, mask, strict=True)]
-
-
-class ZImageUnit_PromptEmbedder(PipelineUnit):
-    """`prompt` (and `negative_prompt`) -> embeddings (1, L, D) without padding."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            seperate_cfg=True,
-            input_params=("max_sequence_length",),
-            input_params_posi={"prompt": "prompt"},
-            input_params_nega={"prompt": "negative_prompt"},
-            output_params=("prompt_embeds",),
-            onload_model_names=("text_encoder",),
-        )
-
-    def process(
-        self, pipe: ZImagePipeline, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH
-    ) -> dict[str, Any]:
-        return self.process_batch(pipe, [{"prompt": prompt, "max_sequence_length": max_sequence_length}])[0]
-
-    def process_batch(self, pipe: ZImagePipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One call of the text encoder for all prompts, padded to the longest; the padding is cut off again."""
-        pipe.load_models_to_device(("text_encoder",))
-        limits = [inputs.get("max_sequence_length", MAX_SEQUENCE_LENGTH) for inputs in batch]
-        embeds = pipe.encode_prompts([inputs["prompt"] for inputs in batch], max_sequence_length=max(limits))
-        return [{"prompt_embeds": single[:, :limit]} for single, limit in zip(embeds, limits, strict=True)]
 
 
 def model_fn_z_image(
