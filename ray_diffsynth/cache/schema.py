@@ -6,11 +6,11 @@ open them. A parameter that a row does not have (a unit may return less than it 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from ray_diffsynth.cache.codec import CodecError, Encoded, check_codec, decode_value, encode_value
 from ray_diffsynth.cache.errors import CacheError as CacheError
@@ -53,17 +53,18 @@ def encode_values(values: Mapping[str, Any], codec: str) -> dict[str, Encoded]:
 
 
 def _checksum(key: str, cells: Iterable[tuple[str, Any, Sequence[int], str]], codec: str) -> str:
-    crc = zlib.crc32(f"{codec}\n{key}".encode())
+    digest = xxhash.xxh3_64(f"{codec}\n{key}".encode())
     for name, data, shape, dtype in cells:
-        crc = zlib.crc32(f"\n{name}\n{dtype}\n{list(shape)}\n".encode(), crc)
-        crc = zlib.crc32(data, crc)
-    return f"crc32:{crc:08x}"
+        digest.update(f"\n{name}\n{dtype}\n{list(shape)}\n".encode())
+        digest.update(data)
+    return f"xxh3:{digest.hexdigest()}"
 
 
 def checksum(key: str, values: Mapping[str, Encoded], codec: str) -> str:
-    """CRC-32 over a row's key, codec, and the names, dtypes, shapes and stored bytes of its parameters in name order.
+    """XXH3-64 over a row's key, codec, and the names, dtypes, shapes and stored bytes of its parameters in name order.
 
-    A guard against damage and mixed-up codecs, not against forgery; it runs at twice the speed of a SHA on a CPU core.
+    A guard against damage and mixed-up codecs, not against forgery. Training checks each row that it reads, so speed
+    decides: XXH3 runs at the speed of memory, where zlib's CRC-32 took a fifth of the reader's time.
     """
     cells = ((name, value.data, value.shape, value.dtype) for name, value in sorted(values.items()))
     return _checksum(key, cells, codec)
