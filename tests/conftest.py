@@ -11,6 +11,8 @@ import pytest
 # No test may reach for a hub; set before transformers and diffusers are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ray gives its workers niceness 15. On a machine that others load too they would starve, and Ray's own deadlines pass.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
