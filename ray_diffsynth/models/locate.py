@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ray_diffsynth.job_config import JobConfig
 from ray_diffsynth.models.folder import (
     KNOWN_PARTS,
     PICKLE_SUFFIXES,
@@ -15,12 +16,13 @@ from ray_diffsynth.models.folder import (
     choose_weights,
     list_files,
     part_name,
+    read_json,
     require_config,
     standard_weights,
 )
 from ray_diffsynth.models.hub import find_repository
 
-__all__ = ["ModelFolderError", "ModelSource", "locate_model"]
+__all__ = ["ModelFolderError", "ModelSource", "locate_configured", "locate_model"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class ModelSource:
     def folder(self, subfolder: str) -> Path:
         """The part's folder (which need not exist)."""
         return Path(dict(self.folders).get(subfolder) or Path(self.root) / subfolder)
+
+    def config(self, subfolder: str) -> dict[str, Any]:
+        """The part's config.json; empty where there is none. Raises ModelFolderError if it is damaged."""
+        return _json(self.folder(subfolder) / "config.json")
+
+    def index(self) -> dict[str, Any]:
+        """model_index.json of the whole model; empty where there is none. Raises ModelFolderError."""
+        return _json(Path(self.root) / "model_index.json")
 
     def weight_files(self, subfolder: str) -> list[Path]:
         """The part's safetensors files, sorted. ModelFolderError: see ``choose_weights``, ``require_config``."""
@@ -157,6 +167,25 @@ def locate_model(
         processor_path=processor,
         folders=tuple(sorted(folders.items())),
     )
+
+
+def locate_configured(config: JobConfig, wanted: Collection[str] | None = None) -> ModelSource:
+    """The model that a job's configuration names; see `locate_model`.
+
+    With `wanted=()` only configuration files are downloaded, which is enough to know the family and to plan.
+    """
+    return locate_model(
+        config.model,
+        model_id_with_origin_paths=config.model_id_with_origin_paths,
+        model_paths=config.model_paths,
+        tokenizer_path=config.tokenizer_path,
+        processor_path=config.processor_path,
+        wanted=wanted,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 class _Found:
@@ -295,9 +324,12 @@ def _companion_path(text: str | None, subfolder: str, base_path: str | None) -> 
     if path.exists():
         return str((path if path.is_dir() else path.parent).absolute())
     model_id, pattern = _split_entry(text)
-    root = find_repository(
-        model_id, [], base_path=base_path, complete=lambda r: bool(_companion_folders(r, pattern, subfolder))
-    )
+    try:
+        root = find_repository(
+            model_id, [], base_path=base_path, complete=lambda r: bool(_companion_folders(r, pattern, subfolder))
+        )
+    except ModelFolderError as err:
+        raise ModelFolderError(f"--{subfolder}_path: {err}") from err
     folders = _companion_folders(root, pattern, subfolder)
     if not folders:
         raise ModelFolderError(f"--{subfolder}_path {text} matches nothing in {root}, which holds: {list_files(root)}")

@@ -22,6 +22,7 @@ __all__ = [
     "add_lora",
     "export_lora",
     "fuse_lora",
+    "leave_casts_to_autocast",
     "load_lora_file",
     "load_lora_state",
     "lora_parameters",
@@ -110,6 +111,17 @@ def add_lora(
     return LoraInfo(name, rank, effective_alpha, rslora, targets, count)
 
 
+def leave_casts_to_autocast(module: nn.Module) -> None:
+    """For use under autocast alone: peft gives a layer's input to A in fp32, which autocast casts back.
+
+    So each layer would save a copy for the backward pass in place of the input that its neighbours save too. A DoRA is
+    left as it is: it computes the norms of the weights in the input's dtype.
+    """
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer) and not getattr(layer, "lora_magnitude_vector", ()):
+            layer.cast_input_dtype_enabled = False
+
+
 def match_targets(
     module: nn.Module, target_modules: str | Sequence[str], *, name: str = "the model"
 ) -> tuple[str, ...]:
@@ -193,13 +205,14 @@ def load_lora_file(
     *,
     rename: Callable[[str], str] | None = None,
     prefix: str | None = None,
+    prefixes: Sequence[str] = (),
 ) -> None:
     """Go on from a LoRA file (``--lora_checkpoint``): its folded scale is divided by this adapter's.
 
     ``rename`` maps a file's key to the module's (the inverse of ``export_lora``'s). Errors: ``read_lora``,
     ``load_lora_state``.
     """
-    state, _ = read_lora(path, prefix=prefix)
+    state, _ = read_lora(path, prefix=prefix, prefixes=prefixes)
     named: dict[str, Tensor] = {}
     for key, value in state.items():
         unscaled = value.float() / info.scale if key.endswith(".lora_B.weight") else value
@@ -224,7 +237,7 @@ def fuse_lora(module: nn.Module, state: Mapping[str, Tensor], scale: float = 1.0
     unknown = [path for path in paths if path not in layers]
     if unknown:
         raise LoraError(f"the LoRA names layers that the model does not have: {_some(unknown)}. {_existing(layers)}")
-    updates: list[tuple[Tensor, Tensor]] = []
+    weights: dict[str, Tensor] = {}
     for path in paths:
         layer = layers[path]
         base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
@@ -236,9 +249,11 @@ def fuse_lora(module: nn.Module, state: Mapping[str, Tensor], scale: float = 1.0
         if b.flatten(1).shape[1] != a.shape[0] or b.shape[0] * a.flatten(1).shape[1] != weight.numel():
             shapes = f"B {tuple(b.shape)} · A {tuple(a.shape)}"
             raise LoraError(f"{path}: {shapes} does not fit its weight {tuple(weight.shape)}")
-        updates.append((weight, scale * (b.flatten(1).float() @ a.flatten(1).float()).reshape(weight.shape)))
+        weights[path] = weight
     with torch.no_grad():
-        for weight, update in updates:
+        for path, weight in weights.items():  # one after another: an update is as large as its layer, in fp32
+            a, b = (state[f"{path}.lora_{side}.weight"].flatten(1).float() for side in "AB")
+            update = (scale * (b @ a)).reshape(weight.shape)
             weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
 
 

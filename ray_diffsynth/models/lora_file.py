@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -87,7 +87,9 @@ def export_lora(
     storage.write_bytes_atomic(str(path), _canonical(data))
 
 
-def read_lora(path: str, *, prefix: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_lora(
+    path: str, *, prefix: str | None = None, prefixes: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A LoRA file's tensors under plain keys (``X.lora_A.weight``, scale folded into B), and its metadata.
 
     Known layouts: keys after any of ``PREFIXES`` or bare; ``.lora_A.default.weight`` (an adapter's name inside);
@@ -96,18 +98,21 @@ def read_lora(path: str, *, prefix: str | None = None) -> tuple[dict[str, Tensor
 
     Args:
         prefix: read only keys that start with it, of a file for several models.
+        prefixes: what all keys may start with beside ``PREFIXES``; the first that they do goes.
 
     Raises LoraError naming the file and what its layout is: no safetensors, names that cannot be mapped, another kind
     of adapter, one half of a pair, several prefixes.
     """
     tensors, metadata = _read(str(path))
-    prefixes = {p for key in tensors for p in [_prefix_of(key)]}
-    if prefix is None and len(prefixes) > 1:
-        listed = ", ".join(repr(p) if p else "none" for p in sorted(prefixes))
+    if prefix is None:
+        prefix = next((p for p in prefixes if all(key.startswith(p) for key in tensors)), None)
+    known = {_prefix_of(key) for key in tensors}
+    if prefix is None and len(known) > 1:
+        listed = ", ".join(repr(p) if p else "none" for p in sorted(known))
         raise LoraError(f"{path} is for several models (keys start with {listed}); choose one with prefix=")
     if prefix is not None and not any(key.startswith(prefix) for key in tensors):
-        raise LoraError(f"{path} has no key that starts with {prefix!r}; its keys start with {sorted(prefixes)}")
-    start = prefix if prefix is not None else next(iter(prefixes), "")
+        raise LoraError(f"{path} has no key that starts with {prefix!r}; its keys start with {sorted(known)}")
+    start = prefix if prefix is not None else next(iter(known), "")
 
     halves: dict[str, dict[str, Tensor]] = {}
     scales: dict[str, float] = {}
@@ -151,9 +156,9 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
-        raise LoraError(f"LoRA file {path} does not exist") from None
+        raise LoraError(f"LoRA file {path} does not exist; check the path") from None
     except OSError as err:
-        raise LoraError(f"LoRA file {path} cannot be read: {err}") from err
+        raise LoraError(f"LoRA file {path} cannot be read: {err}; give one .safetensors file") from err
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as err:

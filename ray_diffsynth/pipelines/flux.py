@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
-from ray_diffsynth.pipelines.base import Part
+from ray_diffsynth.models.locate import ModelSource
+from ray_diffsynth.pipelines.base import Part, PipelineError
 from ray_diffsynth.pipelines.image import (
     MAX_SEQUENCE_LENGTH,
     ImageUnit_PromptEmbedder,
@@ -34,7 +35,7 @@ class FluxPipeline(KLImagePipeline):
 
     family: ClassVar[str] = "flux"
     schedule: ClassVar[str] = "FLUX.1"
-    defaults: ClassVar[SamplingDefaults] = SamplingDefaults(embedded_guidance=3.5)
+    defaults: SamplingDefaults = SamplingDefaults(embedded_guidance=3.5)
     parts: ClassVar[Mapping[str, Part]] = {
         "text_encoder": Part("text_encoder", "transformers:CLIPTextModel", ("tokenizer",)),
         "text_encoder_2": Part("text_encoder_2", "transformers:T5EncoderModel", ("tokenizer_2",)),
@@ -76,9 +77,24 @@ class FluxPipeline(KLImagePipeline):
         self.units = [*image_units(), FluxUnit_PooledEmbedder(), ImageUnit_PromptEmbedder("text_encoder_2")]
         self.model_fn = model_fn_flux
 
+    def configure(self, source: ModelSource) -> None:
+        """As the base class. Raises PipelineError for a model that takes a further picture."""
+        super().configure(source)
+        expected = 4 * self.latent_channels
+        found = int(source.config("transformer").get("in_channels", expected))
+        if found != expected:
+            raise PipelineError(
+                f"the transformer of {source.model_id} takes {found} channels, that of the family {self.family} "
+                f"{expected}: FLUX.1 Fill, Canny and Depth, which take a further picture, are not supported; use "
+                "FLUX.1 dev, schnell or Krea-dev"
+            )
+
     def training_settings(self) -> dict[str, Any]:
         # Guidance 1 while training, as DiffSynth-Studio and diffusers' scripts do.
         return {**super().training_settings(), "embedded_guidance": 1.0}
+
+    def sampling_settings(self) -> dict[str, Any]:
+        return {**super().sampling_settings(), "embedded_guidance": self.defaults.embedded_guidance}
 
     def pool_prompts(self, prompts: Sequence[str]) -> Tensor:
         """CLIP's pooled embeddings (B, D). It sees 77 tokens of a prompt; T5 gets the whole."""

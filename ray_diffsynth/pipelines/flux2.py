@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.base import Part
+from ray_diffsynth.pipelines.base import Part, PipelineError
 from ray_diffsynth.pipelines.image import (
     MAX_SEQUENCE_LENGTH,
     ImageUnit_PromptEmbedder,
@@ -21,6 +21,8 @@ from ray_diffsynth.pipelines.kl_vae import KLImagePipeline
 from ray_diffsynth.pipelines.packing import grid_positions, patchify, unpatchify
 from ray_diffsynth.pipelines.text import chat_texts, tokenize
 
+DISTILLED = SamplingDefaults(num_inference_steps=4)
+"""Of a model whose model_index.json says `is_distilled`: klein, not klein-base."""
 TEXT_LAYERS = (9, 18, 27)  # hidden states of Qwen3 that make an embedding; diffusers' `text_encoder_out_layers`
 
 
@@ -32,7 +34,7 @@ class Flux2KleinPipeline(KLImagePipeline):
 
     family: ClassVar[str] = "flux2"
     schedule: ClassVar[str] = "FLUX.2"
-    defaults: ClassVar[SamplingDefaults] = SamplingDefaults()
+    defaults: SamplingDefaults = SamplingDefaults(num_inference_steps=50, cfg_scale=4.0)
     parts: ClassVar[Mapping[str, Part]] = {
         "text_encoder": Part("text_encoder", "transformers:Qwen3ForCausalLM", ("tokenizer",)),
         "vae": Part("vae", "diffusers:AutoencoderKLFlux2"),
@@ -56,7 +58,14 @@ class Flux2KleinPipeline(KLImagePipeline):
         self.model_fn = model_fn_flux2
 
     def configure(self, source: ModelSource) -> None:
-        """As the base class; then four latents of the VAE are one here."""
+        """As the base class; then four latents of the VAE are one here. Raises PipelineError for FLUX.2-dev."""
+        if source.config("transformer").get("guidance_embeds"):
+            raise PipelineError(
+                f"the transformer of {source.model_id} takes the guidance as an input: FLUX.2-dev, which has another "
+                "text encoder too, is not supported; use a FLUX.2-klein model"
+            )
+        if source.index().get("is_distilled"):
+            self.defaults = DISTILLED
         self.latent_channels, self.vae_scale_factor = 32, 8
         super().configure(source)
         self.latent_channels, self.vae_scale_factor = 4 * self.latent_channels, 2 * self.vae_scale_factor

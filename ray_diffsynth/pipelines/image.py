@@ -38,7 +38,8 @@ class ImagePipeline(BasePipeline, ABC):
     `latent_channels` and `vae_scale_factor`, and implements the abstract methods.
     """
 
-    defaults: ClassVar[SamplingDefaults] = SamplingDefaults()
+    defaults: SamplingDefaults = SamplingDefaults()
+    """`configure` may choose others by the model."""
     noise_dtype: ClassVar[torch.dtype | None] = None
     """Of the noise and of the latents between the steps; None: the pipeline's."""
     vae: Any

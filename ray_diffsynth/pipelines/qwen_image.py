@@ -31,7 +31,7 @@ class QwenImagePipeline(ImagePipeline):
 
     family: ClassVar[str] = "qwen_image"
     schedule: ClassVar[str] = "Qwen-Image"
-    defaults: ClassVar[SamplingDefaults] = SamplingDefaults(height=1328, width=1328, cfg_scale=4.0)
+    defaults: SamplingDefaults = SamplingDefaults(height=1328, width=1328, cfg_scale=4.0)
     parts: ClassVar[Mapping[str, Part]] = {
         "text_encoder": Part("text_encoder", "transformers:Qwen2_5_VLForConditionalGeneration", ("tokenizer",)),
         "vae": Part("vae", "diffusers:AutoencoderKLQwenImage"),

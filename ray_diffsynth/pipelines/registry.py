@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray_diffsynth.errors import UserError
 
 if TYPE_CHECKING:
+    from ray_diffsynth.models.locate import ModelSource
     from ray_diffsynth.pipelines.base import BasePipeline
 
 FAMILIES: dict[str, str] = {
@@ -86,6 +87,22 @@ def get_pipeline_class(family: str) -> type[BasePipeline]:
             f"name one BasePipeline subclass: {module_name}:Class"
         )
     return own[class_name] if class_name else next(iter(own.values()))
+
+
+def choose_family(given: str | None, source: ModelSource) -> str:
+    """The family that is named, or that of the model's folder. Raises FamilyError if its parts are of another one."""
+    if given is None:
+        return family_of(source.root)
+    for part in get_pipeline_class(given).parts.values():
+        path = source.folder(part.subfolder) / "config.json"
+        library, _, wanted = part.cls.partition(":")
+        held = _class_names(path) if library == "diffusers" and path.is_file() else []
+        if held and wanted not in held:
+            raise FamilyError(
+                f"--family {given} needs {wanted}, but {path.parent} holds {held[0]}; leave --family out to have it "
+                "read from the model, or name the right model"
+            )
+    return given
 
 
 def family_of(root: Path | str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.pipelines.code_hash import code_hash
 
 
 class MissingInputError(UserError, KeyError):
@@ -96,18 +97,11 @@ class PipelineUnit:
         return tuple(dict.fromkeys(self.output_params or ()))
 
     def code_version(self) -> str:
-        """Identity of the unit's code and settings, for fingerprints: name, `version`, hash of source and attributes.
+        """Identity of the unit's code and settings, for fingerprints: name, `version`, hash of code and attributes.
 
         Functions that the unit calls are not hashed: raise `version` when one of them changes the result.
         """
-        digest = hashlib.blake2b(digest_size=8)
-        for cls in type(self).__mro__:
-            if cls in (PipelineUnit, object):
-                continue
-            try:
-                digest.update(inspect.getsource(cls).encode())
-            except (OSError, TypeError):  # made at run time or in a REPL: the name and the version must do
-                digest.update(cls.__qualname__.encode())
+        digest = hashlib.blake2b(code_hash(type(self), PipelineUnit).encode(), digest_size=8)
         digest.update(json.dumps(vars(self), sort_keys=True, default=lambda value: type(value).__qualname__).encode())
         return f"{type(self).__module__}.{type(self).__qualname__}:v{self.version}:{digest.hexdigest()}"
 

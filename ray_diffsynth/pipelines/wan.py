@@ -31,6 +31,8 @@ from ray_diffsynth.pipelines.wan_units import (
 
 logger = logging.getLogger(__name__)
 
+TILE_SIZE, TILE_STRIDE = 34, 18
+"""Of the VAE where it works in tiles, in latents: DiffSynth-Studio's."""
 TEXT_TOKENS = 512
 """The transformer's cross-attention has no mask: the text is always padded with zeros to this length."""
 
@@ -102,24 +104,29 @@ class WanPipeline(BasePipeline):
         Raises:
             PipelineError: the transformer is that of another kind of Wan model.
         """
-        index = _read(Path(source.root) / "model_index.json")
+        index = source.index()
         if index.get("expand_timesteps") or index.get("boundary_ratio") is not None:
             raise PipelineError(
                 f"{source.model_id} is a Wan 2.2 model (two transformers, or a timestep for each token), which is not "
                 "supported; use a Wan 2.1 model, e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
             )
-        vae = _read(source.folder("vae") / "config.json")
+        vae = source.config("vae")
         self.latent_channels = int(vae.get("z_dim", self.latent_channels))
         self.vae_scale_factor = int(vae.get("scale_factor_spatial", self.vae_scale_factor))
         self.time_division_factor = int(vae.get("scale_factor_temporal", 4))
         self.height_division_factor = self.width_division_factor = 2 * self.vae_scale_factor
         expected = self.latent_channels + self.condition_channels
-        transformer = _read(source.folder("transformer") / "config.json")
+        transformer = source.config("transformer")
         found = int(transformer.get("in_channels", expected))
         if found != expected:
             raise PipelineError(
                 f"the transformer of {source.model_id} takes {found} channels, that of the family {self.family} "
                 f"{expected}; text to video is --family wan, image to video --family wan_i2v"
+            )
+        if transformer.get("pos_embed_seq_len") is not None:
+            raise PipelineError(
+                f"{source.model_id} makes videos between a first and a last frame (FLF2V), which is not supported; use "
+                "an image-to-video model, e.g. Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
             )
         scheduler = _read(source.folder("scheduler") / "scheduler_config.json")
         if "flow_shift" in scheduler:  # Wan's UniPC, whose shift diffusers' Euler scheduler would not know
@@ -129,6 +136,9 @@ class WanPipeline(BasePipeline):
         for pattern, name in _ORIGINAL_NAMES:
             key = re.sub(pattern, name, key)
         return key
+
+    def training_settings(self) -> dict[str, Any]:
+        return {**super().training_settings(), "tile_size": TILE_SIZE, "tile_stride": TILE_STRIDE}
 
     # ---------------------------------------------------------------- helpers of units
 
@@ -208,8 +218,8 @@ class WanPipeline(BasePipeline):
         rand_device: str = "cpu",
         num_inference_steps: int = 50,
         tiled: bool = False,
-        tile_size: int = 34,
-        tile_stride: int = 18,
+        tile_size: int = TILE_SIZE,
+        tile_stride: int = TILE_STRIDE,
         output_type: str = "pil",
         progress_bar_cmd: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda steps: steps,
     ) -> list[Image.Image] | Tensor:

@@ -81,8 +81,13 @@ class WanVideoUnit_ImageEmbedderCLIP(PipelineUnit):
         )
 
     def process(self, pipe: WanImageToVideoPipeline, input_image: Image.Image) -> dict[str, Any]:
+        return self.process_batch(pipe, [{"input_image": input_image}])[0]
+
+    def process_batch(self, pipe: WanImageToVideoPipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One call of CLIP for all pictures: it sees them in one size."""
         pipe.load_models_to_device(("image_encoder",))
-        pixels = pipe.image_processor(images=[input_image], return_tensors="pt").pixel_values
+        pictures = [inputs["input_image"] for inputs in batch]
+        pixels = pipe.image_processor(images=pictures, return_tensors="pt").pixel_values
         encoder = pipe.image_encoder
         states: Tensor = encoder(pixels.to(pipe.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
-        return {"image_embeds": states.to(pipe.torch_dtype)}
+        return [{"image_embeds": single[None].to(pipe.torch_dtype, copy=True)} for single in states]

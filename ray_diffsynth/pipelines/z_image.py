@@ -28,7 +28,7 @@ class ZImagePipeline(KLImagePipeline):
 
     family: ClassVar[str] = "z_image"
     schedule: ClassVar[str] = "Z-Image"
-    defaults: ClassVar[SamplingDefaults] = SamplingDefaults(num_inference_steps=8)
+    defaults: SamplingDefaults = SamplingDefaults(num_inference_steps=8)
     # diffusers samples this family in fp32, whatever the dtype of the transformer.
     noise_dtype: ClassVar[torch.dtype | None] = torch.float32
     parts: ClassVar[Mapping[str, Part]] = {

@@ -61,12 +61,15 @@ class Task(Protocol):
     provides: names that ``loss`` gives to the model, so that the cache need not hold them.
     columns: metadata columns that every row must have, each with what reads its value (it raises ValueError, and the
         row is rejected). ``loss`` gets those that it reads as lists, one entry a sample.
+    as_sampled: whether the loss runs the family's sampling loop: the model then gets the settings of sampling
+        (``BasePipeline.sampling_settings``), and a picture must be used in the size that it was made in.
     """
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]]
     provides: ClassVar[tuple[str, ...]]
     columns: ClassVar[Mapping[str, Callable[[Any], Any]]]
+    as_sampled: ClassVar[bool]
 
     def loss(self, pipe: TrainablePipeline, batch: Mapping[str, Any], keys: Sequence[SampleKey]) -> LossOutput: ...
 

@@ -56,6 +56,7 @@ class DirectDistill:
         "num_inference_steps": partial(_whole_number, least=1),
         "cfg_scale": _no_guidance,
     }
+    as_sampled: ClassVar[bool] = True
 
     def loss(self, pipe: TrainablePipeline, batch: Mapping[str, Any], keys: Sequence[SampleKey]) -> LossOutput:
         """batch: what ``pipe.collate`` made of B samples, with lists of B for the columns; keys: B of them."""

@@ -10,6 +10,7 @@ import torch
 
 from ray_diffsynth.diffusion.randomness import SampleKey, sample_noise, sample_timestep_index
 from ray_diffsynth.diffusion.timestep_sampling import SAMPLINGS, Sampling, TimestepSampling, shifted
+from ray_diffsynth.diffusion.transfer import to_device
 from ray_diffsynth.tasks.base import LossOutput, TrainablePipeline
 
 
@@ -31,6 +32,7 @@ class SFT:
     reads: ClassVar[tuple[str, ...]] = ("input_latents",)
     provides: ClassVar[tuple[str, ...]] = ("latents", "noise", "timestep")
     columns: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
+    as_sampled: ClassVar[bool] = False
 
     weighting: Literal["bell", "none"] = "bell"
     min_timestep_boundary: float = 0.0
@@ -81,12 +83,13 @@ class SFT:
             raise ValueError(f"{len(keys)} keys for {len(x0)} samples: one key a sample")
         timestep = self.timesteps(pipe, keys, x0)
         # Drawn on the CPU, one sample at a time: the same numbers on any device, in any batch.
-        noise = torch.cat([sample_noise((1, *x0.shape[1:]), key) for key in keys]).to(x0.device)
-        latents = pipe.scheduler.add_noise(x0, noise, timestep)
-        target = pipe.scheduler.training_target(x0, noise, timestep)
-        made = {"latents": latents.to(pipe.torch_dtype), "noise": noise, "timestep": timestep.to(x0.device)}
+        noise = to_device(torch.cat([sample_noise((1, *x0.shape[1:]), key) for key in keys]), x0.device)
+        at = to_device(timestep, x0.device)
+        latents = pipe.scheduler.add_noise(x0, noise, at)
+        target = pipe.scheduler.training_target(x0, noise, at)
+        made = {"latents": latents.to(pipe.torch_dtype), "noise": noise, "timestep": at}
         prediction = pipe.predict({**batch, **made})
         per_sample = (prediction.float() - target).square().flatten(1).mean(1)
         if self.weighting == "bell":
-            per_sample = per_sample * pipe.scheduler.training_weight(timestep).to(per_sample)
+            per_sample = per_sample * to_device(pipe.scheduler.training_weight(timestep), per_sample.device)
         return LossOutput(per_sample.mean(), per_sample.detach(), timestep / 1000)

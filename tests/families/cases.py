@@ -44,7 +44,6 @@ class FamilyCase:
         encode: what diffusers' pipeline makes of a row, as cached parameters (each (1, …)); what may be compared.
         samplings: with and without guidance; a few steps. The first one is used for the pictures and the LoRA too.
         inputs: the dataset row number i, decoded; rows 0, 1, 2 fit in one batch and differ in prompt length.
-        task_columns: further metadata columns that the family needs (`--extra_inputs`).
         settings: overrides of `training_settings` that keep the tiny model fast.
         lora_targets: None: the family's own.
         tolerance: of the sampling loop against diffusers.
@@ -59,7 +58,6 @@ class FamilyCase:
     encode: Callable[[Any, Mapping[str, Any]], Mapping[str, Tensor]]
     samplings: Sequence[Sampling]
     inputs: Callable[[int], dict[str, Any]]
-    task_columns: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     lora_targets: tuple[str, ...] | None = None
     tolerance: float = 1e-4

@@ -187,6 +187,14 @@ def test_preprocess_image() -> None:
     assert torch.equal(pipe.preprocess_image(np.array(IMAGE)), pixels)
     assert pipe.preprocess_image(IMAGE.convert("L"), torch_dtype=torch.bfloat16).dtype == torch.bfloat16
     assert pipe.vae_output_to_image(pixels).tobytes() == IMAGE.tobytes()
+    # Bit for bit DiffSynth-Studio's formula, all values of a byte, in every dtype and range.
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)[::-1]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for low, high in ((-1.0, 1.0), (0.0, 1.0)):
+            plain = torch.as_tensor(every.copy()).float() * ((high - low) / 255) + low
+            expected = plain.permute(2, 0, 1)[None].contiguous().to(dtype)
+            found = pipe.preprocess_image(every.copy(), torch_dtype=dtype, min_value=low, max_value=high)
+            assert torch.equal(found, expected) and found.is_contiguous()
     with pytest.raises(PipelineError, match=r"uint8 pixels \(height, width, 3\), not torch.float32"):
         pipe.preprocess_image(np.zeros((3, 4, 4), dtype=np.float32))
 

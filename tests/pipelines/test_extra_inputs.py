@@ -39,8 +39,22 @@ class ControlUnit(PipelineUnit):
         return {"control_latents": control_scale * latents.mean(0, keepdim=True)}
 
 
-def model_fn_control(*, control_latents: Tensor, latents: Tensor, **inputs: Any) -> Tensor:
-    return model_fn_qwen_image(latents=latents + control_latents, **inputs)
+def model_fn_control(
+    *,
+    dit: Any,
+    latents: Tensor,
+    control_latents: Tensor,
+    timestep: Tensor,
+    prompt_embeds: Tensor,
+    prompt_embeds_mask: Tensor | None = None,
+) -> Tensor:
+    return model_fn_qwen_image(
+        dit=dit,
+        latents=latents + control_latents,
+        timestep=timestep,
+        prompt_embeds=prompt_embeds,
+        prompt_embeds_mask=prompt_embeds_mask,
+    )
 
 
 class ControlPipeline(QwenImagePipeline):
@@ -52,12 +66,6 @@ class ControlPipeline(QwenImagePipeline):
         super().__init__(*args, **kwargs)
         self.units = [*self.units, ControlUnit()]
         self.model_fn = model_fn_control
-
-    def model_fn_params(self) -> tuple[str, ...]:
-        return ("control_latents", "latents", "timestep", "prompt_embeds", "prompt_embeds_mask")
-
-    def predict(self, batch: Any) -> Tensor:
-        return model_fn_control(dit=self.dit, **{name: batch[name] for name in self.model_fn_params()})
 
 
 def config(base: Path, **options: Any) -> PreprocessConfig:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.pipelines.base import BasePipeline
 from ray_diffsynth.pipelines.unit import (
     MissingInputError,
     PipelineUnit,
@@ -226,3 +227,9 @@ def test_code_version_changes_with_code_version_and_settings() -> None:
     assert Scaled(1).code_version() != Scaled(2).code_version()
     assert ":v2:" in Newer().code_version()
     assert Embed().code_version().rpartition(":")[2] != Double().code_version().rpartition(":")[2]
+
+
+def test_a_pipeline_has_diffsynths_runner() -> None:
+    pipe = BasePipeline()
+    shared, posi, nega = pipe.unit_runner(Double(), pipe, {"x": 3}, {"prompt": "p"}, {})
+    assert (shared, posi, nega) == ({"x": 3, "y": 6}, {"prompt": "p"}, {})

@@ -22,9 +22,10 @@ from ray_diffsynth.tasks import DirectDistill, get_task
 from ray_diffsynth.tasks.base import TaskError
 from ray_diffsynth.tasks.direct_distill import sample
 from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import TrainResult, train
+from ray_diffsynth.training.loop import train
 from ray_diffsynth.training.metrics import read_metrics
 from ray_diffsynth.training.module import DiffusionTrainingModule
+from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.source import DatasetSource
 from tests.training.helpers import make_config, write_cache

@@ -39,5 +39,4 @@ CASE = FamilyCase(
     encode=encode,
     samplings=edit_parts.samplings(picture(seed=50)),
     inputs=edit_parts.row,
-    task_columns=("edit_image",),
 )

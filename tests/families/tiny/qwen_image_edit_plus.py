@@ -45,5 +45,4 @@ CASE = FamilyCase(
     encode=encode,
     samplings=edit_parts.samplings([picture(seed=50), picture(seed=51)]),
     inputs=row,
-    task_columns=("edit_image",),
 )
