@@ -35,7 +35,8 @@ def write_preview(cache: str, model: str, output: str, *, samples: int = 8, fami
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: torch.dtype = getattr(torch, reader.manifest.dtype)
     pipeline = get_pipeline_class(family or reader.manifest.family)
-    pipe = pipeline.from_pretrained(locate_model(model), models=["vae"], device=device, torch_dtype=dtype)
+    source = locate_model(model, wanted=[part.subfolder for name, part in pipeline.parts.items() if name == "vae"])
+    pipe = pipeline.from_pretrained(source, models=["vae"], device=device, torch_dtype=dtype)
     decode: Any = pipe.decode_latents  # each family has its own
     entries = []
     for row in rows:

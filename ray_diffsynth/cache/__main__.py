@@ -28,14 +28,16 @@ def _verify(options: argparse.Namespace) -> int:
     files: list[str] = []
     found = verify_cache(options.cache, files.append)
     damage = [finding for finding in found if finding.kind == "damage"]
+    unread = [finding for finding in found if finding.kind == "unreadable"]
+    wrong = [*damage, *unread]
     for finding in found:
-        print(
-            f"{finding.kind}: {finding.path}: {finding.problem}", file=sys.stderr if finding in damage else sys.stdout
-        )
-    print(f"{len(files)} files read: {len(damage)} damaged, {len(found) - len(damage)} that nothing points to")
-    if damage:
+        print(f"{finding.kind}: {finding.path}: {finding.problem}", file=sys.stderr if finding in wrong else sys.stdout)
+    not_read = f", {len(unread)} that cannot be read" if unread else ""
+    spare = len(found) - len(wrong)
+    print(f"{len(files)} files read: {len(damage)} damaged{not_read}, {spare} that nothing points to")
+    if damage and not unread:
         print(repair_advice(options.cache), file=sys.stderr)
-    return 1 if damage else 0
+    return 1 if wrong else 0
 
 
 def _repair(options: argparse.Namespace) -> int:

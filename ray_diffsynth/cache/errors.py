@@ -9,6 +9,29 @@ class CacheError(UserError):
     """A cache that is absent, damaged, or not the one that is asked for; the message says what to do."""
 
 
+class UnreadableError(CacheError):
+    """A file could not be read just now (rights, network, a failing disk), which says nothing about its content."""
+
+    def __init__(self, path: str, error: Exception) -> None:
+        super().__init__(
+            f"{path} cannot be read ({type(error).__name__}: {error}); look at the rights, the disk or the network, "
+            "then run this again"
+        )
+
+
+class VersionError(CacheError):
+    """A cache, or a file of one, that another version of this program wrote."""
+
+    def __init__(self, path: str, version: object, mine: int) -> None:
+        newer = isinstance(version, int) and version > mine
+        whose = "a newer ray_diffsynth: upgrade" if newer else "another version of ray_diffsynth: use that one"
+        super().__init__(
+            f"{path} has version {version}, this program reads version {mine}; it was written by {whose}, or "
+            "preprocess into another --output_path"
+        )
+        self.version = version
+
+
 def repair_advice(cache: str) -> str:
     """The end of an error about damage."""
     command = f"python -m ray_diffsynth.cache repair {cache}"

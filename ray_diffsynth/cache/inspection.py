@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_diffsynth.cache.manifest import GroupSpec, Manifest
+from ray_diffsynth.cache.manifest import GroupSpec, committed
 from ray_diffsynth.cache.store import list_shards
 from ray_diffsynth.data import storage
 
@@ -39,8 +39,7 @@ def orphans(cache: str, spec: GroupSpec, named: Mapping[str, Any]) -> Iterator[s
 def inspect_cache(cache: str) -> dict[str, Any]:
     """The figures of a committed cache, for printing and for JSON. Raises CacheError."""
     cache = storage.absolute(cache)
-    manifest = Manifest.load(cache)
-    index = manifest.read_index(cache)
+    manifest, index = committed(cache)
     quarantine = manifest.read_quarantine(cache)
     groups = {}
     for spec in manifest.groups:

@@ -1,44 +1,65 @@
-"""One writer per cache: a lease file with a heartbeat, so that two attempts on one output cannot harm each other."""
+"""One writer per cache: a lease file with a heartbeat, so that two attempts on one output cannot harm each other.
+
+Whether a holder on another machine is alive is seen by watching whether its lease changes, not by the time in it.
+"""
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ray_diffsynth.cache.errors import CacheError
-from ray_diffsynth.data.storage import create_new, exists, is_remote, join, read_bytes, remove, write_bytes_atomic
+from ray_diffsynth.cache.errors import CacheError, UnreadableError
+from ray_diffsynth.data.storage import create_new, is_remote, join, read_bytes, remove, write_bytes_atomic
+
+logger = logging.getLogger(__name__)
 
 LEASE = "lease.json"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
-"""A lease whose holder has been silent for this long is taken over."""
+"""A lease that does not change for this long is taken over."""
+SETTLE_SECONDS = 1.0
+"""How long to wait after a lease was replaced, in case that another attempt replaces it at the same time."""
 
 
-def _read(path: str) -> dict[str, Any] | None:
-    if not exists(path):
-        return None
+def _read(path: str) -> bytes | None:
+    """The lease file; None where there is none. Raises OSError and what the store raises."""
     try:
-        lease: dict[str, Any] = json.loads(read_bytes(path))
-        return lease
-    except (OSError, ValueError):
-        return None  # removed, or half written on a store without atomic puts
+        return read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
-def _dead(lease: dict[str, Any]) -> bool:
-    """True if the holder surely ended: a process of this machine that is gone, or one that is silent for too long."""
-    if lease.get("host") == socket.gethostname() and lease.get("boot") == _boot_id():
-        try:
-            os.kill(int(lease["pid"]), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-    return time.time() - float(lease.get("time", 0)) > STALE_SECONDS
+def _parse(content: bytes) -> dict[str, Any]:
+    """What a lease says; nothing for one that is half written (on a file system without hard links)."""
+    try:
+        lease = json.loads(content)
+    except ValueError:
+        return {}
+    return lease if isinstance(lease, dict) else {}
+
+
+def _here(lease: Mapping[str, Any]) -> bool:
+    """Whether its holder runs, or ran, on this machine since it was started."""
+    return lease.get("host") == socket.gethostname() and lease.get("boot") == _boot_id()
+
+
+def _ended(lease: Mapping[str, Any]) -> bool:
+    """True for a process of this machine that is gone."""
+    if not _here(lease):
+        return False
+    try:
+        os.kill(int(lease["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def _boot_id() -> str:
@@ -63,54 +84,108 @@ class Lease:
         return json.dumps({**self._mine, "time": time.time()}).encode()
 
     def held(self) -> bool:
-        """Whether the lease file is this holder's."""
+        """Whether the lease file is this holder's. Raises OSError and what the store raises when it cannot be read."""
         current = _read(self.path)
-        return current is not None and current["owner"] == self._mine["owner"]
+        return current is not None and _parse(current).get("owner") == self._mine["owner"]
 
     def check(self) -> None:
-        if not self.held():
+        try:
+            held = self.held()
+        except OSError as error:
+            raise UnreadableError(self.path, error) from error
+        if not held:
             raise CacheError(
                 f"{self.cache} was taken over by another attempt while this one was silent for more than "
                 f"{STALE_SECONDS:g} s; nothing is lost, run this one again when that has ended"
             )
 
+    def keep_alive(self, stop: threading.Event) -> None:
+        """Write the lease again and again until `stop`, or until it is seen to be another's.
+
+        A failure to read or write is no reason to end: the next beat may succeed.
+        """
+        while not stop.wait(BEAT_SECONDS):
+            try:
+                if not self.held():
+                    logger.warning("%s is another attempt's now; this one ends at its next check", self.path)
+                    return
+                write_bytes_atomic(self.path, self.content())
+            except Exception as error:  # an object store's client raises much beside OSError
+                logger.warning("no sign of life could be left in %s (%s); trying again", self.path, error)
+
+
+def _busy(lease: Lease, holder: Mapping[str, Any]) -> CacheError:
+    return CacheError(
+        f"{lease.cache} is being written by process {holder.get('pid')} on {holder.get('host')}; wait for it or "
+        f"end it. If it is gone, its lease ends {STALE_SECONDS:g} s after its last sign of life"
+    )
+
+
+def _watch(lease: Lease, before: bytes) -> bytes | None:
+    """Wait until the holder's silence is long enough; the lease as it stands then, None if it was given back.
+
+    Raises CacheError as soon as it shows a sign of life.
+    """
+    holder = _parse(before)
+    logger.warning(
+        "%s has a lease of process %s on %s; watching for %g s whether that one is alive",
+        *(lease.cache, holder.get("pid"), holder.get("host"), STALE_SECONDS),
+    )
+    end = time.monotonic() + STALE_SECONDS
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(BEAT_SECONDS / 2, left))
+        now = _read(lease.path)
+        if now is None:
+            return None
+        if now != before:
+            raise _busy(lease, _parse(now))
+    return before
+
 
 def _acquire(lease: Lease) -> None:
     before = _read(lease.path)
-    if before is not None and not _dead(before):
-        raise CacheError(
-            f"{lease.cache} is being written by process {before.get('pid')} on {before.get('host')}; wait for it or "
-            f"end it. If it is gone, its lease ends {STALE_SECONDS:g} s after its last sign of life"
-        )
-    if before is not None:
+    if before is not None and not _ended(holder := _parse(before)):
+        # By the clock of this machine, so it needs no watching.
+        if _here(holder) and 0 <= time.time() - float(holder.get("time", 0)) <= STALE_SECONDS:
+            raise _busy(lease, holder)
+        before = _watch(lease, before)
+    if before is not None and _read(lease.path) == before:
         remove(lease.path)
     created = create_new(lease.path, lease.content())
-    if created and (before is not None or is_remote(lease.path)):
+    if before is not None or is_remote(lease.path):
         # Another attempt may have removed or replaced what was just written: the one whose lease stays has the cache.
-        time.sleep(1.0)
-    if not created or not lease.held():
+        time.sleep(SETTLE_SECONDS)
+    # Not only what `create_new` said: a put that is sent twice, since its answer was lost, finds its own file.
+    if not lease.held():
         raise CacheError(
             f"{lease.cache} was taken by another attempt at the same moment; run this one again when that has ended"
+            + ("" if created else f" (see {lease.path})")
         )
 
 
 @contextmanager
 def lease(cache: str) -> Iterator[Lease]:
-    """Hold `cache` for writing. Raises CacheError naming the holder when another live attempt has it."""
+    """Hold `cache` for writing. Raises CacheError naming the holder when another live attempt has it.
+
+    Where it cannot be asked whether the holder lives (another machine), this watches STALE_SECONDS for a sign of life.
+    """
     mine = Lease(cache)
     _acquire(mine)
     stop = threading.Event()
-
-    def keep_alive() -> None:
-        while not stop.wait(BEAT_SECONDS) and mine.held():
-            write_bytes_atomic(mine.path, mine.content())
-
-    thread = threading.Thread(target=keep_alive, name="cache-lease", daemon=True)
+    thread = threading.Thread(target=mine.keep_alive, args=(stop,), name="cache-lease", daemon=True)
     thread.start()
     try:
         yield mine
     finally:
         stop.set()
         thread.join()
-        if mine.held():
-            remove(mine.path)
+        _give_back(mine)
+
+
+def _give_back(lease: Lease) -> None:
+    """Remove the lease; when that fails it ends by itself, and what was done with the cache is done."""
+    try:
+        if lease.held():
+            remove(lease.path)
+    except Exception as error:
+        logger.warning("%s could not be removed (%s); it ends %g s from now", lease.path, error, STALE_SECONDS)

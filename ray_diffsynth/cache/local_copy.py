@@ -31,10 +31,14 @@ class LocalCopies:
         (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
 
     def open(self, path: str) -> pa.NativeFile:
-        """A seekable file with the content of `path`; a local path is opened where it is. Raises OSError."""
-        if not storage.is_remote(path):
+        """A seekable file with the content of `path`. Raises OSError.
+
+        A local path is opened where it is, and so is one whose store does not tell whether the file has changed.
+        """
+        stamp = storage.stamp(path) if storage.is_remote(path) else ""
+        if not stamp:
             return storage.open_input(path)
-        name = hashlib.blake2b(f"{path}\n{storage.stamp(path)}".encode(), digest_size=16).hexdigest()
+        name = hashlib.blake2b(f"{path}\n{stamp}".encode(), digest_size=16).hexdigest()
         copy = self.folder / f"{name}{_SUFFIX}"
         with self._alone(name):
             if not copy.exists():

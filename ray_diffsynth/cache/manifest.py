@@ -11,15 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_diffsynth.cache.errors import CacheError as CacheError
-from ray_diffsynth.cache.errors import repair_advice
+from ray_diffsynth.cache.errors import UnreadableError, VersionError, repair_advice
 from ray_diffsynth.data import storage
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+"""2: the rows' checksums are XXH3-64 (1: CRC-32)."""
 MANIFEST_FILE = "manifest.json"
 INDEX_FOLDER, QUARANTINE_FOLDER = "index", "quarantine"
 
@@ -97,14 +99,13 @@ class Manifest:
                 f"{cache} {what}; run jobs/preprocess.py with --output_path {cache} to its end, "
                 "and give stage 2 that folder as --dataset_base_path"
             ) from error
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UnreadableError(path, error) from error
+        except ValueError as error:
             raise CacheError(f"{path} is damaged ({error}); {repair_advice(cache)}") from error
         version = content.get("version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > MANIFEST_VERSION:
-            raise CacheError(
-                f"{path} has version {version}, this program reads version {MANIFEST_VERSION}: it was written by a "
-                "newer ray_diffsynth; upgrade, or preprocess into another --output_path"
-            )
+        if isinstance(version, int) and version != MANIFEST_VERSION:
+            raise VersionError(path, version, MANIFEST_VERSION)
         try:
             if version != MANIFEST_VERSION:
                 raise ValueError(f"version is {version!r}")
@@ -113,9 +114,22 @@ class Manifest:
             raise CacheError(f"{path} is damaged ({type(error).__name__}: {error}); {repair_advice(cache)}") from error
 
     def hash(self) -> str:
-        """Hex blake2b-128 of the content: two caches with the same hash give the same training."""
+        """Hex blake2b-128 of the content."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def identity(self, index: pa.Table) -> str:
+        """Hex blake2b-128 of what is trained on: two caches with the same one give the same training.
+
+        Where rows lie, what else the files hold and who is in quarantine does not count.
+        """
+        names = ("family", "task", "trainable", "parameters", "dtype", "settings")
+        facts = {name: getattr(self, name) for name in names}
+        groups = [(group.name, group.parameters, group.fingerprint, group.empty_key) for group in self.groups]
+        whole = hashlib.blake2b(json.dumps([facts, groups], sort_keys=True).encode(), digest_size=16)
+        for name in ("sample_id", "bucket", *(f"{group.name}_key" for group in self.groups)):
+            _add_strings(whole, index.column(name))
+        return whole.hexdigest()
 
     def group(self, name: str) -> GroupSpec:
         """The group of that name. Raises CacheError."""
@@ -177,6 +191,16 @@ def _table_bytes(table: pa.Table) -> pa.Buffer:
     return out.getvalue()
 
 
+def _add_strings(digest: Any, column: pa.ChunkedArray) -> None:
+    """Add the lengths of a column's strings, then the strings."""
+    chunks = [chunk for chunk in column.chunks if len(chunk)]
+    for chunk in chunks:
+        digest.update(pc.binary_length(chunk).to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+    for chunk in chunks:
+        ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        digest.update(memoryview(chunk.buffers()[2] or b"")[ends[0] : ends[-1]])
+
+
 def _hash(data: bytes | pa.Buffer) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -185,12 +209,34 @@ def _read_table(cache: str, file: str, schema: pa.Schema, digest: str | None) ->
     path = storage.join(cache, file)
     try:
         data = storage.read_bytes(path)
+    except FileNotFoundError as error:
+        raise CacheError(f"{path} is absent; {repair_advice(cache)}") from error
+    except OSError as error:
+        raise UnreadableError(path, error) from error
+    try:
         # The name is the hash as well, so that the quarantine needs no field of its own for it.
         if _hash(data) != (digest or file.rpartition("/")[2].removesuffix(".parquet")):
             raise ValueError("its content does not match its hash in the manifest")
         return pq.read_table(pa.BufferReader(data), columns=schema.names).select(schema.names).cast(schema)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise CacheError(f"{path} cannot be used: {error}; {repair_advice(cache)}") from error
+
+
+def committed(cache: str) -> tuple[Manifest, pa.Table]:
+    """Manifest and index of a committed cache. Raises CacheError.
+
+    Between the two reads another process may commit, and remove the index of the manifest that was read: then they are
+    read again.
+    """
+    manifest = Manifest.load(cache)
+    while True:
+        try:
+            return manifest, manifest.read_index(cache)
+        except CacheError:
+            newer = Manifest.load(cache)
+            if newer == manifest:
+                raise
+            manifest = newer
 
 
 def _check(manifest: Manifest, index: pa.Table, quarantine: pa.Table) -> None:

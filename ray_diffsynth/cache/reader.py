@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import pyarrow as pa
@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from ray_diffsynth.cache.codec import CodecError
 from ray_diffsynth.cache.errors import CacheError as CacheError
-from ray_diffsynth.cache.errors import repair_advice
+from ray_diffsynth.cache.errors import UnreadableError, VersionError, repair_advice
 from ray_diffsynth.cache.local_copy import LocalCopies
-from ray_diffsynth.cache.manifest import Manifest, bucket_ranges
+from ray_diffsynth.cache.manifest import bucket_ranges, committed
 from ray_diffsynth.cache.schema import RowView, table_parameters
-from ray_diffsynth.cache.store import READ_ERRORS, shard_header, shard_path
+from ray_diffsynth.cache.store import READ_ERRORS, failed_to_read, shard_header, shard_path
 from ray_diffsynth.data import storage
 
 
@@ -46,11 +46,12 @@ class _Strings(Sequence[str]):
 
 @dataclass(frozen=True)
 class _RowGroup:
-    """A row group in memory, still encoded."""
+    """A row group in memory, still encoded; `checked` are the rows whose checksum was found to hold."""
 
     table: pa.Table
     parameters: tuple[str, ...]
     codec: str
+    checked: set[int] = field(default_factory=set)
 
 
 _Place = tuple[str, str, int]  # group, file, row group
@@ -61,6 +62,8 @@ class CacheReader:
 
     Several threads may read at once. `bytes_read` and `rows_read` count what came from files, `rows_served` the samples
     handed out: rows_read / (rows_served x groups) is the read amplification.
+
+    keep_at_least: row groups that are kept whatever their size, for a reader that goes back and forth between so many.
     """
 
     def __init__(
@@ -80,9 +83,11 @@ class CacheReader:
         self.cache = storage.absolute(cache)
         self.verify = verify
         self.max_cached_bytes = max_cached_bytes
+        self.keep_at_least = 1
         self._open_file = storage.open_input if copies is None else copies.open
-        self.manifest = Manifest.load(self.cache)
-        index = self.manifest.read_index(self.cache).combine_chunks()
+        self.manifest, index = committed(self.cache)
+        index = index.combine_chunks()
+        self.identity = self.manifest.identity(index)
         self.sample_ids: Sequence[str] = _Strings(index.column("sample_id"))
         self.buckets: Mapping[str, range] = bucket_ranges(index)
         self.bytes_read = 0
@@ -129,7 +134,10 @@ class CacheReader:
                 place = (spec.name, file, row_group)
                 values.update(self._values(place, self._row_group(place), spec.empty_key, at))
         if not values:
-            raise CacheError(f"the cache {self.cache} holds no empty caption; run jobs/preprocess.py again to add it")
+            raise CacheError(
+                f"the cache {self.cache} holds no empty caption: nothing in it is made from the caption alone; train "
+                "without --caption_dropout"
+            )
         return values
 
     def _row_group(self, place: _Place) -> _RowGroup:
@@ -150,7 +158,7 @@ class CacheReader:
                     self._kept_bytes -= self._kept.pop(place).table.nbytes
                 self._kept[place] = loaded
                 self._kept_bytes += loaded.table.nbytes
-                while self._kept_bytes > self.max_cached_bytes and len(self._kept) > 1:
+                while self._kept_bytes > self.max_cached_bytes and len(self._kept) > self.keep_at_least:
                     gone, dropped = self._kept.popitem(last=False)
                     self._kept_bytes -= dropped.table.nbytes
                     self._loading.pop(gone, None)
@@ -158,12 +166,10 @@ class CacheReader:
 
     def _load(self, place: _Place) -> _RowGroup:
         group, file, row_group = place
+        path = shard_path(self.cache, group, file)
         try:
-            with (
-                self._open_file(shard_path(self.cache, group, file)) as source,
-                pq.ParquetFile(source) as parquet,
-            ):
-                header = shard_header(parquet)
+            with self._open_file(path) as source, pq.ParquetFile(source) as parquet:
+                header = shard_header(parquet, path)
                 if not 0 <= row_group < parquet.num_row_groups:
                     raise CacheError(f"has {parquet.num_row_groups} row groups, not the row group {row_group}")
                 table = parquet.read_row_group(row_group, use_threads=False).combine_chunks()
@@ -171,7 +177,11 @@ class CacheReader:
                 return _RowGroup(table, table_parameters(table.schema), header["codec"])
         except FileNotFoundError as error:
             raise self._damage(place, "it is absent") from error
+        except VersionError:
+            raise
         except (CacheError, *READ_ERRORS) as error:
+            if failed_to_read(error):
+                raise UnreadableError(path, error) from error
             raise self._damage(place, str(error)) from error
 
     def _values(self, place: _Place, loaded: _RowGroup, key: str, at: int) -> dict[str, Any]:
@@ -180,8 +190,10 @@ class CacheReader:
         view = RowView(loaded.table, at, loaded.parameters)
         if view.key != key:
             raise self._damage(place, f"row {at} has the key {view.key}, the index says {key}")
-        if self.verify and not view.is_intact(loaded.codec):
-            raise self._damage(place, f"row {at} ({key}) does not match its checksum")
+        if self.verify and at not in loaded.checked:
+            if not view.is_intact(loaded.codec):
+                raise self._damage(place, f"row {at} ({key}) does not match its checksum")
+            loaded.checked.add(at)
         try:
             return view.decode(loaded.codec)
         except CodecError as error:

@@ -7,27 +7,40 @@ their keys.
 
 from __future__ import annotations
 
-import json
+import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ray_diffsynth.cache.errors import CacheError
-from ray_diffsynth.cache.inspection import Place, named_rows, orphans
-from ray_diffsynth.cache.lease import lease
+from ray_diffsynth.cache.errors import CacheError, UnreadableError, VersionError
+from ray_diffsynth.cache.inspection import Place, named_rows
+from ray_diffsynth.cache.lease import Lease, lease
 from ray_diffsynth.cache.manifest import (
     INDEX_FOLDER,
     MANIFEST_FILE,
-    MANIFEST_VERSION,
     QUARANTINE_FOLDER,
     GroupSpec,
     Manifest,
     commit,
 )
-from ray_diffsynth.cache.store import list_shards, read_shard_header, shard_header, shard_name, shard_path, write_shard
+from ray_diffsynth.cache.store import (
+    ForeignFileError,
+    list_shards,
+    open_shard,
+    read_shard_header,
+    shard_header,
+    shard_name,
+    shard_path,
+    write_shard,
+)
 from ray_diffsynth.cache.verify import file_problem
 from ray_diffsynth.data import storage
+
+_SHARD_FILE = re.compile(r"^[0-9a-f]{24}\.parquet$")
+_TABLE_FILE = re.compile(r"^[0-9a-f]{32}\.parquet$")
+_MINE = f".tmp-{os.getpid()}-"
 
 
 @dataclass
@@ -39,120 +52,167 @@ class Repair:
     committed: bool = True
     """False: the cache must be completed by jobs/preprocess.py before it can be trained on."""
 
-    def remove(self, path: str, reason: str) -> None:
-        if storage.remove(path):
-            self.removed.append((path, reason))
+    def remove(self, paths: Iterable[tuple[str, str]]) -> None:
+        self.removed += [(path, reason) for path, reason in paths if storage.remove(path)]
+
+
+@dataclass
+class _Found:
+    """What was seen before anything was touched. `damaged`: (path, reason); `spare`: good shards that nothing names."""
+
+    manifest: Manifest | None
+    index: pa.Table | None
+    groups: list[str]
+    damaged: list[tuple[str, str]] = field(default_factory=list)
+    spare: list[tuple[str, str]] = field(default_factory=list)
+    whole: bool = True
 
 
 def repair_cache(cache: str, *, prune: bool = False) -> Repair:
     """Remove what is damaged or unfinished, with `prune` also what nothing points to.
 
-    Raises CacheError while another process writes to the cache, if nothing of a cache is there, and for a cache of a
-    newer version.
+    Everything is read first: when a file cannot be read (not the same as damaged) or is of another version, CacheError
+    is raised and nothing is removed. Files of other programs stay. Raises CacheError also while another process writes
+    to the cache, and if there is none.
     """
     cache = storage.absolute(cache)
     if not storage.exists(cache):
         raise CacheError(f"{cache} is not there")
+    if not _is_cache(cache):
+        raise CacheError(f"{cache} is not a cache (no {MANIFEST_FILE}, no folder with files of one); check the path")
     done = Repair()
-    with lease(cache):
-        groups = [name for name in storage.list_folders(cache) if name not in (INDEX_FOLDER, QUARANTINE_FOLDER)]
-        for folder in (cache, *(storage.join(cache, name) for name in (INDEX_FOLDER, QUARANTINE_FOLDER, *groups))):
-            for path in storage.list_unfinished(folder):
-                done.remove(path, "a write that never ended")
-        manifest, index = _readable(cache, done)
-        specs = {} if manifest is None else {spec.name: spec for spec in manifest.groups}
-        for group in groups:
-            named: dict[str, list[Place]] = {}
-            if group in specs and index is not None:
-                named = named_rows(index, specs[group])
-                for file, places in named.items():
-                    if problem := file_problem(cache, specs[group], file, places):
-                        done.remove(shard_path(cache, group, file), problem)
-                        done.committed = False
-            _check_spare(cache, group, named, done)
-        if not done.committed:
-            _uncommit(cache, manifest, done)
-        elif prune and manifest is not None and index is not None:
-            _prune(cache, manifest, index, groups, done)
+    with lease(cache) as held:
+        try:
+            found = _look(cache)
+        except (UnreadableError, VersionError) as error:
+            raise CacheError(f"nothing was removed: {error}") from error
+        held.check()
+        done.remove(found.damaged)
+        done.committed = found.whole
+        if not found.whole:
+            _uncommit(cache, found.manifest, done)
+        elif prune:
+            _prune(cache, found, held, done)
     return done
 
 
-def _readable(cache: str, done: Repair) -> tuple[Manifest | None, pa.Table | None]:
-    """Manifest and index, or None for both when there is none that can be trusted."""
-    path = storage.join(cache, MANIFEST_FILE)
+def _group_folders(cache: str) -> list[str]:
+    return [name for name in storage.list_folders(cache) if name not in (INDEX_FOLDER, QUARANTINE_FOLDER)]
+
+
+def _is_cache(cache: str) -> bool:
+    """Whether there is a manifest, or at least a shard that an unfinished run wrote."""
+    if storage.exists(storage.join(cache, MANIFEST_FILE)):
+        return True
+    return any(_is_shard(cache, group, file) for group in _group_folders(cache) for file in list_shards(cache, group))
+
+
+def _is_shard(cache: str, group: str, file: str) -> bool:
+    try:
+        read_shard_header(cache, group, file)
+    except (UnreadableError, VersionError):
+        raise
+    except CacheError:
+        return False
+    return True
+
+
+def _look(cache: str) -> _Found:
+    """Read the whole cache. Raises UnreadableError, VersionError."""
+    found = _readable(cache)
+    folders = (cache, *(storage.join(cache, name) for name in (INDEX_FOLDER, QUARANTINE_FOLDER, *found.groups)))
+    # This process's own is the heartbeat of the lease.
+    unfinished = [path for folder in folders for path in storage.list_unfinished(folder) if _MINE not in path]
+    found.damaged += [(path, "a write that never ended") for path in unfinished]
+    specs = {} if found.index is None or found.manifest is None else {spec.name: spec for spec in found.manifest.groups}
+    for group in sorted({*found.groups, *specs}):
+        named = named_rows(found.index, specs[group]) if group in specs else {}
+        for file, places in named.items():
+            if problem := file_problem(cache, specs[group], file, places):
+                found.damaged.append((shard_path(cache, group, file), problem))
+                found.whole = False
+        for file in list_shards(cache, group):
+            if file not in named:
+                _look_at_spare(cache, group, file, found)
+    return found
+
+
+def _look_at_spare(cache: str, group: str, file: str, found: _Found) -> None:
+    """A file that no manifest names: a damaged one of ours is removed, since a rerun encodes its rows anyway."""
+    path = shard_path(cache, group, file)
+    try:
+        read_shard_header(cache, group, file, verify=True)
+        found.spare.append((path, "nothing points to it"))
+    except UnreadableError:
+        raise
+    except (ForeignFileError, VersionError):
+        return
+    except CacheError as error:
+        # Whose it was cannot be read any more; ours are called by a hash.
+        if _SHARD_FILE.match(file):
+            found.damaged.append((path, str(error)))
+
+
+def _readable(cache: str) -> _Found:
+    """Manifest and index; None for the index, and False for `whole`, when they cannot be trusted."""
+    path, groups = storage.join(cache, MANIFEST_FILE), _group_folders(cache)
     if not storage.exists(path):
-        done.committed = False
-        return None, None
+        return _Found(None, None, groups, whole=False)
     manifest = None
     try:
         manifest = Manifest.load(cache)
         manifest.read_quarantine(cache)
-        return manifest, manifest.read_index(cache)
+        return _Found(manifest, manifest.read_index(cache), groups)
+    except (UnreadableError, VersionError):
+        raise
     except CacheError as error:
-        if _version(path) > MANIFEST_VERSION:
-            raise
-        done.committed = False
-        done.remove(path, str(error))
-        return manifest, None
-
-
-def _version(path: str) -> int:
-    try:
-        return int(json.loads(storage.read_bytes(path))["version"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return 0
-
-
-def _check_spare(cache: str, group: str, named: dict[str, list[Place]], done: Repair) -> None:
-    """Remove damaged files that no manifest names: a rerun would stumble over them and encode their rows anyway."""
-    for file in list_shards(cache, group):
-        if file not in named:
-            try:
-                read_shard_header(cache, group, file, verify=True)
-            except CacheError as error:
-                done.remove(shard_path(cache, group, file), str(error))
+        return _Found(manifest, None, groups, [(path, str(error))], whole=False)
 
 
 def _uncommit(cache: str, manifest: Manifest | None, done: Repair) -> None:
     """Take the manifest away, then the tables that only it named."""
+    files = (MANIFEST_FILE, *(() if manifest is None else (manifest.index_file, manifest.quarantine_file)))
     reason = "what it names is damaged; jobs/preprocess.py writes a new one"
-    done.remove(storage.join(cache, MANIFEST_FILE), reason)
-    for file in () if manifest is None else (manifest.index_file, manifest.quarantine_file):
-        done.remove(storage.join(cache, file), reason)
+    done.remove((storage.join(cache, file), reason) for file in files)
 
 
-def _prune(cache: str, manifest: Manifest, index: pa.Table, groups: list[str], done: Repair) -> None:
+def _prune(cache: str, found: _Found, held: Lease, done: Repair) -> None:
     """Write files anew that hold rows which nothing names, commit, then remove what the new manifest does not name."""
-    specs = []
+    manifest, index = found.manifest, found.index
+    assert manifest is not None and index is not None
+    specs, replaced = [], []
     for spec in manifest.groups:
         moved = {file: _compact(cache, spec, file, places) for file, places in named_rows(index, spec).items()}
         moved = {file: new for file, new in moved.items() if new[0] != file}
-        done.compacted += [shard_path(cache, spec.name, file) for file in moved]
+        replaced += [shard_path(cache, spec.name, file) for file in moved]
         index, spec = _relocated(index, spec, moved)
-        files = named_rows(index, spec)
-        nbytes = sum(storage.file_size(shard_path(cache, spec.name, file)) for file in files)
-        specs.append(replace(spec, nbytes=nbytes))
-    if done.compacted:
+        sizes = storage.file_sizes(storage.join(cache, spec.name))
+        specs.append(replace(spec, nbytes=sum(sizes[file] for file in named_rows(index, spec))))
+    done.compacted += replaced
+    held.check()
+    if replaced:
         captions = manifest.read_captions(cache)
         quarantine = manifest.read_quarantine(cache)
         manifest = commit(cache, replace(manifest, groups=tuple(specs)), index, quarantine, captions)
-    reason = "nothing points to it"
-    for spec in specs:
-        for file in orphans(cache, spec, named_rows(index, spec)):
-            done.remove(shard_path(cache, spec.name, file), reason)
-    for group in set(groups) - {spec.name for spec in specs}:
-        for file in list_shards(cache, group):
-            done.remove(shard_path(cache, group, file), reason)
+    named = {shard_path(cache, spec.name, file) for spec in specs for file in named_rows(index, spec)}
+    unused = [*found.spare, *((path, "nothing points to it") for path in replaced)]
+    done.remove((path, reason) for path, reason in unused if path not in named)
+    done.remove((path, "nothing points to it") for path in _old_tables(cache, manifest))
+
+
+def _old_tables(cache: str, manifest: Manifest) -> Iterator[str]:
+    """Index and quarantine files that the manifest does not name."""
     for folder, kept in ((INDEX_FOLDER, manifest.index_file), (QUARANTINE_FOLDER, manifest.quarantine_file)):
         for file in list_shards(cache, folder):
-            if f"{folder}/{file}" != kept:
-                done.remove(storage.join(cache, folder, file), reason)
+            if _TABLE_FILE.match(file) and f"{folder}/{file}" != kept:
+                yield storage.join(cache, folder, file)
 
 
 def _compact(cache: str, spec: GroupSpec, file: str, places: list[Place]) -> tuple[str, dict[tuple[int, int], Place]]:
     """A file with only the rows at `places`: its name, and where each row went. The file itself if it has no others."""
-    with storage.open_input(shard_path(cache, spec.name, file)) as source, pq.ParquetFile(source) as parquet:
-        header = shard_header(parquet)
+    path = shard_path(cache, spec.name, file)
+    with open_shard(path) as (parquet, _):
+        header = shard_header(parquet, path)
         if parquet.metadata.num_rows == len(places):
             return file, {}
         table = parquet.read()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,13 +16,23 @@ import pyarrow.parquet as pq
 
 from ray_diffsynth.cache.codec import check_codec
 from ray_diffsynth.cache.errors import CacheError as CacheError
+from ray_diffsynth.cache.errors import UnreadableError, VersionError
 from ray_diffsynth.cache.schema import KEY, row_views, table_from_rows, table_parameters, table_schema
 from ray_diffsynth.data import storage
 
-SHARD_VERSION = 1
+SHARD_VERSION = 2
+"""2: checksums are XXH3-64 (1: CRC-32)."""
 _METADATA = b"ray_diffsynth"
+HEADER_BYTES = 64 << 10
+"""What is fetched at once of a remote shard for its header: an object store's usual read-ahead is the whole shard."""
 READ_ERRORS = (OSError, pa.ArrowException, ValueError, LookupError, TypeError)
 """What reading a damaged Parquet file raises."""
+
+
+def failed_to_read(error: Exception) -> bool:
+    """Whether rights, network or disk are to blame, not a file's content (for which pyarrow raises OSError too)."""
+    plain = type(error) is OSError and error.errno in (None, errno.EINVAL)  # EINVAL: a damaged footer's offsets
+    return isinstance(error, OSError) and not plain
 
 
 @dataclass(frozen=True)
@@ -130,26 +142,53 @@ def write_shard(
     return Shard(group, f"{name}.parquet", bucket, keys, data.size, codec, per_group, reasons)
 
 
-def shard_header(file: pq.ParquetFile) -> dict[str, Any]:
-    """`version`, `group`, `bucket`, `codec` and `rows_per_group` of an open shard. Raises CacheError, KeyError."""
+class ForeignFileError(CacheError):
+    """A Parquet file of another program."""
+
+
+def shard_header(file: pq.ParquetFile, path: str) -> dict[str, Any]:
+    """`version`, `group`, `bucket`, `codec` and `rows_per_group` of the open shard at `path`.
+
+    Raises ForeignFileError, VersionError, and KeyError or ValueError for a damaged one.
+    """
     text = (file.schema_arrow.metadata or {}).get(_METADATA)
     if text is None:
-        raise CacheError("is a Parquet file of another program, not a shard of a cache")
+        raise ForeignFileError(f"{path} is a Parquet file of another program, not a shard of a cache")
     header: dict[str, Any] = json.loads(text)
     if header["version"] != SHARD_VERSION:
-        raise CacheError(f"has version {header['version']}, this program reads version {SHARD_VERSION}")
+        raise VersionError(path, header["version"], SHARD_VERSION)
     return header
+
+
+@contextmanager
+def open_shard(path: str, *, whole: bool = False) -> Iterator[tuple[pq.ParquetFile, int]]:
+    """The open Parquet file and its size; `whole` fetches it in one piece, else only what is asked for is read.
+
+    Raises FileNotFoundError, UnreadableError for any other failure to read, and READ_ERRORS for a damaged file.
+    """
+    try:
+        if whole:
+            source: pa.NativeFile = pa.BufferReader(storage.read_bytes(path))
+        else:
+            source = storage.open_input(path, block_size=HEADER_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnreadableError(path, error) from error
+    with source, pq.ParquetFile(source) as parquet:
+        yield parquet, source.size()
 
 
 def read_shard_header(cache: str, group: str, file: str, *, verify: bool = False) -> Shard:
     """The shard as its own file describes it (to recover what an interrupted run wrote).
 
-    `verify` also reads every row and its checksum. Raises CacheError naming the file when it is absent or damaged.
+    `verify` also reads every row and its checksum. Raises CacheError naming the file when it is absent or damaged;
+    UnreadableError, VersionError and ForeignFileError among them when it may well be good.
     """
     path = shard_path(cache, group, file)
     try:
-        with storage.open_input(path) as source, pq.ParquetFile(source) as parquet:
-            header = shard_header(parquet)
+        with open_shard(path, whole=verify) as (parquet, nbytes):
+            header = shard_header(parquet, path)
             if header["group"] != group:
                 raise CacheError(f"belongs to the group {header['group']}, not {group}")
             table = parquet.read(None if verify else [KEY])
@@ -157,7 +196,9 @@ def read_shard_header(cache: str, group: str, file: str, *, verify: bool = False
                 raise CacheError(f"{len(bad)} of {table.num_rows} rows do not match their checksum, first {bad[0]}")
             keys = tuple(table.column(KEY).to_pylist())
             facts = {name: header[name] for name in ("group", "bucket", "codec", "rows_per_group", "failed")}
-            return Shard.from_dict({**facts, "file": file, "keys": keys, "nbytes": source.size()})
+            return Shard.from_dict({**facts, "file": file, "keys": keys, "nbytes": nbytes})
+    except (UnreadableError, VersionError, ForeignFileError):
+        raise
     except (CacheError, *READ_ERRORS) as error:
         raise CacheError(f"the cache file {path} cannot be used: {error}") from error
 

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import pyarrow.parquet as pq
-import torch
+from typing import Literal
 
 from ray_diffsynth.cache.codec import CodecError
-from ray_diffsynth.cache.errors import CacheError
+from ray_diffsynth.cache.errors import CacheError, UnreadableError, VersionError
+from ray_diffsynth.cache.finite import is_finite as is_finite
 from ray_diffsynth.cache.inspection import Place, named_rows, orphans
-from ray_diffsynth.cache.manifest import GroupSpec, Manifest
+from ray_diffsynth.cache.manifest import GroupSpec, committed
 from ray_diffsynth.cache.schema import row_views
-from ray_diffsynth.cache.store import READ_ERRORS, shard_header, shard_path
+from ray_diffsynth.cache.store import READ_ERRORS, open_shard, shard_header, shard_path
 from ray_diffsynth.data import storage
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as the manifest says. Only `damage` is wrong; the rest takes room."""
+    """Something that is not as the manifest says. `damage` is wrong, `unreadable` not known; the rest takes room."""
 
-    kind: Literal["damage", "orphan", "unfinished"]
+    kind: Literal["damage", "unreadable", "orphan", "unfinished"]
     path: str
     problem: str
 
 
 def verify_cache(cache: str, on_file: Callable[[str], None] = lambda path: None) -> list[Finding]:
-    """Read the whole cache, one row group in memory at a time; what is wrong with it, empty when nothing is.
+    """Read the whole cache, one file in memory at a time; what is wrong with it, empty when nothing is.
 
     Raises CacheError when manifest or index cannot be read at all.
     """
     cache = storage.absolute(cache)
-    manifest = Manifest.load(cache)
-    index = manifest.read_index(cache)
+    manifest, index = committed(cache)
     manifest.read_quarantine(cache)
     found: list[Finding] = []
     for spec in manifest.groups:
@@ -42,8 +39,11 @@ def verify_cache(cache: str, on_file: Callable[[str], None] = lambda path: None)
         for file, places in named.items():
             path = shard_path(cache, spec.name, file)
             on_file(path)
-            problem = file_problem(cache, spec, file, places)
-            found += [Finding("damage", path, problem)] if problem else []
+            try:
+                problem = file_problem(cache, spec, file, places)
+                found += [Finding("damage", path, problem)] if problem else []
+            except (UnreadableError, VersionError) as error:
+                found.append(Finding("unreadable", path, str(error)))
         for file in orphans(cache, spec, named):
             found.append(Finding("orphan", shard_path(cache, spec.name, file), "the manifest does not name it"))
         folder = storage.join(cache, spec.name)
@@ -52,10 +52,11 @@ def verify_cache(cache: str, on_file: Callable[[str], None] = lambda path: None)
 
 
 def file_problem(cache: str, spec: GroupSpec, file: str, places: list[Place]) -> str | None:
-    """The first thing wrong with a file of the cache, in words."""
+    """The first thing wrong with a file of the cache, in words. Raises UnreadableError, VersionError."""
+    path = shard_path(cache, spec.name, file)
     try:
-        with storage.open_input(shard_path(cache, spec.name, file)) as source, pq.ParquetFile(source) as parquet:
-            header = shard_header(parquet)
+        with open_shard(path, whole=True) as (parquet, _):
+            header = shard_header(parquet, path)
             if header["group"] != spec.name:
                 return f"it belongs to the group {header['group']}"
             keys = {}
@@ -70,25 +71,11 @@ def file_problem(cache: str, spec: GroupSpec, file: str, places: list[Place]) ->
                     keys[number, row] = view.key
     except FileNotFoundError:
         return "it is absent"
+    except (UnreadableError, VersionError):
+        raise
     except (CacheError, CodecError, *READ_ERRORS) as error:
         return f"it cannot be read: {error}"
     for row_group, row, key in places:
         if keys.get((row_group, row)) != key:
             return f"the index names {key} in row {row} of row group {row_group}, where {keys.get((row_group, row))} is"
     return None
-
-
-def is_finite(value: Any) -> bool:
-    """Whether no number in a tensor, or in tensors within lists, tuples and dicts, is NaN or infinite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(value))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
-        # Not every 8-bit type knows isfinite; all convert to fp32.
-        yield value.float() if value.is_floating_point() and value.itemsize == 1 else value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))

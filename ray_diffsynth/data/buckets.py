@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 from ray_diffsynth.errors import UserError
 
@@ -21,17 +21,22 @@ class BucketError(UserError, ValueError):
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """Height and width in pixels and number of frames that every sample of a batch has."""
+    """Height and width in pixels and number of frames that every sample of a batch has.
+
+    `pictures`: how many pictures a sample is made from, where its row gives a list of them.
+    """
 
     height: int
     width: int
     num_frames: int = 1
+    pictures: int = 1
 
     @property
     def name(self) -> str:
-        """`480x832` for pictures (height x width), `480x832x81` for videos."""
+        """`480x832` for pictures (height x width), `480x832x81` for videos, `480x832+2` with two pictures to edit."""
         size = f"{self.height}x{self.width}"
-        return size if self.num_frames == 1 else f"{size}x{self.num_frames}"
+        size = size if self.num_frames == 1 else f"{size}x{self.num_frames}"
+        return size if self.pictures == 1 else f"{size}+{self.pictures}"
 
     @property
     def area(self) -> int:
@@ -39,17 +44,20 @@ class Bucket:
         return self.height * self.width * self.num_frames
 
     @property
-    def sort_key(self) -> tuple[int, int, int, int]:
-        """The order of buckets in the index of a cache: by area, then height, width and frames."""
-        return (self.area, self.height, self.width, self.num_frames)
+    def sort_key(self) -> tuple[int, ...]:
+        """The order of buckets in the index of a cache: by area, then height, width, frames and pictures."""
+        return (self.area, self.height, self.width, self.num_frames, self.pictures)
 
     @classmethod
     def parse(cls, name: str) -> Bucket:
         """The bucket of a `name`. Raises BucketError."""
-        parts = name.split("x")
-        if len(parts) not in (2, 3) or not all(p.isascii() and p.isdigit() and int(p) > 0 for p in parts):
+        size, _, pictures = name.partition("+")
+        parts = size.split("x")
+        numbers = [*parts, pictures] if "+" in name else parts
+        if len(parts) not in (2, 3) or not all(p.isascii() and p.isdigit() and int(p) > 0 for p in numbers):
             raise BucketError(f"{name!r} is not a bucket; write height x width (480x832) or with frames (480x832x81)")
-        return cls(*(int(part) for part in parts))
+        height, width, frames = (int(part) for part in (*parts, "1")[:3])
+        return cls(height, width, frames, int(pictures or 1))
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ def _nearest_aspect(width: int, height: int, resolution: int, division: int) -> 
     return min(aspect_buckets(resolution, division), key=distance)
 
 
+@lru_cache(maxsize=4096)
 def assign_bucket(width: int, height: int, rule: SizeRule, available_frames: int = 1) -> Bucket:
     """The bucket of a picture of `width` x `height` pixels, or of a video that gives so many frames.
 

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from ray_diffsynth.data import storage
 from ray_diffsynth.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+READ_THREADS = 16
+"""Captions, or tars, that are read at the same time."""
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".gif")
 
 
@@ -171,8 +174,8 @@ def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
     suffixes = (*IMAGE_SUFFIXES, *(VIDEO_SUFFIXES if file_column == "video" else ()))
     names = storage.list_files(folder, suffix=(*suffixes, ".txt"), recursive=True)
     captions = {name[: -len(".txt")]: name for name in names if name.lower().endswith(".txt")}
-    rows: list[RawRow] = []
-    for name in (name for name in names if not name.lower().endswith(".txt")):
+
+    def row(number: int, name: str) -> RawRow:
         values: dict[str, Any] = {file_column: name}
         error = ""
         if caption := captions.get(name.rpartition(".")[0]):
@@ -180,7 +183,11 @@ def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
                 values[text_column] = _text(caption, storage.read_bytes(storage.join(folder, caption))).strip()
             except (DatasetError, OSError) as problem:
                 error = f"the caption file cannot be read: {problem}"
-        rows.append(RawRow(len(rows) + 1, storage.join(folder, name), None if error else values, error))
+        return RawRow(number, storage.join(folder, name), None if error else values, error)
+
+    pictures = [name for name in names if not name.lower().endswith(".txt")]
+    with ThreadPoolExecutor(READ_THREADS) as pool:  # a request each, on an object store
+        rows = list(pool.map(row, range(1, len(pictures) + 1), pictures))
     if not rows:
         raise DatasetError(
             f"{folder} has neither a metadata file ({', '.join('metadata' + s for s in READERS)}) nor pictures "

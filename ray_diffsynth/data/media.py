@@ -1,17 +1,31 @@
-"""Pictures: header, decoding to RGB, resize and crop, content hash. Pillow only."""
+"""Pictures: header, decoding to RGB, resize and crop, content hash. Pillow only.
+
+What goes wrong while the bytes are fetched is kept apart from what is wrong with them: only that is the file's own.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import io
+import logging
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ray_diffsynth.data import storage
 from ray_diffsynth.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+READS = 3
+"""How often a file is tried to be read."""
+PAUSE_SECONDS = 0.5
+"""Before the second try; twice as long before the next."""
+T = TypeVar("T")
 
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -38,20 +52,98 @@ class MediaError(UserError):
         return f"{self.path}: {self.reason}"
 
 
+class SourceUnavailable(MediaError):
+    """A file that cannot be read now (storage, network, rights), which says nothing about what it holds."""
+
+
+class SourceChanged(MediaError):
+    """A file that is not the one that was scanned any more."""
+
+
+PASSING = (SourceUnavailable, SourceChanged)
+"""Errors that are not the content's: the next run tries again."""
+
+
+def _fetched(path: str, read: Callable[[], T]) -> T:
+    """What `read` returns, tried again where the storage fails. Raises MediaError, SourceUnavailable among them."""
+    for attempt in range(1, READS + 1):
+        try:
+            return read()
+        except (UserError, MemoryError):
+            raise
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MediaError(path, "no such file") from error
+        except IsADirectoryError as error:
+            raise MediaError(path, "is a folder, not a picture") from error
+        except PermissionError as error:
+            raise SourceUnavailable(path, f"may not be read ({error})") from error
+        except ValueError as error:  # a name that no file can have
+            raise MediaError(path, f"no such file ({error})") from error
+        # Clients of object stores raise errors of their own.
+        except Exception as error:
+            if attempt == READS:
+                raise SourceUnavailable(path, f"cannot be read now ({type(error).__name__}: {error})") from error
+            logger.debug("%s: %s; trying again", path, error)
+            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+    raise AssertionError("the last try returns or raises")
+
+
+def fetch(path: str) -> bytes:
+    """The whole file. Raises MediaError when it is absent or empty, SourceUnavailable when it cannot be read now."""
+    data = _fetched(path, lambda: storage.read_bytes(path))
+    if not data:
+        raise MediaError(path, "the file is empty (0 bytes)")
+    return data
+
+
+class _Watched:
+    """An open file that remembers the error of its storage, however a decoder reports that."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: Exception | None = None
+
+    def _watch(self, what: Callable[[], T]) -> T:
+        try:
+            return what()
+        except Exception as error:
+            self.error = error
+            raise
+
+    def read(self, size: int = -1) -> bytes:
+        return self._watch(lambda: self.file.read(size))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._watch(lambda: self.file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return self._watch(self.file.tell)
+
+
 @contextmanager
 def reading(path: str) -> Iterator[IO[bytes]]:
-    """The open file; whatever goes wrong with it becomes a MediaError with a readable reason."""
+    """The open file, for what is too large to be read at once; whatever goes wrong with it becomes a MediaError."""
+    with _fetched(path, lambda: storage.open_input(path)) as file:
+        if file.size() == 0:
+            raise MediaError(path, "the file is empty (0 bytes)")
+        watched = _Watched(cast("IO[bytes]", file))
+        try:
+            with decoding(path):
+                yield cast("IO[bytes]", watched)
+        except MediaError as error:
+            if watched.error is None:
+                raise
+            why = f"cannot be read now ({type(watched.error).__name__}: {watched.error})"
+            raise SourceUnavailable(path, why) from error
+
+
+@contextmanager
+def decoding(path: str) -> Iterator[None]:
+    """Within it, whatever a decoder raises becomes a MediaError with a readable reason."""
     try:
-        with storage.open_input(path) as file:
-            if file.size() == 0:
-                raise MediaError(path, "the file is empty (0 bytes)")
-            yield cast("IO[bytes]", file)
-    except (MediaError, MemoryError):
+        yield
+    except (UserError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise MediaError(path, "no such file") from error
-    except IsADirectoryError as error:
-        raise MediaError(path, "is a folder, not a picture") from error
     except UnidentifiedImageError as error:
         raise MediaError(path, "not a picture that Pillow can read") from error
     except Image.DecompressionBombError as error:
@@ -70,9 +162,13 @@ def _orientation(image: Image.Image) -> int:
     return value if value in _TURNS else 1
 
 
-def probe_image(path: str) -> tuple[int, int]:
-    """(width, height) in pixels as `load_image` would return it, from the header alone. Raises MediaError."""
-    with reading(path) as file, Image.open(file) as image:
+def probe_image(path: str, data: bytes | None = None) -> tuple[int, int]:
+    """(width, height) in pixels as `load_image` would return it, from the header alone. Raises MediaError.
+
+    `data`: the file's bytes, where they have been read already.
+    """
+    file = io.BytesIO(fetch(path) if data is None else data)
+    with decoding(path), Image.open(file) as image:
         width, height = image.size
         return (height, width) if _orientation(image) in _SWAPS_SIDES else (width, height)
 
@@ -93,9 +189,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(path: str) -> Image.Image:
-    """The picture as RGB, upright by its EXIF orientation; the first frame of an animation. Raises MediaError."""
-    with reading(path) as file, Image.open(file) as image:
+def load_image(path: str, data: bytes | None = None) -> Image.Image:
+    """The picture as RGB, upright by its EXIF orientation; the first frame of an animation. Raises MediaError.
+
+    `data`: the file's bytes, where they have been read already.
+    """
+    file = io.BytesIO(fetch(path) if data is None else data)
+    with decoding(path), Image.open(file) as image:
         turn = _TURNS.get(_orientation(image))
         image.load()
         rgb = _to_rgb(image)
@@ -114,10 +214,17 @@ def resize_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     return image if covered == (width, height) else image.crop((left, top, left + width, top + height))
 
 
-def content_hash(path: str) -> str:
-    """Hex blake2b-160 of the file's bytes. Raises MediaError."""
+def bytes_hash(data: bytes) -> str:
+    """Hex blake2b-160: the content hash of a file of these bytes."""
+    return hashlib.blake2b(data, digest_size=20).hexdigest()
+
+
+def content_hash(path: str, copy: IO[bytes] | None = None) -> str:
+    """Hex blake2b-160 of the file's bytes, which are written to `copy` too. Raises MediaError."""
     digest: Any = hashlib.blake2b(digest_size=20)
     with reading(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            if copy is not None:
+                copy.write(block)
     return str(digest.hexdigest())

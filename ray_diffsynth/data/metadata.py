@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from ray_diffsynth.errors import did_you_mean
 
 __all__ = ["DatasetError", "Metadata", "Quarantined", "read_metadata", "resolve_file"]
 
+DUPLICATE = "DuplicateRow"
+"""Error class of an exact repetition of another row."""
 _NULL_WORDS = ("nan", "null")
 
 
@@ -99,17 +102,58 @@ def _read(
 
 def _check_columns(path: str, raw: RawTable, required: Sequence[str]) -> None:
     if not raw.rows:
-        raise DatasetError(f"{path} has no rows")
+        raise DatasetError(f"{path} has no rows; write one for each sample, below the names of the columns")
     if all(row.values is None for row in raw.rows):
         raise DatasetError(f"{path} has no readable row; the first: {raw.rows[0].error}")
     for column in required:
         if column not in raw.columns:
             raise DatasetError(
-                f"{path} has no column {column!r}; its columns are {', '.join(raw.columns)}; "
-                f"{did_you_mean(column, raw.columns)} Rename the column, or choose others with --data_file_keys"
+                f"{path} has no column {column!r}; its columns are {', '.join(raw.columns)}; rename one, or choose "
+                f"others with --data_file_keys; {did_you_mean(column, raw.columns)}"
             )
     if "sample_id" in raw.columns:
         raise DatasetError(f"{path}: the column name 'sample_id' is taken by ray_diffsynth; rename it")
+
+
+def _storable(text: str) -> bool:
+    """Whether a text is made of whole characters, as Arrow and UTF-8 want it."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(text: str) -> str:
+    """The text with what is no character written as an escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """Every text in a value, names within objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _strings(name)
+            yield from _strings(item)
+
+
+def _broken_text(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(error class, message) of the first value with half a character in it."""
+    for column, value in values.items():
+        for text in (column, *_strings(value)):
+            if not _storable(text):
+                name, shown = _printable(column), _printable(text)
+                shown = shown if len(shown) <= 80 else f"{shown[:80]}…"
+                why = "is not whole characters (a file name that is not UTF-8, or half a surrogate pair)"
+                return "InvalidValue", f"the column {name!r} holds '{shown}', which {why}; write it as UTF-8"
+    return None
 
 
 def _is_missing(value: Any) -> bool:
@@ -169,14 +213,14 @@ class _Ids:
 
     def __init__(self) -> None:
         self.taken: set[str] = set()
-        self.rows: set[str] = set()
+        self.rows: set[bytes] = set()
         self.count: dict[str, int] = {}
 
     def base(self, row: RawRow, files: Sequence[str]) -> str:
         for column in files:
             paths = _paths((row.values or {}).get(column))
             if paths and isinstance(paths[0], str) and paths[0]:
-                return storage.without_place(paths[0])
+                return _printable(storage.without_place(paths[0]))
         return f"row-{row.number}"
 
     def assign(self, base: str) -> str:
@@ -189,8 +233,10 @@ class _Ids:
 
     def is_duplicate(self, values: Mapping[str, Any]) -> bool:
         text = json.dumps(values, sort_keys=True, default=repr)
-        seen = text in self.rows
-        self.rows.add(text)
+        # Not the text: of a large dataset that would be held twice.
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        seen = digest in self.rows
+        self.rows.add(digest)
         return seen
 
 
@@ -221,22 +267,30 @@ def read_metadata(
     ids = _Ids()
     accepted: list[tuple[str, Mapping[str, Any]]] = []
     rejected: list[Quarantined] = []
+
+    def reject(sample_id: str, row: RawRow, error: str, message: str) -> None:
+        rejected.append(Quarantined(sample_id, _printable(row.source), error, _printable(message)))
+
     for row in raw.rows:
         values = dict(row.values or {})
         if raw.null_words:
             values |= {c: None for c in texts if str(values.get(c)).strip().lower() in _NULL_WORDS}
         base = ids.base(row, files)
         if row.values is None:
-            rejected.append(Quarantined(ids.assign(base), row.source, "MalformedRow", row.error))
-        elif problem := _problem(values, files, texts, required, raw.absent_text) or _parse(values, parsers or {}):
-            rejected.append(Quarantined(ids.assign(base), row.source, *problem))
+            reject(ids.assign(base), row, "MalformedRow", row.error)
+        elif problem := (
+            _problem(values, files, texts, required, raw.absent_text)
+            or _parse(values, parsers or {})
+            or _broken_text(values)
+        ):
+            reject(ids.assign(base), row, *problem)
         elif ids.is_duplicate(values):
             # Not the next `#n`: a repetition must not rename the rows below it, whose ids key their randomness.
-            again = Quarantined(f"{base}#row-{row.number}", row.source, "DuplicateRow", f"repeats the row of {base}")
-            rejected.append(again)
+            reject(f"{base}#row-{row.number}", row, DUPLICATE, f"repeats the row of {base}")
         else:
             accepted.append((ids.assign(base), values))
+    names = [name for name in raw.columns if _storable(name)]  # another one is in rejected rows only
     columns = [pa.array([sample_id for sample_id, _ in accepted], pa.string())]
-    columns += [_array([values.get(name) for _, values in accepted], name in files) for name in raw.columns]
-    table = pa.Table.from_arrays(columns, names=["sample_id", *raw.columns])
+    columns += [_array([values.get(name) for _, values in accepted], name in files) for name in names]
+    table = pa.Table.from_arrays(columns, names=["sample_id", *names])
     return Metadata(table, rejected, len(raw.rows))

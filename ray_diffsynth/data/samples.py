@@ -5,6 +5,7 @@ decodes what is not cached yet. Unsplit training (`--task sft`) decodes through 
 the same pixels.
 """
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from ray_diffsynth.data import storage
-from ray_diffsynth.data.buckets import Bucket, SizeRule, assign_bucket
-from ray_diffsynth.data.media import MediaError, content_hash, load_image, probe_image, resize_crop
+from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule, assign_bucket
+from ray_diffsynth.data.media import MediaError, bytes_hash, content_hash, fetch, load_image, probe_image, resize_crop
 from ray_diffsynth.data.metadata import resolve_file
+from ray_diffsynth.data.sources import steady_bytes, steady_file
 from ray_diffsynth.data.video import (
     Frames,
     VideoInfo,
@@ -50,6 +52,8 @@ class SampleSpec:
     video_params: tuple[str, ...] = ()
     picture_params: tuple[str, ...] = ()
     parsers: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    keep_size: bool = False
+    """Whether a picture or video that would be scaled, cut or shortened cannot be used."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -68,7 +72,7 @@ class SampleSpec:
         return param in self.video_params or is_video(path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """Facts of one source file. `stamp` (size and modification time or ETag) tells whether it must be read again.
 
@@ -91,12 +95,22 @@ class SourceFile:
 
     def frames_key(self, bucket: Bucket, fps: float | None) -> str:
         """What the frames that this file becomes depend on: its content, the bucket they are cut to, the rate."""
-        taken = f"@{'every frame' if fps is None else f'{fps:g} fps'}" if self.fps else ""
-        return f"{self.digest}@{bucket.name}{taken}"
+        taken = f"@{'every frame' if fps is None else f'{fps:g} fps by time'}" if self.fps else ""
+        return f"{self.digest}@{replace(bucket, pictures=1).name}{taken}"
 
     def picture_key(self, bucket: Bucket) -> str:
         """The same for a picture, or the first frame of a video."""
-        return f"{self.digest}@{replace(bucket, num_frames=1).name}"
+        return f"{self.digest}@{replace(bucket, num_frames=1, pictures=1).name}"
+
+
+def file_list(value: Any) -> Any:
+    """A list of files that stands as JSON in a csv, as a list; anything else as it is."""
+    if not (isinstance(value, str) and value.startswith("[") and value.endswith("]")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value  # a file whose name has brackets
 
 
 def file_stamp(path: str) -> str:
@@ -121,14 +135,16 @@ def scan_file(path: str, *, animations: bool = False) -> SourceFile:
     if _read_as_video(path, animations):
         video = probe_video(path)
         return SourceFile(path, stamp, video.width, video.height, content_hash(path), video.num_frames, video.fps)
-    width, height = probe_image(path)
-    return SourceFile(path, stamp, width, height, content_hash(path))
+    data = fetch(path)
+    width, height = probe_image(path, data)
+    return SourceFile(path, stamp, width, height, bytes_hash(data))
 
 
 def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bucket:
     """Bucket of a sample: that of its first file (the target; further ones are conditions of it).
 
-    A video has as many frames as the shortest of its sample's videos gives.
+    A video has as many frames as the shortest of its sample's videos gives. Raises BucketError: see `assign_bucket`; a
+    target that would not keep its size where it must.
     """
     target = files[spec.file_params[0]][0]
     frames = target.available_frames(spec.size.fps)
@@ -136,7 +152,29 @@ def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bu
         file for param in spec.file_params[1:] for file in files[param] if spec.gives_frames(param, file.path)
     ]
     frames = min([frames, *(file.available_frames(spec.size.fps) for file in conditions if file.fps)])
-    return assign_bucket(target.width, target.height, spec.size, frames)
+    bucket = assign_bucket(target.width, target.height, spec.size, frames)
+    if spec.keep_size:
+        _check_kept(target, bucket, spec.size)
+    return replace(bucket, pictures=1 + sum(len(files[param]) - 1 for param in spec.file_params[1:]))
+
+
+def _check_kept(target: SourceFile, bucket: Bucket, rule: SizeRule) -> None:
+    """Raise BucketError if the target is not used as it is: the noise that it was made from has its size."""
+    height, width = target.height, target.width
+    why = "and the noise of its seed belongs to it in its own size only"
+    if (height, width) != (bucket.height, bucket.width):
+        fix = f"give --height {height} --width {width}, or --max_pixels {height * width} or more"
+        if height % rule.division or width % rule.division:
+            fix = f"make pictures whose sides are multiples of {rule.division}"
+        raise BucketError(
+            f"it is {height}x{width} (height x width) and would be scaled to {bucket.height}x{bucket.width}, "
+            f"{why}; {fix}"
+        )
+    if target.fps and (target.num_frames != bucket.num_frames or (rule.fps and abs(rule.fps - target.fps) > 0.01)):
+        raise BucketError(
+            f"it has {target.num_frames} frames at {target.fps:g} a second and {bucket.num_frames} would be used, "
+            f"{why}; give --num_frames {target.num_frames} and leave --fps out"
+        )
 
 
 def pixel_keys(
@@ -152,13 +190,23 @@ def pixel_keys(
     return {param: found if isinstance(row[spec.columns[param]], list) else found[0] for param, found in keys.items()}
 
 
+def digests_of(inputs: Any) -> list[str]:
+    """The content hashes in a file parameter of `pixel_keys`, one for each file."""
+    return [key.partition("@")[0] for key in (inputs if isinstance(inputs, list) else [inputs])]
+
+
 def load_inputs(
-    row: Mapping[str, Any], bucket: Bucket, spec: SampleSpec, only: Collection[str] | None = None
+    row: Mapping[str, Any],
+    bucket: Bucket,
+    spec: SampleSpec,
+    only: Collection[str] | None = None,
+    digests: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Decoded inputs of one sample: files cut to the bucket (see `SampleSpec`; lists stay lists), text and numbers as
     they stand, and the size.
 
-    `only` limits the result, so that a text encoder's pool never opens a picture. Raises MediaError.
+    `only` limits the result, so that a text encoder's pool never opens a picture. `digests`: the content hashes that
+    the files of a parameter must have. Raises MediaError; SourceChanged for a file that has another content.
     """
     wanted = set(spec.inputs if only is None else only)
     inputs: dict[str, Any] = {}
@@ -166,7 +214,9 @@ def load_inputs(
         if param not in wanted:
             continue
         if param in spec.file_params:
-            loaded = [_load_file(path, param, bucket, spec) for path in spec.paths(row, param)]
+            paths = spec.paths(row, param)
+            known: Sequence[str | None] = (digests or {}).get(param) or [None] * len(paths)
+            loaded = [_load_file(p, param, bucket, spec, digest) for p, digest in zip(paths, known, strict=True)]
             inputs[param] = loaded if isinstance(row[column], list) else loaded[0]
         else:
             inputs[param] = row[column]
@@ -175,11 +225,15 @@ def load_inputs(
     return inputs
 
 
-def _load_file(path: str, param: str, bucket: Bucket, spec: SampleSpec) -> Image.Image | Frames:
+def _load_file(path: str, param: str, bucket: Bucket, spec: SampleSpec, digest: str | None) -> Image.Image | Frames:
     """A picture (RGB), or frames uint8 (F, H, W, 3), of the bucket's size."""
-    moving, frames = _read_as_video(path, spec.size.video), spec.gives_frames(param, path)
-    if moving and frames:
-        return load_frames(path, bucket.num_frames, bucket.height, bucket.width, fps=spec.size.fps)
-    picture = load_first_frame(path) if moving else load_image(path)
+    frames = spec.gives_frames(param, path)
+    if _read_as_video(path, spec.size.video):
+        with steady_file(path, digest) as place:
+            if frames:
+                return load_frames(place, bucket.num_frames, bucket.height, bucket.width, fps=spec.size.fps)
+            picture = load_first_frame(place)
+    else:
+        picture = load_image(path, steady_bytes(path, digest))
     cut = resize_crop(picture, bucket.height, bucket.width)
     return np.asarray(cut)[None] if frames else cut

@@ -5,6 +5,7 @@ A path without a scheme is local and goes to the operating system directly, so t
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import re
@@ -13,9 +14,15 @@ import secrets
 import fsspec
 import pyarrow as pa
 
+from ray_diffsynth.errors import UserError
+
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*(::|://)")
 _MEMBER = re.compile(r"^(.+\.tar)/@([0-9]+)\+([0-9]+)/[^/].*$")
 _TEMPORARY = re.compile(r"^\..+\.tmp-[0-9]+-[0-9a-f]+$")
+
+
+class StorageError(UserError, ValueError):
+    """A URL that nothing here can open."""
 
 
 def is_remote(path: str) -> bool:
@@ -29,8 +36,22 @@ def _local(path: str) -> str:
 
 def _remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     # Without listings from memory: other processes write to the same folders.
-    fs, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
+    try:
+        fs, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
+    except ImportError as error:
+        protocol = path.partition(":")[0].lower()
+        extra = _EXTRAS.get(protocol)
+        fix = f"pip install 'ray-diffsynth[{extra}]'" if extra else str(error)
+        raise StorageError(
+            f"{path} cannot be reached: {protocol}:// needs a further package, on all machines: {fix}"
+        ) from error
+    except ValueError as error:
+        raise StorageError(f"{path} cannot be reached: {error}; check the URL") from error
     return fs, inner
+
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Protocol -> the extra of this package that reads it."""
 
 
 def member_path(archive: str, offset: int, size: int, name: str) -> str:
@@ -116,15 +137,28 @@ def read_bytes(path: str) -> bytes:
         return file.read()
 
 
-def open_input(path: str) -> pa.NativeFile:
-    """A seekable binary file that pyarrow and Pillow read parts of; close it (a context manager). Raises OSError."""
+def open_input(path: str, *, block_size: int | None = None) -> pa.NativeFile:
+    """A seekable binary file that pyarrow and Pillow read parts of; close it (a context manager). Raises OSError.
+
+    `block_size`: bytes of a remote file that are fetched at once, for who reads little of it.
+    """
     if member := _member(path):
         return pa.BufferReader(_read_member(*member))
     if is_remote(path):
         fs, inner = _remote(path)
-        return pa.PythonFile(fs.open(inner, "rb"), mode="r")
+        return pa.PythonFile(fs.open(inner, "rb", block_size=block_size), mode="r")
     # Not a memory map: a file that is cut short under a map kills the process with SIGBUS instead of raising.
     return pa.OSFile(_local(path), "rb")
+
+
+_WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
+
+
+def _make_parent(fs: fsspec.AbstractFileSystem, inner: str) -> None:
+    """The folder of a file, where the store has folders; on an object store asking for one costs requests."""
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if protocols.isdisjoint(_WITHOUT_FOLDERS):
+        fs.makedirs(fs._parent(inner), exist_ok=True)
 
 
 def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer) -> None:
@@ -134,7 +168,7 @@ def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer) -> None:
     """
     if is_remote(path):
         fs, inner = _remote(path)
-        fs.makedirs(fs._parent(inner), exist_ok=True)
+        _make_parent(fs, inner)
         fs.pipe_file(inner, bytes(data))
         return
     path = os.path.abspath(_local(path))
@@ -159,11 +193,24 @@ def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer) -> None:
 
 
 def create_new(path: str, data: bytes) -> bool:
-    """Write a file that is not there yet; False if it is. On an object store, which may not tell, the last one wins."""
+    """Write a file that is not there yet; False if it is.
+
+    On an object store by a conditional put; where a store knows none, of two attempts at the same moment both succeed
+    and the last one wins.
+    """
     if is_remote(path):
-        if exists(path):
+        fs, inner = _remote(path)
+        _make_parent(fs, inner)
+        try:
+            fs.pipe_file(inner, data, mode="create")
+        except FileExistsError:
             return False
-        write_bytes_atomic(path, data)
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            return _create_without_condition(path, data)
+        except NotImplementedError:
+            return _create_without_condition(path, data)
         return True
     path = os.path.abspath(_local(path))
     folder, name = os.path.split(path)
@@ -183,6 +230,13 @@ def create_new(path: str, data: bytes) -> bool:
             return False
     finally:
         os.remove(temporary)
+    return True
+
+
+def _create_without_condition(path: str, data: bytes) -> bool:
+    if exists(path):
+        return False
+    write_bytes_atomic(path, data)
     return True
 
 
@@ -215,6 +269,23 @@ def list_files(folder: str, *, suffix: str | tuple[str, ...] = "", recursive: bo
     return sorted(name for name in found if name.lower().endswith(suffixes) and not hidden.search(name))
 
 
+def file_sizes(folder: str) -> dict[str, int]:
+    """Name -> bytes of the files that lie in `folder`, by one listing; an absent folder holds none."""
+    if is_remote(folder):
+        fs, inner = _remote(folder)
+        try:
+            entries = fs.ls(inner, detail=True)
+        except FileNotFoundError:
+            return {}
+        found = {e["name"].rpartition("/")[2]: int(e["size"] or 0) for e in entries if e["type"] == "file"}
+    elif os.path.isdir(_local(folder)):
+        with os.scandir(_local(folder)) as entries:
+            found = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    else:
+        return {}
+    return {name: size for name, size in found.items() if not name.startswith(".")}
+
+
 def list_folders(folder: str) -> list[str]:
     """Names of the folders in `folder`, sorted, without hidden ones; an absent folder has none."""
     if is_remote(folder):
@@ -235,18 +306,30 @@ def list_unfinished(folder: str) -> list[str]:
 
 
 def stamp(path: str) -> str:
-    """Size and modification time (or ETag) of a file: equal stamps mean that its content need not be read again.
+    """What tells this content of a file from any other: equal stamps mean that it need not be read again.
 
-    Raises OSError or ValueError for a file that is absent or cannot be asked.
+    Size, times and inode (`cp -p` and `touch` can give new bytes an old time of modification); size and ETag or the
+    like of a remote file, and nothing ("") where its store tells no version. Raises OSError or ValueError for a file
+    that is absent or cannot be asked.
     """
     if member := _member(path):
-        return f"{stamp(member[0])}@{member[1]}+{member[2]}"
-    fs, inner = fsspec.core.url_to_fs(path) if not is_remote(path) else _remote(path)
+        whole = stamp(member[0])
+        return whole and f"{whole}@{member[1]}+{member[2]}"
+    if not is_remote(path):
+        found = os.stat(_local(path))
+        return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}-{found.st_ino}"
+    fs, inner = _remote(path)
     info = fs.info(inner)
-    version = (
-        info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("updated")
-    )
+    version = next((info[name] for name in _VERSIONS if info.get(name)), None)
+    if version is None:
+        try:
+            version = fs.modified(inner)
+        except NotImplementedError:
+            return ""
     return f"{info.get('size')}-{version}"
+
+
+_VERSIONS = ("ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "updated")
 
 
 def remove(path: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,6 +23,10 @@ Frames = npt.NDArray[np.uint8]
 
 # By quarter turns, counter-clockwise.
 _TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+
+
+_TOLERANCE = 0.0005
+"""Seconds: containers round the times of frames to a millisecond."""
 
 
 class VideoSupportError(UserError):
@@ -56,11 +60,6 @@ def available_frames(info: VideoInfo, fps: float | None) -> int:
     return info.num_frames if fps is None else max(math.floor(round(info.num_frames / info.fps * fps, 6)), 1)
 
 
-def frame_indices(info: VideoInfo, num_frames: int, fps: float) -> list[int]:
-    """Which frames of the file make `num_frames` at `fps`, from its start; some repeat where `fps` is higher."""
-    return [min(round(index * info.fps / fps), info.num_frames - 1) for index in range(num_frames)]
-
-
 def probe_video(path: str) -> VideoInfo:
     """Size, frames and rate, without decoding more than the first frame (which knows how it is turned).
 
@@ -77,30 +76,63 @@ def probe_video(path: str) -> VideoInfo:
         count = int(stream.frames)
     if count < 1:
         with _opened(path) as (container, stream):
-            count = sum(1 for packet in container.demux(stream) if packet.size)
+            times = [packet.pts for packet in container.demux(stream) if packet.size]
+            count, rate = len(times), _measured_rate(times, stream.time_base, rate)
     return VideoInfo(width, height, max(count, 1), float(rate))
 
 
-def load_frames(path: str, num_frames: int, height: int, width: int, *, fps: float | None = None) -> Frames:
-    """The first `num_frames` frames at `fps`, each cut to `height` x `width` as soon as it is decoded.
+def _measured_rate(times: Sequence[int | None], unit: Fraction, rate: Fraction) -> Fraction:
+    """Frames per second on average by their times, where the header's `rate` is not about that."""
+    known = [time for time in times if time is not None]
+    seconds = (max(known) - min(known)) * unit if known else Fraction(0)
+    if not seconds:
+        return rate
+    measured = (len(known) - 1) / seconds
+    return rate if abs(measured / rate - 1) < 0.05 else Fraction(measured)
 
-    Decoding ends with the last frame that is used, and of the source's frames one is in memory at a time.
-    Raises MediaError, also when the file ends before its header says.
+
+def load_frames(path: str, num_frames: int, height: int, width: int, *, fps: float | None = None) -> Frames:
+    """The first `num_frames` frames, or those that are shown at 0, 1/fps, 2/fps … seconds, cut to `height` x `width`.
+
+    A frame is shown from its own time on, whether or not frames follow at equal distances. Decoding ends with the last
+    frame that is used, and of the source's frames two are in memory at a time. Raises MediaError, also when the file
+    ends before its header says.
     """
-    wanted = range(num_frames) if fps is None else frame_indices(probe_video(path), num_frames, fps)
     frames: Frames = np.empty((num_frames, height, width, 3), np.uint8)
     done = 0
-    for index, frame in enumerate(_decoded(path, last=wanted[-1])):
-        if wanted[done] != index:
-            continue
-        frames[done] = np.asarray(resize_crop(_picture(frame), height, width))
-        done += 1
-        while done < num_frames and wanted[done] == index:  # shown longer than a frame of the source
-            frames[done] = frames[done - 1]
-            done += 1
+    for frame, count in _shown(path, num_frames, fps):
+        frames[done : done + count] = np.asarray(resize_crop(_picture(frame), height, width))
+        done += count
     if done < num_frames:
         raise MediaError(path, f"ends after {done} of the {num_frames} frames that its header promises")
     return frames
+
+
+def _shown(path: str, num_frames: int, fps: float | None) -> Iterator[tuple[Any, int]]:
+    """The source's frames that make `num_frames` at `fps`, each with how often it is taken; fewer if the file ends."""
+    if fps is None:
+        yield from ((frame, 1) for frame in _decoded(path, last=num_frames - 1))
+        return
+    done, seen, start, last = 0, 0, 0.0, None
+    for frame in _decoded(path):
+        if frame.time is None:
+            raise MediaError(path, "does not say when its frames are shown; leave --fps out")
+        start = frame.time if last is None else start
+        time, seen = frame.time - start, seen + 1
+        # What is due before this frame is shown is the last one.
+        due = min(math.ceil(round((time - _TOLERANCE) * fps, 6)), num_frames)
+        if last is not None and due > done:
+            yield last, due - done
+            done = due
+        if done == num_frames:
+            return
+        if done == num_frames - 1 and done / fps - time <= _TOLERANCE:  # those after it come later
+            yield frame, 1
+            return
+        last = frame
+    # The last frame stays to the end of the file, if that is its end.
+    if last is not None and seen >= probe_video(path).num_frames:
+        yield last, num_frames - done
 
 
 def load_first_frame(path: str) -> Image.Image:
@@ -110,12 +142,12 @@ def load_first_frame(path: str) -> Image.Image:
     raise MediaError(path, "holds no frame that decodes")
 
 
-def _decoded(path: str, *, last: int) -> Iterator[Any]:
-    """The frames 0 … `last` in the order in which they are shown; stops early if the file does."""
+def _decoded(path: str, *, last: int | None = None) -> Iterator[Any]:
+    """The frames 0 … `last` (None: all) in the order in which they are shown; stops early if the file does."""
     with _opened(path) as (container, stream):
         for index, frame in enumerate(container.decode(stream)):
             yield frame
-            if index >= last:
+            if index == last:
                 return
 
 

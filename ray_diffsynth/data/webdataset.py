@@ -6,10 +6,11 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, cast
 
 from ray_diffsynth.data import storage
-from ray_diffsynth.data.formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DatasetError, RawRow, RawTable
+from ray_diffsynth.data.formats import IMAGE_SUFFIXES, READ_THREADS, VIDEO_SUFFIXES, DatasetError, RawRow, RawTable
 
 _MEDIA = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 
@@ -23,8 +24,11 @@ def read_tars(base_path: str, names: Sequence[str], file_column: str, text_colum
     """
     rows: list[RawRow] = []
     columns: dict[str, None] = {file_column: None, text_column: None}
-    for name in names:
-        samples, problem = _read_tar(storage.join(base_path, name), name, file_column, text_column)
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        tars = list(
+            pool.map(lambda name: _read_tar(storage.join(base_path, name), name, file_column, text_column), names)
+        )
+    for name, (samples, problem) in zip(names, tars, strict=True):
         for stem, (values, error) in samples.items():
             rows.append(RawRow(len(rows) + 1, f"{name}/{stem}", None if error else values, error))
             columns |= dict.fromkeys(values)

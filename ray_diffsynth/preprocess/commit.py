@@ -6,12 +6,13 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit
 from ray_diffsynth.cache.store import shard_path
-from ray_diffsynth.data.metadata import Quarantined
-from ray_diffsynth.data.storage import file_size
+from ray_diffsynth.data.metadata import DUPLICATE, Quarantined
+from ray_diffsynth.data.storage import file_sizes, join
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.catalog import GroupCatalog, Location
 from ray_diffsynth.preprocess.keys import GroupPlan
@@ -34,9 +35,12 @@ class Outcome:
 
 
 def check_same_dataset(
-    cache: str, manifest: Manifest | None, index: pa.Table | None, family: str, samples: Sequence[Sample]
+    cache: str, manifest: Manifest | None, index: pa.Table | None, family: str, sample_ids: pa.ChunkedArray
 ) -> None:
-    """Raise CacheError if `cache` holds another dataset's or family's cache, which a commit would replace."""
+    """Raise CacheError if `cache` holds another dataset's or family's cache, which a commit would replace.
+
+    `sample_ids`: of the metadata's rows, so that it is known before anything is read or written.
+    """
     if manifest is None or index is None:
         return
     if manifest.family != family:
@@ -44,10 +48,10 @@ def check_same_dataset(
             f"{cache} already holds a cache of family {manifest.family}, and this model is {family}; "
             "choose another --output_path"
         )
-    known = set(index["sample_id"].to_pylist())
-    if known and samples and known.isdisjoint(sample.sample_id for sample in samples):
+    known = index["sample_id"]
+    if len(known) and len(sample_ids) and not pc.any(pc.is_in(sample_ids, known.combine_chunks())).as_py():
         raise CacheError(
-            f"{cache} already holds the cache of another dataset ({len(known)} samples, such as {min(known)!r}, none "
+            f"{cache} already holds the cache of another dataset ({len(known)} samples, such as {known[0]}, none "
             "of which is in this one); choose another --output_path, or delete that folder if it is not needed"
         )
 
@@ -64,31 +68,25 @@ def commit_cache(
     Raises CacheError when no sample is left, before anything is written.
     """
     good: list[Sample] = []
+    groups = [(group, catalogs[group.name]) for group in job.groups]
+    failing = _failing(job, catalogs)
     rows: dict[str, list[tuple[str, Location]]] = {group.name: [] for group in job.groups}
     bad = [{"sample_id": q.sample_id, "source": q.source, "error": q.error, "message": q.message} for q in rejected]
     for sample in samples:
-        keys = {group.name: group.key(sample.inputs) for group in job.groups}
-        failure = _first_failure(keys, catalogs)
-        if failure is None:
-            good.append(sample)
-            for name, key in keys.items():
-                rows[name].append((key, catalogs[name].locations[key]))
-        else:
-            name, reason = failure
-            bad.append(
-                {
-                    "sample_id": sample.sample_id,
-                    "source": sample.source,
-                    "error": reason.error,
-                    "message": reason.message,
-                }
-                | {"group": name, "key": keys[name]}
-            )
+        entry = _quarantined(sample, failing)
+        if entry is not None:
+            bad.append(entry)
+            continue
+        good.append(sample)
+        for group, catalog in groups:
+            key = group.key(sample.inputs)
+            if key not in catalog.locations:
+                raise CacheError(f"{sample.sample_id} was neither encoded nor did it fail in {group.name}; run again")
+            rows[group.name].append((key, catalog.locations[key]))
     if len(good) + len(bad) != total:
         raise CacheError(f"{total} rows came in, {len(good)} are cached and {len(bad)} quarantined: a sample was lost")
     if not good:
         raise CacheError(_nothing_left(bad, total))
-    _check_quarantine(job.config.max_quarantine, bad, total)
     index = {
         "sample_id": [s.sample_id for s in good],
         "source": [s.source for s in good],
@@ -113,23 +111,55 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _check_quarantine(most: float | None, bad: Sequence[Mapping[str, str]], total: int) -> None:
-    """Raise QuarantineError if more samples are in quarantine than `max_quarantine` allows."""
-    if most is None or len(bad) <= (most * total if most < 1 else most):
+def check_quarantine(
+    job: "Job",
+    samples: Sequence[Sample],
+    rejected: Sequence[Quarantined],
+    total: int,
+    catalogs: Mapping[str, GroupCatalog],
+) -> None:
+    """Raise QuarantineError if more rows are for quarantine by now than `max_quarantine` allows.
+
+    `catalogs`: of the groups that are done. Exact repetitions, by which rows are given more weight, do not count.
+    """
+    most = job.config.max_quarantine
+    if most is None:
+        return
+    limit = int(most * total if most < 1 else most)
+    bad: list[Mapping[str, str]] = [
+        {"sample_id": entry.sample_id, "error": entry.error, "message": entry.message}
+        for entry in rejected
+        if entry.error != DUPLICATE
+    ]
+    if failing := _failing(job, catalogs):
+        bad += [entry for sample in samples if (entry := _quarantined(sample, failing)) is not None]
+    if len(bad) <= limit:
         return
     reasons = ", ".join(f"{count} x {error}" for error, count in Counter(item["error"] for item in bad).most_common())
     first = "; ".join(f"{item['sample_id']}: {item['message']}" for item in bad[:3])
     raise QuarantineError(
-        f"{len(bad)} of {total} rows are for quarantine, --max_quarantine {most:g} allows fewer ({reasons}; {first}); "
-        "the cache is not committed, but what is encoded stays: mend the data or raise the limit, and run again"
+        f"{len(bad)} of {total} rows are for quarantine, --max_quarantine {most:g} allows at most {limit} ({reasons}; "
+        f"{first}); nothing is committed, but what is encoded stays: mend the data or raise the limit, then run again"
     )
 
 
-def _first_failure(keys: Mapping[str, str], catalogs: Mapping[str, GroupCatalog]) -> tuple[str, Failure] | None:
-    for name, key in keys.items():
-        if key not in catalogs[name].locations:
-            lost = Failure("EncoderDied", "the encoding process died each time it reached this sample")
-            return name, catalogs[name].failures.get(key, lost)
+def _failing(job: "Job", catalogs: Mapping[str, GroupCatalog]) -> list[tuple[GroupPlan, GroupCatalog]]:
+    """The groups in which a sample failed, in the order in which they are done."""
+    found = [(group, catalogs[group.name]) for group in job.groups if group.name in catalogs]
+    return [(group, catalog) for group, catalog in found if catalog.failures or catalog.passing]
+
+
+def _quarantined(sample: Sample, groups: Sequence[tuple[GroupPlan, GroupCatalog]]) -> dict[str, str] | None:
+    """The quarantine's entry of a sample that failed in one of the groups; None for a good one.
+
+    Its `group` and `key`, by which the next run knows it, are left out where that run is to try it again.
+    """
+    for group, catalog in groups:
+        key = group.key(sample.inputs)
+        if (reason := catalog.failure(key)) is not None:
+            entry = {"sample_id": sample.sample_id, "source": sample.source}
+            entry |= {"error": reason.error, "message": reason.message}
+            return entry | ({"group": group.name, "key": key} if key in catalog.failures else {})
     return None
 
 
@@ -165,7 +195,7 @@ def _group_spec(job: "Job", group: GroupPlan, good: Sequence[Sample], catalog: G
     keys = {group.key(sample.inputs) for sample in good}
     empty = group.key({"prompt": ""}) if group.caption_only else None
     if empty is not None and empty not in catalog.locations:
-        reason = catalog.failures.get(empty, Failure("EncoderDied", "the encoding process died each time"))
+        reason = catalog.failure(empty) or Failure("CacheError", "it was not encoded")
         raise CacheError(
             f"the empty caption, which stage 2 needs to drop captions, could not be encoded: {reason.error}: "
             f"{reason.message}; mend the encoder, then run again with --retry_quarantined"
@@ -186,4 +216,10 @@ def _group_spec(job: "Job", group: GroupPlan, good: Sequence[Sample], catalog: G
 
 def _group_bytes(cache: str, group: str, files: set[str]) -> int:
     """Bytes of the files that the index names."""
-    return sum(file_size(shard_path(cache, group, file)) for file in files)
+    sizes = file_sizes(join(cache, group))
+    if gone := sorted(files - sizes.keys()):
+        raise CacheError(
+            f"{shard_path(cache, group, gone[0])} was removed while this run was at work ({len(gone)} such files); "
+            "nothing is committed: run again, which encodes only what they held"
+        )
+    return sum(sizes[file] for file in files)

@@ -5,72 +5,33 @@ rerun through its file name (see `job.py`), so rows are written at least once an
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import ray
 from ray.data import Datasink
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import WriteResult
 
-from ray_diffsynth.cache.store import GroupRow, Shard, write_shard
-from ray_diffsynth.preprocess.encoder import unpack
+from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
+from ray_diffsynth.preprocess.handover import described, give_up, unpack
 
-
-class Counts(NamedTuple):
-    """State of a `Counter`."""
-
-    written: int = 0
-    failed: int = 0
-    nbytes: int = 0
-    encoders: int = 0
-
-
-@ray.remote(num_cpus=0)
-class Counter:
-    """Rows written and failed so far, and encoders that came to life, for the driver."""
-
-    def __init__(self) -> None:
-        self.written = 0
-        self.failed = 0
-        self.nbytes = 0
-        self.encoders = 0
-        self.running: dict[str, Any] = {}
-
-    def loaded(self, actor_id: str, encoder: Any) -> None:
-        """An encoder has its models: its actor's id and handle."""
-        self.encoders += 1
-        self.running[actor_id] = encoder
-
-    def end_encoders(self) -> None:
-        """End all encoders. Ray Data leaves one that is just being restarted, which would keep its CPUs and GPUs."""
-        for encoder in self.running.values():
-            ray.kill(encoder)
-        self.running.clear()
-
-    def add(self, written: int, failed: int, nbytes: int) -> None:
-        self.written += written
-        self.failed += failed
-        self.nbytes += nbytes
-
-    def get(self) -> Counts:
-        return Counts(self.written, self.failed, self.nbytes, self.encoders)
+logger = logging.getLogger(__name__)
 
 
 class ShardSink(Datasink[list[dict[str, Any]]]):
-    """Writes the shards of one group. When all are written, the driver's copy holds them in `shards`.
+    """Writes the shards of one group. When all are written, the driver's copy holds what became of each in `results`.
 
-    `fatal` holds the messages of encoders that could not run at all.
+    A result is {"fatal": reason}, or {"shard": `Shard.to_dict`, or None where nothing was to be written, "passing": …}.
     """
 
-    def __init__(self, cache: str, group: str, parameters: Sequence[str], codec: str, counter: Any) -> None:
+    def __init__(self, cache: str, group: str, parameters: Sequence[str], codec: str, counter: Any = None) -> None:
         self.cache = cache
         self.group = group
         self.parameters = tuple(parameters)
         self.codec = codec
         self.counter = counter
-        self.shards: list[Shard] = []
-        self.fatal: list[str] = []
+        self.results: list[dict[str, Any]] = []
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> list[dict[str, Any]]:
         written: list[dict[str, Any]] = []
@@ -79,26 +40,41 @@ class ShardSink(Datasink[list[dict[str, Any]]]):
                 if item["fatal"]:
                     written.append({"fatal": item["fatal"]})
                     continue
-                rows = [GroupRow(key, values) for key, values in unpack(item["inputs"])]
-                failed = json.loads(item["failed"])
-                shard = write_shard(
-                    self.cache,
-                    self.group,
-                    item["name"],
-                    item["bucket"],
-                    rows,
-                    codec=self.codec,
-                    parameters=self.parameters,
-                    failed=failed,
-                )
-                self.counter.add.remote(len(shard.keys), len(failed), shard.nbytes)
-                written.append(shard.to_dict())
+                try:
+                    written.append(self._write(item))
+                except Exception as error:
+                    # Whatever is raised here would only make Ray Data drop the shard.
+                    logger.exception("shard %s cannot be written", item["name"])
+                    reason = f"{self.group} cannot be written to {self.cache}: {described(error)}"
+                    written.append({"fatal": give_up(item, self.counter, reason)["fatal"]})
         return written
 
+    def _write(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        rows = [GroupRow(key, values) for key, values in unpack(item["inputs"])]
+        failed = json.loads(item["failed"])
+        passing = json.loads(item["passing"])
+        name = item["name"]
+        if passing:
+            # A planned name stands for all planned rows: these would then be taken for done.
+            name = shard_name([row["key"] for row in json.loads(item["rows"]) if row["key"] not in passing])
+        shard = None
+        if rows or failed:
+            shard = write_shard(
+                self.cache,
+                self.group,
+                name,
+                item["bucket"],
+                rows,
+                codec=self.codec,
+                parameters=self.parameters,
+                failed=failed,
+            )
+        if self.counter is not None:
+            self.counter.add.remote(len(rows), len(failed) + len(passing), shard.nbytes if shard is not None else 0)
+        return {"shard": shard.to_dict() if shard is not None else None, "passing": passing}
+
     def on_write_complete(self, write_result: WriteResult[list[dict[str, Any]]]) -> None:
-        items = [item for part in write_result.write_returns for item in part]
-        self.fatal = [item["fatal"] for item in items if "fatal" in item]
-        self.shards = [Shard.from_dict(item) for item in items if "fatal" not in item]
+        self.results = [item for part in write_result.write_returns for item in part]
 
     @property
     def supports_distributed_writes(self) -> bool:

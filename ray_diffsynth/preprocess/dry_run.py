@@ -69,11 +69,15 @@ def _group_plan(job: "Job", committed: Committed, group: GroupPlan, samples: Seq
     if spec is not None and spec.fingerprint != group.fingerprint:
         reasons[changes(spec.parts, group.parts)] = sum(len(shard.rows) for shard in shards)
     else:
-        known = (
-            {} if committed.index is None or spec is None else dict.fromkeys(committed.index["sample_id"].to_pylist())
-        )
+        known: dict[str, str] = {}
+        if committed.index is not None and spec is not None:
+            columns = (committed.index[name].to_pylist() for name in ("sample_id", f"{group.name}_key"))
+            known = dict(zip(*columns, strict=True))
+            known |= {} if spec.empty_key is None else {EMPTY_CAPTION: spec.empty_key}
         for row in (row for shard in shards for row in shard.rows):
-            if row.sample_id in known:
+            if known.get(row.sample_id) == row.key:
+                reasons["a row that the cache has lost"] += 1
+            elif row.sample_id in known:
                 reasons[f"another {' or '.join(group.inputs)} than in the cache"] += 1
             else:
                 reasons[

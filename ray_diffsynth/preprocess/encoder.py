@@ -1,201 +1,100 @@
-"""The work on one shard: decode its inputs on a CPU task, run its group's units in an actor."""
+"""The encoding actor: loads the models of one group once, and runs its units on shards."""
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray
 import torch
 
-from ray_diffsynth.cache.schema import rows_from_table, table_from_rows
-from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.data.samples import SampleSpec, load_inputs
-from ray_diffsynth.errors import UserError
-from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.graph import UnitGroup
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.pipelines.stages import plan_stages
-from ray_diffsynth.pipelines.unit import make_state, run_units
-from ray_diffsynth.preprocess.shards import ShardPlan
+from ray_diffsynth.preprocess.batches import DeviceError, encode
+from ray_diffsynth.preprocess.counter import end_this_process, reach
+from ray_diffsynth.preprocess.handover import EncoderError, EncoderSpec, described, give_up, pack, unpack
+from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.ray_session import own_device
 from ray_diffsynth.tasks import get_task
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """All that an actor needs to rebuild its group: names and paths, never weights (Ray's store would hold them)."""
-
-    family: str
-    source: ModelSource
-    task: str
-    trainable: tuple[str, ...]
-    group: str
-    parameters: tuple[str, ...]
-    inputs: tuple[str, ...]
-    settings: Mapping[str, Any]
-    sample: SampleSpec
-    dtype: str
-    batch_size: int
-
-
-class NonFiniteError(UserError):
-    """An encoder returned NaN or infinity for a sample."""
-
-
-def shard_row(shard: ShardPlan) -> dict[str, Any]:
-    """A shard as a Ray Data row."""
-    rows = [
-        {"key": row.key, "sample_id": row.sample_id, "row": dict(row.row), "size": row.size.name} for row in shard.rows
-    ]
-    return {
-        "name": shard.name,
-        "bucket": shard.bucket,
-        "rows": json.dumps(rows),
-        "inputs": b"",
-        "failed": "{}",
-        "fatal": "",
-    }
-
-
-def pack(keys: Sequence[str], rows: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -> bytes:
-    """Rows as one Arrow IPC stream: how they travel between tasks (pictures as raw pixels, nothing compressed)."""
-    table = table_from_rows(keys, rows, parameters, codec="none")
-    buffer = pa.BufferOutputStream()
-    with pa.ipc.new_stream(buffer, table.schema) as stream:
-        stream.write_table(table)
-    packed: bytes = buffer.getvalue().to_pybytes()
-    return packed
-
-
-def unpack(packed: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """(key, parameter -> value) of the rows that `pack` was given."""
-    with pa.ipc.open_stream(packed) as stream:
-        return rows_from_table(stream.read_all(), codec="none")
-
-
-class Decoder:
-    """CPU task: opens the files of a shard's rows. A row that cannot be decoded becomes an entry of `failed`."""
-
-    def __init__(self, spec: EncoderSpec) -> None:
-        self.spec = spec
-
-    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        keys: list[str] = []
-        rows: list[dict[str, Any]] = []
-        failed: dict[str, list[str]] = {}
-        for item in json.loads(shard["rows"]):
-            try:
-                rows.append(
-                    load_inputs(item["row"], Bucket.parse(item["size"]), self.spec.sample, only=self.spec.inputs)
-                )
-                keys.append(item["key"])
-            except UserError as error:
-                failed[item["key"]] = [type(error).__name__, str(error)]
-        return {**shard, "inputs": pack(keys, rows, self.spec.inputs), "failed": json.dumps(failed)}
+LOADS = 4
+"""How often an actor may die while it loads its models."""
 
 
 class Encoder:
-    """Actor: loads the models of one group once and encodes shards."""
+    """Actor: shard with inputs -> shard with the encoded parameters in their place."""
 
     def __init__(self, spec: EncoderSpec, counter: Any = None) -> None:
         self.spec = spec
+        self.counter = counter
         self.batch_sizes: dict[str, int] = {}
+        try:
+            self._load()
+        except Exception as error:
+            # Of an actor that Ray starts again nobody else would hear it: Ray Data would wait for ever.
+            if counter is not None:
+                reason = f"the encoder of {spec.group} cannot be loaded: {described(error)}"
+                ray.get(counter.give_up.remote(reason))
+            raise
+
+    def _load(self) -> None:
+        spec = self.spec
+        if self.counter is not None:
+            actor_id = ray.get_runtime_context().get_actor_id()
+            if ray.get(self.counter.begin_loading.remote(actor_id)) > LOADS:
+                raise EncoderError(
+                    "its process died each time while it loaded its models; the machine may lack memory for them (see "
+                    "Ray's logs, or run with --verbose), or lower the number of actors"
+                )
         pipeline = get_pipeline_class(spec.family)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = own_device()
         dtype: torch.dtype = getattr(torch, spec.dtype)
         task = get_task(spec.task)
-        planned = plan_stages(pipeline.skeleton(), task, spec.trainable, spec.sample.inputs)
+        planned = plan_stages(pipeline.configured(spec.source), task, spec.trainable, spec.sample.inputs)
         models = next(group.models for group in planned.groups if group.name == spec.group)
         self.pipe = pipeline.from_pretrained(spec.source, models=models, device=device, torch_dtype=dtype)
         self.pipe.scheduler.set_timesteps(1000, training=True)
         stages = plan_stages(self.pipe, task, spec.trainable, spec.sample.inputs)
         self.group = next(group for group in stages.groups if group.name == spec.group)
-        if counter is not None:
+        if self.counter is not None:
             context = ray.get_runtime_context()
-            counter.loaded.remote(context.get_actor_id(), context.current_actor)
+            self.counter.loaded.remote(context.get_actor_id(), context.current_actor)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """Shard with inputs -> shard with the encoded parameters in their place, and what failed added."""
-        rows = unpack(shard["inputs"])
+        if shard["fatal"]:
+            return shard
+        reach(self.counter, shard["name"], "encode")
         try:
-            inputs, size = [values for _, values in rows], self.batch_sizes.get(shard["bucket"], self.spec.batch_size)
-            results, self.batch_sizes[shard["bucket"]] = encode(self.pipe, self.group, self.spec.settings, inputs, size)
-        except UserError as error:
-            # Ray Data would drop the block and go on; the sink reports it, and the driver ends the run.
-            return {**shard, "inputs": b"", "fatal": str(error)}
+            encoded = self._encode(shard)
+        except DeviceError as error:
+            logger.error("the device is lost, so this process ends: %s", error)
+            end_this_process(self.counter, shard["name"], str(error))
+            raise
+        except Exception as error:
+            # Whatever is raised here would only make Ray Data drop the shard.
+            logger.exception("shard %s cannot be encoded", shard["name"])
+            return give_up(shard, self.counter, f"{self.spec.group} could not be encoded: {described(error)}")
+        reach(self.counter, shard["name"], "encoded")
+        return encoded
+
+    def _encode(self, shard: dict[str, Any]) -> dict[str, Any]:
+        rows = unpack(shard["inputs"])
+        inputs, size = [values for _, values in rows], self.batch_sizes.get(shard["bucket"], self.spec.batch_size)
+
+        def on_batch(start: int, end: int) -> None:
+            if self.counter is not None:
+                self.counter.begin_batch.remote(shard["name"], [key for key, _ in rows[start:end]])
+
+        results, self.batch_sizes[shard["bucket"]] = encode(
+            self.pipe, self.group, self.spec.settings, inputs, size, on_batch
+        )
         failed: dict[str, list[str]] = json.loads(shard["failed"])
         good: dict[str, dict[str, Any]] = {}
         for (key, _), result in zip(rows, results, strict=True):
-            if isinstance(result, Exception):
-                failed[key] = [type(result).__name__, str(result)]
+            if isinstance(result, Failure):
+                failed[key] = [result.error, result.message]
             else:
                 good[key] = result
         packed = pack(list(good), list(good.values()), self.group.parameters)
         return {**shard, "inputs": packed, "failed": json.dumps(failed)}
-
-
-def encode(
-    pipe: BasePipeline,
-    group: UnitGroup,
-    settings: Mapping[str, Any],
-    inputs: Sequence[Mapping[str, Any]],
-    batch_size: int,
-) -> tuple[list[dict[str, Any] | Exception], int]:
-    """Parameters of each sample, or why it failed; and the batch size that fits, for the next call.
-
-    Out of memory halves the batch size; at 1 it is the sample's own failure. A batch that fails otherwise is cut into
-    halves until the sample that is to blame stands alone.
-    """
-    results: list[dict[str, Any] | Exception] = []
-    fits = 1
-    while len(results) < len(inputs):
-        batch = inputs[len(results) : len(results) + batch_size]
-        try:
-            results += _encode_batch(pipe, group, settings, batch)
-            fits = max(fits, len(batch))
-        except torch.OutOfMemoryError as error:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if len(batch) == 1:
-                results.append(error)
-                batch_size = fits  # the sample was to blame, not the size of its batch
-                continue
-            batch_size = len(batch) // 2
-            logger.warning("%s: out of memory with a batch of %d; going on with %d", group.name, len(batch), batch_size)
-    return results, batch_size
-
-
-def _encode_batch(
-    pipe: BasePipeline, group: UnitGroup, settings: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any] | Exception]:
-    """All samples in one batch. Raises OutOfMemoryError, and UserError for what is the run's own mistake."""
-    states = [make_state(group.units, {**settings, **sample}) for sample in inputs]
-    try:
-        with torch.no_grad():
-            states = run_units(group.units, pipe, states)
-    except (UserError, torch.OutOfMemoryError):
-        raise  # a missing model or input; or the caller takes smaller batches
-    except Exception as error:
-        if len(inputs) == 1:
-            return [error]
-        logger.warning("%s: a batch of %d failed (%s); trying its halves", group.name, len(inputs), error)
-        middle = len(inputs) // 2
-        return [
-            result
-            for part in (inputs[:middle], inputs[middle:])
-            for result in _encode_batch(pipe, group, settings, part)
-        ]
-    return [_checked(group, state.flat()) for state in states]
-
-
-def _checked(group: UnitGroup, state: Mapping[str, Any]) -> dict[str, Any] | Exception:
-    values = {name: state[name] for name in group.parameters}
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-            return NonFiniteError(f"{name} holds NaN or infinity; try --dtype float32, or look at the source")
-    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in values.items()}

@@ -18,13 +18,13 @@ from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import read_metadata
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.data.storage import absolute, join
-from ray_diffsynth.models.locate import ModelSource, locate_model
-from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
-from ray_diffsynth.pipelines.stages import Stages, dataset_spec, plan_stages
-from ray_diffsynth.preprocess.catalog import GroupCatalog, committed_manifest
-from ray_diffsynth.preprocess.commit import Outcome, check_same_dataset, commit_cache
+from ray_diffsynth.models.locate import ModelSource, locate_configured
+from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
+from ray_diffsynth.pipelines.stages import Stages, check_columns, dataset_spec, plan_stages, settings_of
+from ray_diffsynth.preprocess.catalog import GroupCatalog, committed_state
+from ray_diffsynth.preprocess.commit import Outcome, check_quarantine, check_same_dataset, commit_cache
 from ray_diffsynth.preprocess.dry_run import dry_run
-from ray_diffsynth.preprocess.encoder import EncoderSpec
+from ray_diffsynth.preprocess.handover import EncoderSpec
 from ray_diffsynth.preprocess.keys import GroupPlan, plan_group
 from ray_diffsynth.preprocess.plan import Committed, plan_works
 from ray_diffsynth.preprocess.pool import check_pools, pool_sizes
@@ -54,21 +54,24 @@ class Job:
     @classmethod
     def of(cls, config: PreprocessConfig) -> "Job":
         """Resolve model, family and split. Every error of configuration is raised here, before Ray starts."""
-        source = locate_model(
-            config.model,
-            model_id_with_origin_paths=config.model_id_with_origin_paths,
-            model_paths=config.model_paths,
-            tokenizer_path=config.tokenizer_path,
-            processor_path=config.processor_path,
-        )
-        family = config.family or family_of(source.root)
-        pipe = get_pipeline_class(family).skeleton()
+        source = locate_configured(config, wanted=())
+        family = choose_family(config.family, source)
+        pipe = get_pipeline_class(family).configured(source)
         task = get_task(config.task)
-        sample = dataset_spec(pipe, config, task.columns)
+        check_columns(pipe, task, config)
+        settings = settings_of(pipe, task, config.pipeline_settings)
+        sample = dataset_spec(pipe, config, task.columns, keep_size=task.as_sampled)
         stages = plan_stages(pipe, task, config.trained, sample.inputs)
+        source = locate_configured(config, wanted=[pipe.parts[name].subfolder for name in stages.stage1_models()])
         groups = tuple(
             plan_group(
-                pipe, source, group, sample_inputs=sample.inputs, file_params=sample.file_params, dtype=config.dtype
+                pipe,
+                source,
+                group,
+                sample_inputs=sample.inputs,
+                file_params=sample.file_params,
+                dtype=config.dtype,
+                settings=settings,
             )
             for group in stages.groups
         )
@@ -105,11 +108,13 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
         required=list(columns.values()),
         parsers=job.sample.parsers,
     )
-    manifest = committed_manifest(job.cache)
-    index = manifest.read_index(job.cache) if manifest is not None else None
     # A dry run writes nothing, no lease either.
     holding = nullcontext() if config.dry_run else lease(job.cache)
     with holding as held, ray_session(config.ray_address, verbose=config.verbose):
+        # Not before: an attempt that had the cache until now may just have committed.
+        committed = Committed(job.cache, *committed_state(job.cache))
+        ids = metadata.table["sample_id"]
+        check_same_dataset(job.cache, committed.manifest, committed.index, job.family, ids)
         sizes = pool_sizes(config, [group.name for group in job.groups])
         with Progress("scan", total=len(metadata.table), unit="files") as progress:
             samples, bad = scan_dataset(
@@ -121,13 +126,14 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
                 on_progress=progress.advance,
             )
         samples.sort(key=lambda sample: sample.bucket.sort_key)  # stable: dataset order within a bucket
-        check_same_dataset(job.cache, manifest, index, job.family, samples)
-        committed = Committed(job.cache, manifest, index)
+        rejected = [*metadata.rejected, *bad]
         if config.dry_run:
-            return dry_run(job, committed, samples, [*metadata.rejected, *bad], metadata.total)
+            return dry_run(job, committed, samples, rejected, metadata.total)
         print("\n".join(histogram(Counter(sample.bucket.name for sample in samples))), file=sys.stderr)
         catalogs: dict[str, GroupCatalog] = {}
+        check_quarantine(job, samples, rejected, metadata.total, catalogs)
         encoded: dict[str, int] = {}
+        reused: dict[str, int] = {}
         times: dict[str, float] = {}
         for works in plan_works(job, committed, samples, sizes):
             began = time.monotonic()
@@ -135,11 +141,13 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
             for work in works:
                 catalogs[work.spec.group] = work.catalog
                 encoded[work.spec.group] = work.encoded
+                reused[work.spec.group] = work.reused
                 times[work.spec.group] = time.monotonic() - began
+            check_quarantine(job, samples, rejected, metadata.total, catalogs)
         if held is not None:
             held.check()
-        outcome = commit_cache(job, samples, [*metadata.rejected, *bad], metadata.total, catalogs)
-    return _report(job, outcome, samples, encoded, times, time.monotonic() - started)
+        outcome = commit_cache(job, samples, rejected, metadata.total, catalogs)
+    return _report(job, outcome, samples, encoded, reused, times, time.monotonic() - started)
 
 
 def _report(
@@ -147,6 +155,7 @@ def _report(
     outcome: Outcome,
     samples: Sequence[Sample],
     encoded: dict[str, int],
+    reused: dict[str, int],
     times: dict[str, float],
     seconds: float,
 ) -> dict[str, Any]:
@@ -155,9 +164,8 @@ def _report(
     counts: dict[str, Any] = dict(manifest.counts)
     parameters = {}
     for spec in manifest.groups:
-        done = encoded[spec.name]
         for name in spec.parameters:
-            parameters[name] = {"encoded": done, "reused": max(spec.rows + (spec.empty_key is not None) - done, 0)}
+            parameters[name] = {"encoded": encoded[spec.name], "reused": reused[spec.name]}
     summary: dict[str, Any] = {
         "samples": counts["samples"],
         "quarantined": counts["quarantined"],
@@ -166,7 +174,7 @@ def _report(
         "bytes": sum(spec.nbytes for spec in manifest.groups),
     }
     more: dict[str, Any] = {
-        "groups": group_numbers(manifest.groups, encoded, times),
+        "groups": group_numbers(manifest.groups, encoded, reused, times),
         "quarantine": quarantine_numbers(outcome.quarantine),
     }
     report = make_report(counts=counts, seconds=round(seconds, 3), config=job.config, **summary, **more)

@@ -1,8 +1,8 @@
 """Content addresses: what a cached row depends on, and nothing else.
 
 key = blake2b(group fingerprint, sample inputs that flow into the group), where the group fingerprint covers the code of
-the group's units, the weights of its models, the dtype, the transform of the pictures and the settings that the units
-read.
+the group's units and of the pipeline that they call, the weights of its models, the dtype, the transform of the
+pictures and the settings that the units read.
 """
 
 import hashlib
@@ -73,12 +73,14 @@ def plan_group(
     sample_inputs: Collection[str],
     file_params: Collection[str],
     dtype: str,
+    settings: Mapping[str, Any],
 ) -> GroupPlan:
-    """Address space of `group` for a dataset whose rows give `sample_inputs`."""
+    """Address space of `group` for a dataset whose rows give `sample_inputs`; `settings`: see `settings_of`."""
     inputs = tuple(sorted(name for name in group.inputs if name in sample_inputs))
-    settings = {name: value for name, value in sorted(pipe.training_settings().items()) if name in group.inputs}
+    settings = {name: value for name, value in sorted(settings.items()) if name in group.inputs}
     has_pixels = any(name in file_params for name in inputs)
     parts = {f"unit:{type(unit).__name__}": unit.code_version() for unit in group.units}
+    parts["pipeline"] = pipe.code_version()
     parts |= {f"weights:{name}": value for name, value in model_fingerprints(type(pipe), source, group.models).items()}
     parts |= {f"setting:{name}": json.dumps(value) for name, value in settings.items()}
     parts["dtype"] = dtype

@@ -5,7 +5,7 @@ from collections import deque
 
 from ray.util.metrics import Counter, Gauge
 
-from ray_diffsynth.preprocess.datasink import Counts
+from ray_diffsynth.preprocess.counter import Counts
 
 _WINDOW_SECONDS = 60.0
 
@@ -32,7 +32,9 @@ class PoolMetrics:
 
     def update(self, counts: Counts) -> float:
         """Report the counts so far; returns samples a second over about the last minute."""
-        for metric, now, before in zip((self._encoded, self._failed, self._bytes), counts, self._before, strict=False):
+        for metric, now, before in zip(
+            (self._encoded, self._failed, self._bytes), counts[:3], self._before[:3], strict=True
+        ):
             if now > before:
                 metric.inc(now - before)
         self._before = counts

@@ -49,14 +49,19 @@ def plan_works(
     def work(group: GroupPlan, wanted: Sequence[Sample]) -> Work:
         shards, catalog = open_shards(job, committed, group, wanted)
         size = sizes[group.name]
-        return Work(job.encoder(group, size.batch_size), size, shards, catalog)
+        keys = {group.key(sample.inputs) for sample in wanted}
+        keys |= {group.key({"prompt": ""})} if group.caption_only else set()
+        return Work(
+            job.encoder(group, size.batch_size), size, shards, catalog, reused=len(keys & catalog.locations.keys())
+        )
 
     if job.config.pools is not None:
         yield [work(group, samples) for group in job.groups]
         return
     done: list[tuple[GroupPlan, GroupCatalog]] = []
     for group in job.groups:
-        alive = [sample for sample in samples if not any(g.key(sample.inputs) in c.failures for g, c in done)]
+        failing = [(g, c) for g, c in done if c.failures or c.passing]
+        alive = [sample for sample in samples if not any(c.failure(g.key(sample.inputs)) for g, c in failing)]
         one = work(group, alive)
         done.append((group, one.catalog))
         yield [one]

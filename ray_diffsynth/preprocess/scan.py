@@ -1,24 +1,26 @@
 """The scan: every source file's header and content hash, so that each row has bucket and keys before it is decoded.
 
-A file whose size and modification time (or ETag) equal those of the last scan is not read again.
+A file whose stamp (size, times and inode, or ETag) equals that of the last scan is not read again.
 """
 
-import json
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.data.metadata import Metadata, Quarantined
+from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
 from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, file_stamp, pixel_keys, scan_file
-from ray_diffsynth.data.storage import exists, join, read_bytes, write_bytes_atomic
 from ray_diffsynth.data.video import require_video_support
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.preprocess.memo import Memo
 
-MEMO = "index/sources.json"
 FILES_PER_TASK = 64
+TASKS_AHEAD = 512
+"""Tasks that wait or run; the driver's memory must not grow with the dataset's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +57,12 @@ def scan_files(paths: Sequence[str], memo: Mapping[str, SourceFile], animations:
             known = memo.get(path)
             found.append(
                 known
-                if known is not None and known.stamp == file_stamp(path)
+                if known is not None and known.stamp and known.stamp == file_stamp(path)
                 else scan_file(path, animations=animations)
             )
         except UserError as error:
             found.append(Failure.of(error))
     return found
-
-
-def load_memo(cache: str) -> dict[str, SourceFile]:
-    """Sources of the last scan by path; empty when there is none (it only saves time, so a damaged one is ignored)."""
-    path = join(cache, MEMO)
-    if not exists(path):
-        return {}
-    try:
-        return {item["path"]: SourceFile(**item) for item in json.loads(read_bytes(path))}
-    except (ValueError, TypeError, KeyError):
-        return {}
-
-
-def save_memo(cache: str, files: Iterable[Scanned]) -> None:
-    """Remember the scanned sources for the next run."""
-    rows = [asdict(item) for item in files if isinstance(item, SourceFile)]
-    write_bytes_atomic(join(cache, MEMO), json.dumps(rows).encode())
 
 
 def scan_dataset(
@@ -89,34 +74,76 @@ def scan_dataset(
     remember: bool = True,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[list[Sample], list[Quarantined]]:
-    """Samples in dataset order, and the rows that cannot be used with their reason. Ray tasks read the files."""
+    """Samples in dataset order, and the rows that cannot be used with their reason. Ray tasks read the files.
+
+    What is read is remembered as it goes, so that a run which ends on the way need not read it again.
+    """
     rows = metadata.table.to_pylist()
-    paths = list(dict.fromkeys(path for row in rows for param in spec.file_params for path in spec.paths(row, param)))
+    places = _places(rows, spec)
+    paths = list(dict.fromkeys(places.values()))
     require_video_support(paths)
-    memo = load_memo(cache)
-    task = ray.remote(num_cpus=num_cpus)(scan_files)
-    parts = [paths[start : start + FILES_PER_TASK] for start in range(0, len(paths), FILES_PER_TASK)]
-    pending = [
-        task.remote(part, {path: memo[path] for path in part if path in memo}, spec.size.video) for part in parts
-    ]
+    memo = Memo(cache, paths, remember=remember)
+    task = ray.remote(num_cpus=num_cpus, max_retries=1)(scan_files)
     files: dict[str, Scanned] = {}
-    for part, reference in zip(parts, pending, strict=True):
-        files.update(zip(part, ray.get(reference), strict=True))
+    pending: deque[tuple[list[str], Any]] = deque()
+
+    def begin(part: Sequence[str]) -> Any:
+        return task.remote(part, memo.known(part), spec.size.video)
+
+    def take() -> None:
+        part, reference = pending.popleft()
+        found = dict(zip(part, _result(part, reference, begin), strict=True))
+        files.update(found)
+        memo.add(found)
         on_progress(len(part))
-    if remember:
-        save_memo(cache, files.values())
-    return assign(rows, files, spec)
+
+    for start in range(0, len(paths), FILES_PER_TASK):
+        if len(pending) >= TASKS_AHEAD:
+            take()
+        part = paths[start : start + FILES_PER_TASK]
+        pending.append((part, begin(part)))
+    while pending:
+        take()
+    memo.save()
+    return assign(rows, {name: files[path] for name, path in places.items()}, spec)
+
+
+def _result(part: Sequence[str], reference: Any, begin: Callable[[Sequence[str]], Any]) -> list[Scanned]:
+    """What a task found. If it died, each of its files is scanned by a task of its own, to find the one that kills."""
+    try:
+        found: list[Scanned] = ray.get(reference)
+    except RayError as error:
+        if len(part) > 1:
+            alone = [(path, begin([path])) for path in part]
+            return [_result([path], reference, begin)[0] for path, reference in alone]
+        if isinstance(error, RayTaskError):
+            return [Failure(type(error.cause).__name__, f"{part[0]}: {error.cause}")]
+        why = f"{part[0]}: the process that reads its header died each time ({type(error).__name__})"
+        return [Failure("ScannerDied", why)]
+    return found
+
+
+def _names(row: Mapping[str, Any], param: str, spec: SampleSpec) -> list[str]:
+    """The files that a row names for a parameter, as it names them."""
+    value = row[spec.columns[param]]
+    return value if isinstance(value, list) else [value]
+
+
+def _places(rows: Iterable[Mapping[str, Any]], spec: SampleSpec) -> dict[str, str]:
+    """Each file's name in the rows -> its path or URL, found once (on a disk that may take several questions)."""
+    names = dict.fromkeys(name for row in rows for param in spec.file_params for name in _names(row, param, spec))
+    return {name: resolve_file(spec.base_path, name) for name in names}
 
 
 def assign(
     rows: Iterable[Mapping[str, Any]], files: Mapping[str, Scanned], spec: SampleSpec
 ) -> tuple[list[Sample], list[Quarantined]]:
-    """Give every row its bucket and key inputs, or its reason for quarantine."""
+    """Give every row its bucket and key inputs, or its reason for quarantine. `files`: by the names in the rows."""
     samples: list[Sample] = []
     bad: list[Quarantined] = []
     for row in rows:
         sample_id = row["sample_id"]
-        found = {param: [files[path] for path in spec.paths(row, param)] for param in spec.file_params}
+        found = {param: [files[name] for name in _names(row, param, spec)] for param in spec.file_params}
         # As the dataset writes it: the same data under another folder gives the same index.
         source = str(row[spec.columns[spec.file_params[0]]]) if spec.file_params else ""
         failure = next((item for items in found.values() for item in items if isinstance(item, Failure)), None)

@@ -5,7 +5,7 @@ wanted keys alone, so an interrupted run and its rerun write the same files, byt
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray_diffsynth.cache.store import shard_name
@@ -20,18 +20,22 @@ ALL_SIZES = "all"
 TEXT_ROWS = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Wanted:
-    """A row that the cache must hold: its key, one sample that has these inputs, and that sample's row and bucket."""
+    """A row that the cache must hold: its key, one sample that has these inputs, and that sample's row and bucket.
+
+    `files`: its file parameters as they enter the key, by their contents.
+    """
 
     key: str
     sample_id: str
     row: Mapping[str, Any]
     bucket: str
     size: Bucket
+    files: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardPlan:
     """Rows of one bucket that are encoded and committed together as `<group>/<name>.parquet`."""
 
@@ -47,13 +51,15 @@ class ShardPlan:
 def wanted_rows(group: GroupPlan, samples: Iterable[Sample], spec: SampleSpec) -> Iterator[Wanted]:
     """The rows of `group` that the samples need, in their order; first the empty caption, for caption dropout."""
     columns = {spec.columns[name] for name in group.inputs if name in spec.columns}
+    params = [name for name in group.inputs if name in spec.file_params]
     smallest = Bucket(16, 16)
     if group.caption_only:
         yield Wanted(group.key({"prompt": ""}), EMPTY_CAPTION, {spec.columns["prompt"]: ""}, ALL_SIZES, smallest)
     for sample in samples:
         row = {column: sample.row[column] for column in columns}
         bucket = sample.bucket.name if group.bucketed else ALL_SIZES
-        yield Wanted(group.key(sample.inputs), sample.sample_id, row, bucket, sample.bucket)
+        files = {name: sample.inputs[name] for name in params}
+        yield Wanted(group.key(sample.inputs), sample.sample_id, row, bucket, sample.bucket, files)
 
 
 def not_known(wanted: Iterable[Wanted], known: Collection[str]) -> Iterator[Wanted]:
@@ -86,9 +92,17 @@ def _close(bucket: str, rows: Sequence[Wanted]) -> ShardPlan:
     return ShardPlan(shard_name([row.key for row in rows]), bucket, tuple(rows))
 
 
-def single_rows(shard: ShardPlan) -> list[ShardPlan]:
-    """The shard's rows as shards of their own, to find the one that kills its encoder."""
-    return [ShardPlan(shard_name([row.key]), shard.bucket, (row,)) for row in shard.rows]
+def split(shard: ShardPlan, keys: Collection[str]) -> list[ShardPlan]:
+    """The shard as two: the rows of these keys, and the others; nothing where one of them would be empty."""
+    parts = [tuple(row for row in shard.rows if (row.key in keys) == inside) for inside in (True, False)]
+    return [_close(shard.bucket, part) for part in parts] if all(parts) else []
+
+
+def halves(shard: ShardPlan) -> list[ShardPlan]:
+    """The shard as two of half its rows, to find the row that kills its encoder; one of a single row as it is."""
+    middle = len(shard.rows) // 2
+    parts = (shard.rows[:middle], shard.rows[middle:])
+    return [_close(shard.bucket, part) for part in parts if part]
 
 
 def remaining(shard: ShardPlan, done: Collection[str]) -> ShardPlan | None:

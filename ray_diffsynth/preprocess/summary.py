@@ -1,6 +1,5 @@
 """What stage 1 leaves for people beside the counts: speed per pool, reasons of the quarantine, and a contact sheet."""
 
-import io
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,19 +13,17 @@ from ray_diffsynth.data.metadata import Quarantined
 from ray_diffsynth.data.samples import SampleSpec, load_inputs
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.scan import Sample
-from ray_diffsynth.report import Picture
+from ray_diffsynth.report import Picture, thumbnail
 
 logger = logging.getLogger(__name__)
 
 REASONS = 50
 """Entries of the quarantine that the report lists; the cache has all."""
 PICTURES = 12
-SIDE = 256
-"""Longest side in pixels of a picture of the contact sheet."""
 
 
 def group_numbers(
-    groups: Sequence[GroupSpec], encoded: Mapping[str, int], seconds: Mapping[str, float]
+    groups: Sequence[GroupSpec], encoded: Mapping[str, int], reused: Mapping[str, int], seconds: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Per group (pool): rows encoded and reused, time, rows per second (None where nothing was encoded) and bytes."""
     numbers = []
@@ -37,7 +34,7 @@ def group_numbers(
                 "name": spec.name,
                 "parameters": list(spec.parameters),
                 "encoded": done,
-                "reused": max(spec.rows + (spec.empty_key is not None) - done, 0),
+                "reused": reused[spec.name],
                 "seconds": round(took, 3),
                 "rows_per_second": round(done / took, 3) if done and took else None,
                 "bytes": spec.nbytes,
@@ -76,13 +73,5 @@ def contact_sheet(samples: Sequence[Sample], spec: SampleSpec) -> list[Picture]:
         found = found[0] if isinstance(found, list) else found
         picture: Image.Image = found if isinstance(found, Image.Image) else Image.fromarray(found[0])
         text = str(sample.row.get(spec.columns.get("prompt", ""), ""))
-        pictures.append(Picture(_jpeg(picture), text, f"{sample.sample_id}, {sample.bucket.name}: {text}"))
+        pictures.append(Picture(thumbnail(picture), text, f"{sample.sample_id}, {sample.bucket.name}: {text}"))
     return pictures
-
-
-def _jpeg(picture: Image.Image) -> bytes:
-    small = picture.copy()
-    small.thumbnail((SIDE, SIDE))
-    data = io.BytesIO()
-    small.convert("RGB").save(data, format="JPEG", quality=80)
-    return data.getvalue()

@@ -18,6 +18,7 @@ from ray_diffsynth.cache.codec import CODECS
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
+from ray_diffsynth.cache.schema import RowView
 
 Sample = Callable[[int], dict[str, Any]]
 
@@ -150,6 +151,27 @@ def test_every_flipped_byte_is_an_error_or_harmless(
             assert str(path) in str(error)
         else:
             check(values, [0, 1, 2], sample)
+
+
+def test_each_row_is_checked_once_while_it_is_kept(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    intact = RowView.is_intact
+    monkeypatch.setattr(RowView, "is_intact", lambda self, codec: bool(checked.append(self.key) or intact(self, codec)))
+    reader = CacheReader(cache)
+    for _ in range(2):
+        reader.read(range(12))
+    assert sorted(checked) == sorted({f"v{n}" for n in range(12)} | {"t0", "t1", "t2"})
+
+
+def test_what_cannot_be_read_is_not_called_damage(cache: str) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    reader = CacheReader(cache)
+    reader._open_file = refuse
+    with pytest.raises(CacheError, match="32x64-0.parquet cannot be read .*Permission denied") as caught:
+        reader.read([0])
+    assert "repair" not in str(caught.value)
 
 
 def test_verify_can_be_turned_off(tmp_path: Path, make_cache: Callable[..., Manifest], sample: Sample) -> None:

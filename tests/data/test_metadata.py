@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -150,13 +151,44 @@ def test_lists_of_files_and_other_columns(tmp_path: Path) -> None:
     assert ids(found) == ["row-1", "row-2"]
 
 
+def test_what_is_not_whole_characters_is_rejected_with_the_reason(tmp_path: Path) -> None:
+    rows = [
+        '{"image": "a.png", "prompt": "fine \\ud83d\\ude00"}',
+        '{"image": "b.png", "prompt": "half \\ud83d"}',
+        '{"image": "c\\udce9.png", "prompt": "x"}',
+        '{"image": "d.png", "prompt": "x", "more": {"deep": ["\\ude00"]}}',
+        '{"image": "e.png", "prompt": "x", "\\ud83d": 1}',
+    ]
+    found = read(tmp_path, "m.jsonl", "\n".join(rows))
+    assert ids(found) == ["a.png"] and found.table["prompt"].to_pylist() == ["fine \U0001f600"]
+    assert found.table.column_names == ["sample_id", "image", "prompt", "more"]
+    assert reasons(found) == dict.fromkeys(["b.png", "c\\udce9.png", "d.png", "e.png"], "InvalidValue")
+    assert r"holds 'half \ud83d', which is not whole characters" in found.rejected[0].message
+    for row in found.rejected:
+        pa.array([row.sample_id, row.source, row.message])
+
+
+def test_a_file_name_that_is_not_utf8_rejects_its_row(tmp_path: Path) -> None:
+    for stem in (b"ok", b"caf\xe9"):
+        for suffix, content in ((b".png", b"x"), (b".txt", b"caption")):
+            Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), stem + suffix))).write_bytes(content)
+    Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"\xff.png"))).write_bytes(b"x")
+    found = read_metadata(str(tmp_path))
+    assert ids(found) == ["ok.png"] and found.total == 3
+    assert reasons(found) == {"caf\\udce9.png": "InvalidValue", "\\udcff.png": "MissingValue"}
+    for row in found.rejected:
+        pa.array([row.sample_id, row.source, row.message])
+
+
 def fails(tmp_path: Path, message: str, name: str = "m.csv", content: str | bytes = "", **options: Any) -> None:
     with pytest.raises(DatasetError, match=message):
         read(tmp_path, name, content, **options)
 
 
 def test_unusable_files(tmp_path: Path) -> None:
-    fails(tmp_path, r"no column 'prompt'; its columns are image, promt; did you mean promt", content="image,promt\na,b")
+    fails(
+        tmp_path, r"no column 'prompt'; its columns are image, promt; .*did you mean promt", content="image,promt\na,b"
+    )
     fails(tmp_path, "no column 'prompt'", "m.jsonl", '{"image": "a"}')
     fails(tmp_path, "no header", content="")
     fails(tmp_path, "has no rows", content="image,prompt\n")

@@ -91,3 +91,58 @@ def test_folders_and_unfinished_writes(base: str) -> None:
     if not storage.is_remote(base):
         Path(base, "a", ".x.txt.tmp-1-ab").write_bytes(b"half")
         assert storage.list_unfinished(storage.join(base, "a")) == [os.path.join(base, "a", ".x.txt.tmp-1-ab")]
+
+
+def test_the_stamp_tells_a_replaced_file_of_the_same_size_and_time(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.bmp")
+    stamps = []
+    for content in (b"one", b"two"):
+        storage.write_bytes_atomic(path, content)
+        os.utime(path, (1e9, 1e9))
+        stamps.append(storage.stamp(path))
+    assert stamps[0] != stamps[1] == storage.stamp(path)
+    inside = storage.member_path(path.replace(".bmp", ".tar"), 1, 1, "x")
+    storage.write_bytes_atomic(path.replace(".bmp", ".tar"), b"xyz")
+    assert storage.stamp(inside).endswith("@1+1")
+
+
+def test_a_store_without_versions_has_no_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/versions/a.tar", b"one")
+    first = storage.stamp("memory://versions/a.tar")
+    memory.pipe_file("/versions/a.tar", b"two")
+    assert first and storage.stamp("memory://versions/a.tar") != first
+
+    def untold(*_: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(memory), "modified", untold)
+    assert storage.stamp("memory://versions/a.tar") == ""
+    assert storage.stamp(storage.member_path("memory://versions/a.tar", 0, 1, "x")) == ""
+
+
+def test_file_sizes(base: str) -> None:
+    base = storage.join(base, "sizes")
+    assert storage.file_sizes(base) == {}
+    for name in ("a.txt", "b.txt", "sub/c.txt", ".hidden"):
+        storage.write_bytes_atomic(storage.join(base, name), name.encode())
+    assert storage.file_sizes(base) == {"a.txt": 5, "b.txt": 5}
+
+
+@pytest.mark.parametrize(("url", "extra"), [("gs://b/x", "gcs"), ("s3://b/x", "s3")])
+def test_a_package_that_is_missing_is_named(url: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise ImportError("Please install it")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    with pytest.raises(
+        storage.StorageError, match=rf"{url} cannot be reached: .*pip install 'ray-diffsynth\[{extra}\]'"
+    ):
+        storage.exists(url)
+
+
+def test_a_url_that_nothing_opens_is_named() -> None:
+    with pytest.raises(
+        storage.StorageError, match="foo://a/b cannot be reached: Protocol not known: foo; check the URL"
+    ):
+        storage.exists("foo://a/b")

@@ -15,7 +15,6 @@ from ray_diffsynth.data.video import (
     VideoInfo,
     VideoSupportError,
     available_frames,
-    frame_indices,
     load_first_frame,
     load_frames,
     probe_video,
@@ -40,14 +39,26 @@ def test_every_container(suffix: str, tmp_path: Path) -> None:
 def test_fps_takes_the_frames_that_are_shown_then(tmp_path: Path) -> None:
     path = str(draw_clip(tmp_path / "clip.mp4"))
     assert [grey(frame) for frame in load_frames(path, 5, 48, 64, fps=8)] == [0, 2, 4, 6, 8]
-    assert [grey(frame) for frame in load_frames(path, 5, 48, 64, fps=32)] == [0, 0, 1, 2, 2]
+    assert [grey(frame) for frame in load_frames(path, 5, 48, 64, fps=32)] == [0, 0, 1, 1, 2]
+    assert [grey(frame) for frame in load_frames(path, 22, 48, 64, fps=32)][-3:] == [9, 10, 10], "to its very end"
+    with pytest.raises(MediaError, match="ends after 11 of the 12"):
+        load_frames(path, 12, 48, 64)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
+def test_fps_of_frames_at_unequal_distances(suffix: str, tmp_path: Path) -> None:
+    """A screen recording: ten frames in the first half second, then one a second."""
+    times = [*range(0, 500, 50), 1500, 2500, 3500]
+    path = str(draw_clip(tmp_path / f"clip{suffix}", len(times), times=times))
+    info = probe_video(path)
+    assert info.num_frames == len(times) and available_frames(info, 2) == pytest.approx(7, abs=1)
+    assert [grey(frame) for frame in load_frames(path, 7, 48, 64, fps=2)] == [0, 9, 9, 10, 10, 11, 11]
+    assert [grey(frame) for frame in load_frames(path, 5, 48, 64, fps=10)] == [0, 2, 4, 6, 8]
 
 
 def test_counts_at_a_rate() -> None:
     clip = VideoInfo(64, 48, 32, 16.0)
     assert [available_frames(clip, fps) for fps in (None, 16, 8, 24, 29.97, 0.1)] == [32, 32, 16, 48, 59, 1]
-    assert frame_indices(clip, 16, 8) == list(range(0, 32, 2))
-    assert frame_indices(VideoInfo(64, 48, 3, 10.0), 5, 20)[-1] == 2
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
@@ -70,7 +81,7 @@ def test_only_used_frames_are_decoded_and_one_is_kept(tmp_path: Path, monkeypatc
     decoded: list[int] = []
     source = video._decoded
 
-    def counted(path: str, *, last: int) -> object:
+    def counted(path: str, *, last: int | None = None) -> object:
         for frame in source(path, last=last):
             decoded.append(frame.pts)
             yield frame

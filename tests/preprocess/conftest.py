@@ -20,10 +20,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from ray_diffsynth.cache.store import Shard
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.preprocess.datasink import ShardSink
-from ray_diffsynth.preprocess.encoder import Decoder, Encoder, shard_row
+from ray_diffsynth.preprocess.decode import Decoder
+from ray_diffsynth.preprocess.encoder import Encoder
+from ray_diffsynth.preprocess.handover import shard_row
 from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.work import Work
 from tests.preprocess.counting import FAMILY, build_model
@@ -120,15 +121,12 @@ class InlineRay:
 def encode_inline(works: Sequence[Work], *, cache: str, codec: str) -> None:
     """Decoder, encoder and sink, one shard after another."""
     for work in works:
-        counter = SimpleNamespace(add=SimpleNamespace(remote=lambda *_: None))
-        sink = ShardSink(cache, work.spec.group, work.spec.parameters, codec, counter)
+        sink = ShardSink(cache, work.spec.group, work.spec.parameters, codec)
         encoder = Encoder(work.spec) if work.shards else None
         for shard in work.shards:
             assert encoder is not None
             block = pa.Table.from_pylist([encoder(Decoder(work.spec)(shard_row(shard)))])
-            for written in sink.write([block], None):
-                work.catalog.add(Shard.from_dict(written))
-                work.encoded += len(written["keys"])
+            work.take(sink.write([block], None))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
 """A family that is loaded in no time, writes a line for every sample that it encodes, and fails when it is told to.
 
 Its model folder holds `counting.json`, which actors read at every call: `log` (a file), `sleep` (seconds a sample),
-`kill` (text or pixel digest of a sample that kills the process), `kill_after` (samples of its group after which it is
-killed once), `memory` (batches above it are out of memory), `too_big` (a sample that is so even alone).
+`kill` and `lose` (digests of texts or pixels that kill the process, or lose its device), `kill_after` (samples of its
+group after which it is killed once), `memory` (batches above it are out of memory), `too_big` (a sample that is so even
+alone).
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ class CountingPipeline(BasePipeline):
         for name in digests:
             if name in how.get("kill", []):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if name in how.get("lose", []):
+                raise RuntimeError("CUDA error: device-side assert triggered")
             time.sleep(how.get("sleep", 0))
             with open(how["log"], "a") as log:
                 log.write(f"{group} {name}\n")

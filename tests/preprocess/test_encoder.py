@@ -14,8 +14,12 @@ from PIL import Image
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.preprocess.encoder import Decoder, Encoder, encode, shard_row, unpack
+from ray_diffsynth.preprocess.batches import encode
+from ray_diffsynth.preprocess.decode import Decoder
+from ray_diffsynth.preprocess.encoder import Encoder
+from ray_diffsynth.preprocess.handover import shard_row, unpack
 from ray_diffsynth.preprocess.job import Job
+from ray_diffsynth.preprocess.scan import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
 from tests.preprocess import counting
 from tests.preprocess.counting import FAMILY, behave, build_model, calls, digest
@@ -74,5 +78,10 @@ def test_what_is_not_finite_or_fails_is_that_samples_own(
 
     monkeypatch.setattr(counting.PictureUnit, "process_batch", process_batch)
     results, size = encode(encoder.pipe, encoder.group, {}, [{"input_image": n} for n in range(4)], 4)
-    kinds = [type(result).__name__ for result in results]
+    kinds = [result.error if isinstance(result, Failure) else "dict" for result in results]
     assert kinds == ["dict", "NonFiniteError", "ArithmeticError", "dict"] and size == 4
+    batches: list[tuple[int, int]] = []
+    encode(
+        encoder.pipe, encoder.group, {}, [{"input_image": n} for n in (7, 7, 7, 2, 7)], 4, lambda *b: batches.append(b)
+    )
+    assert batches == [(0, 4), (0, 2), (2, 4), (2, 3), (3, 4), (4, 5)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -13,6 +16,7 @@ from ray_diffsynth.cache.__main__ import main
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.lease import lease
 from ray_diffsynth.cache.reader import CacheReader
+from ray_diffsynth.cache.store import GroupRow, read_shard_header, write_shard
 from ray_diffsynth.data import storage
 from tests.preprocess.conftest import Stage1, files
 from tests.preprocess.counting import build_model, calls
@@ -28,6 +32,49 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         fsspec.filesystem("s3", use_listings_cache=False).mkdir("lab")
         yield "s3://lab"
         fsspec.filesystem("s3", use_listings_cache=False).clear_instance_cache()
+
+
+@dataclass
+class Requests:
+    """What was asked of the server: operations, and bytes that were sent back."""
+
+    operations: list[str]
+    fetched: int = 0
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
+    import s3fs
+
+    asked, real = Requests([]), s3fs.S3FileSystem._call_s3
+
+    async def spy(self: Any, method: str, *args: Any, **options: Any) -> Any:
+        asked.operations.append(method)
+        answer = await real(self, method, *args, **options)
+        asked.fetched += answer["ContentLength"] if method == "get_object" else 0
+        return answer
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", spy)
+    return asked
+
+
+@pytest.mark.slow
+def test_what_an_object_store_is_asked(bucket: str, requests: Requests) -> None:
+    storage.write_bytes_atomic(f"{bucket}/a/x.json", b"1")
+    assert requests.operations == ["put_object"]
+    # A file that must not be there yet: a conditional put, so that of many attempts one succeeds.
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda n: storage.create_new(f"{bucket}/a/new.json", str(n).encode()), range(8)))
+    assert made.count(True) == 1 and storage.read_bytes(f"{bucket}/a/new.json") == str(made.index(True)).encode()
+    # The keys of a shard, without the values.
+    rows = [GroupRow(f"k{n}", {"x": torch.randn(1, 16, 128, 128).bfloat16()}) for n in range(16)]
+    shard = write_shard(bucket, "vae", "a", "1024x1024", rows, codec="none")
+    requests.operations.clear()
+    requests.fetched = 0
+    assert read_shard_header(bucket, "vae", "a.parquet") == shard
+    assert requests.fetched < shard.nbytes / 10 and len(requests.operations) < 8
+    assert storage.file_sizes(f"{bucket}/vae") == {"a.parquet": shard.nbytes}
+    assert storage.stamp(f"{bucket}/vae/a.parquet").startswith(f"{shard.nbytes}-")
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.preprocess.shards import Wanted, plan_shards, remaining, shard_rows, single_rows
+from ray_diffsynth.preprocess.shards import Wanted, halves, plan_shards, remaining, shard_rows, split
 
 BUCKETS = {"64x64": Bucket(64, 64), "1024x1024": Bucket(1024, 1024)}
 
@@ -53,6 +53,11 @@ def test_remaining_names_what_is_left() -> None:
     assert remaining(shard, set(shard.keys)) is None
 
 
-def test_single_rows_cover_the_shard() -> None:
+def test_halves_cover_the_shard() -> None:
     (shard,) = plan_shards([wanted(str(number), "64x64") for number in range(3)])
-    assert [single.keys for single in single_rows(shard)] == [("0",), ("1",), ("2",)]
+    first, second = halves(shard)
+    assert (first.keys, second.keys) == (("0",), ("1", "2")) and len({shard.name, first.name, second.name}) == 3
+    assert halves(first) == [first]
+    suspects, others = split(shard, ["1"])
+    assert (suspects.keys, others.keys) == (("1",), ("0", "2"))
+    assert split(shard, []) == split(shard, shard.keys) == []

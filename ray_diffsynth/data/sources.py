@@ -1,0 +1,81 @@
+"""Source files that must still be those that were scanned: what is made of them is stored by the content seen then."""
+
+from __future__ import annotations
+
+import posixpath
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray_diffsynth.data import storage
+from ray_diffsynth.data.media import PASSING, MediaError, SourceChanged, bytes_hash, content_hash, fetch
+
+
+def steady_bytes(path: str, digest: str | None) -> bytes:
+    """The file's bytes, whose content hash is `digest` (None: any).
+
+    Raises MediaError; SourceChanged when it is another file now, SourceUnavailable when it cannot be read.
+    """
+    if digest is None:
+        return fetch(path)
+    with _gone_is_changed(path):
+        data = fetch(path)
+    if bytes_hash(data) != digest:
+        raise _changed(path)
+    return data
+
+
+@contextmanager
+def steady_file(path: str, digest: str | None) -> Iterator[str]:
+    """A path to read the file by, in parts, whose content hash is `digest` (None: any). Errors as `steady_bytes`.
+
+    A local file stays where it is; a remote one is copied to a temporary file, so that it is fetched once.
+    """
+    if digest is None:
+        yield path
+    elif storage.is_remote(path):
+        with tempfile.NamedTemporaryFile(suffix=posixpath.splitext(path)[1]) as copy:
+            with _gone_is_changed(path):
+                found = content_hash(path, copy.file)
+            if found != digest:
+                raise _changed(path)
+            copy.flush()
+            try:
+                yield copy.name
+            except MediaError as error:
+                raise MediaError(path, error.reason) from error
+    else:
+        with _gone_is_changed(path):
+            before = _stamp(path)
+            found = content_hash(path)
+        if found != digest:
+            raise _changed(path)
+        try:
+            yield path
+        finally:
+            # Also where the decoder failed: it may have met the new content.
+            if _stamp(path) != before:
+                raise _changed(path)
+
+
+def _changed(path: str, how: str = "it holds something else now") -> SourceChanged:
+    return SourceChanged(path, f"changed while the job ran ({how}); run again")
+
+
+def _stamp(path: str) -> str:
+    """As `storage.stamp`; empty for a file that is not there."""
+    try:
+        return storage.stamp(path)
+    except (OSError, ValueError):
+        return ""
+
+
+@contextmanager
+def _gone_is_changed(path: str) -> Iterator[None]:
+    """Within it, a file that is absent or empty, which it was not when it was scanned, has changed."""
+    try:
+        yield
+    except PASSING:
+        raise
+    except MediaError as error:
+        raise _changed(path, error.reason) from error

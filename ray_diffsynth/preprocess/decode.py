@@ -1,0 +1,59 @@
+"""The decode task: opens the files of a shard's rows."""
+
+import json
+import logging
+from typing import Any
+
+from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.data.media import PASSING
+from ray_diffsynth.data.samples import load_inputs
+from ray_diffsynth.data.storage import StorageError
+from ray_diffsynth.data.video import VideoSupportError
+from ray_diffsynth.preprocess.counter import reach
+from ray_diffsynth.preprocess.handover import EncoderSpec, described, give_up, pack
+
+logger = logging.getLogger(__name__)
+
+NOT_THE_SAMPLES = (StorageError, VideoSupportError)
+"""What is missing on this machine is missing for all samples."""
+
+
+class Decoder:
+    """CPU task: shard -> shard with the inputs of its rows. One that cannot be decoded is in `failed` or `passing`."""
+
+    def __init__(self, spec: EncoderSpec, counter: Any = None) -> None:
+        self.spec = spec
+        self.counter = counter
+
+    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+        reach(self.counter, shard["name"], "decode")
+        try:
+            decoded = self._decode(shard)
+        except Exception as error:
+            # Whatever is raised here would only make Ray Data drop the shard.
+            logger.exception("shard %s cannot be decoded", shard["name"])
+            return give_up(shard, self.counter, f"the inputs of {self.spec.group} cannot be read: {described(error)}")
+        reach(self.counter, shard["name"], "decoded")
+        return decoded
+
+    def _decode(self, shard: dict[str, Any]) -> dict[str, Any]:
+        keys: list[str] = []
+        rows: list[dict[str, Any]] = []
+        failed: dict[str, list[str]] = {}
+        passing: dict[str, list[str]] = {}
+        for item in json.loads(shard["rows"]):
+            size = Bucket.parse(item["size"])
+            try:
+                found = load_inputs(item["row"], size, self.spec.sample, only=self.spec.inputs, digests=item["digests"])
+            except NOT_THE_SAMPLES:
+                raise
+            except (*PASSING, MemoryError) as error:
+                passing[item["key"]] = [type(error).__name__, str(error) or "too little memory to decode it"]
+            except Exception as error:
+                logger.debug("%s cannot be decoded", item["sample_id"], exc_info=True)
+                failed[item["key"]] = [type(error).__name__, str(error)]
+            else:
+                keys.append(item["key"])
+                rows.append(found)
+        more = {"failed": json.dumps(failed), "passing": json.dumps(passing)}
+        return {**shard, "inputs": pack(keys, rows, self.spec.inputs), **more}

@@ -1,0 +1,91 @@
+"""What travels between the tasks of stage 1: the encoder's specification, and a shard as a row of Ray Data."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from ray_diffsynth.cache.schema import rows_from_table, table_from_rows
+from ray_diffsynth.data.samples import SampleSpec, digests_of
+from ray_diffsynth.errors import UserError
+from ray_diffsynth.models.locate import ModelSource
+from ray_diffsynth.preprocess.shards import ShardPlan
+
+
+class EncoderError(UserError):
+    """The shards of a group cannot be encoded or written at all, so no sample is to blame."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """All that an actor needs to rebuild its group: names and paths, never weights (Ray's store would hold them)."""
+
+    family: str
+    source: ModelSource
+    task: str
+    trainable: tuple[str, ...]
+    group: str
+    parameters: tuple[str, ...]
+    inputs: tuple[str, ...]
+    settings: Mapping[str, Any]
+    sample: SampleSpec
+    dtype: str
+    batch_size: int
+
+
+def shard_row(shard: ShardPlan) -> dict[str, Any]:
+    """A shard as a Ray Data row.
+
+    `inputs` are the decoded inputs of its rows, later their encoded parameters. `failed` and `passing` hold the rows
+    that cannot be encoded, by key: error class and message. Those of `failed` are remembered; what is in `passing` is
+    not the sample's own fault and is tried again by the next run. `fatal` says why nothing can be done at all.
+    """
+    rows = [
+        {
+            "key": row.key,
+            "sample_id": row.sample_id,
+            "row": dict(row.row),
+            "size": row.size.name,
+            "digests": {param: digests_of(keys) for param, keys in row.files.items()},
+        }
+        for row in shard.rows
+    ]
+    return {
+        "name": shard.name,
+        "bucket": shard.bucket,
+        "rows": json.dumps(rows),
+        "inputs": b"",
+        "failed": "{}",
+        "passing": "{}",
+        "fatal": "",
+    }
+
+
+def give_up(shard: Mapping[str, Any], counter: Any, reason: str) -> dict[str, Any]:
+    """The shard of a task that cannot go on; the driver, told by the counter, ends the run with the reason."""
+    if counter is not None:
+        counter.give_up.remote(reason)
+    return {**shard, "inputs": b"", "fatal": reason}
+
+
+def described(error: BaseException) -> str:
+    """An error in one line: the message of one that is meant for users, else its class too."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def pack(keys: Sequence[str], rows: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -> bytes:
+    """Rows as one Arrow IPC stream: how they travel between tasks (pictures as raw pixels, nothing compressed)."""
+    table = table_from_rows(keys, rows, parameters, codec="none")
+    buffer = pa.BufferOutputStream()
+    with pa.ipc.new_stream(buffer, table.schema) as stream:
+        stream.write_table(table)
+    packed: bytes = buffer.getvalue().to_pybytes()
+    return packed
+
+
+def unpack(packed: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """(key, parameter -> value) of the rows that `pack` was given. Checksums are for files: here nothing is damaged."""
+    with pa.ipc.open_stream(packed) as stream:
+        return rows_from_table(stream.read_all(), codec="none", verify=False)

@@ -1,0 +1,75 @@
+"""The memo of the scan: sources that were read before, so that a file which has not changed is not read again."""
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
+
+from ray_diffsynth.data.samples import SourceFile
+from ray_diffsynth.data.storage import exists, join, read_bytes, write_bytes_atomic
+
+MEMO = "index/sources.jsonl"
+VERSION = 2
+"""Raise it when what a `SourceFile` says of the same file changes: it is read again then."""
+SAVES = 10
+"""How often the memo is saved during a scan of new files: each time a tenth of them is read."""
+LEAST = 1024
+"""Files that are worth saving."""
+
+
+class Memo:
+    """Sources by path; of a dataset with these `paths`, others are forgotten.
+
+    Nothing is written unless `remember`. It only saves time, so a damaged one, or one of another version, is ignored.
+    """
+
+    def __init__(self, cache: str, paths: Sequence[str], *, remember: bool = True) -> None:
+        self.path = join(cache, MEMO)
+        self.remember = remember
+        self.files = _load(self.path, set(paths))
+        self._unsaved = 0
+        self._step = max(len(paths) // SAVES, LEAST)
+
+    def known(self, paths: Iterable[str]) -> dict[str, SourceFile]:
+        """What is remembered of these paths."""
+        return {path: self.files[path] for path in paths if path in self.files}
+
+    def add(self, found: Mapping[str, object]) -> None:
+        """Take in what a scan found (not a SourceFile: the path could not be read), and save now and then."""
+        for path, file in found.items():
+            if not isinstance(file, SourceFile):
+                self.files.pop(path, None)
+            elif self.files.get(path) != file:
+                self.files[path] = file
+                self._unsaved += 1
+        if self._unsaved >= self._step:
+            self.save()
+
+    def save(self) -> None:
+        """Write it, for this run's rerun and for the next run."""
+        if not self.remember:
+            return
+        text = io.BytesIO()
+        text.write(json.dumps({"version": VERSION}).encode())
+        for file in self.files.values():
+            if file.stamp:  # else nothing tells whether the file has changed
+                text.write(b"\n" + json.dumps(astuple(file)).encode())
+        write_bytes_atomic(self.path, text.getbuffer())
+        self._unsaved = 0
+
+
+def _load(path: str, wanted: set[str]) -> dict[str, SourceFile]:
+    if not exists(path):
+        return {}
+    files = {}
+    try:
+        header, *rows = read_bytes(path).split(b"\n")
+        if json.loads(header) != {"version": VERSION}:
+            return {}
+        for row in rows:
+            file = SourceFile(*json.loads(row))
+            if file.path in wanted:
+                files[file.path] = file
+    except (ValueError, TypeError):
+        return {}
+    return files

@@ -1,0 +1,196 @@
+"""What a run makes of the cache that it finds: lost files, others' commits, another dataset, the memo of the scan."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ray_diffsynth.cache.errors import CacheError
+from ray_diffsynth.cache.manifest import Manifest
+from ray_diffsynth.data.samples import SourceFile
+from ray_diffsynth.preprocess import catalog as catalog_module
+from ray_diffsynth.preprocess import job as job_module
+from ray_diffsynth.preprocess import memo as memo_module
+from ray_diffsynth.preprocess import scan as scan_module
+from ray_diffsynth.preprocess.memo import MEMO, Memo
+from ray_diffsynth.preprocess.scan import scan_files
+from tests.preprocess.conftest import CAPTIONS, PICTURES, SHARD, Stage1, files
+from tests.preprocess.counting import build_model, calls
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut", "swapped"])
+def test_a_lost_file_is_encoded_again(tmp_path: Path, many: Path, inline: Stage1, damage: str) -> None:
+    model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
+    inline(model, many, cache)
+    whole, before = files(cache), len(calls(model, "vae"))
+    shards = sorted((cache / "vae").iterdir())
+    if damage == "absent":
+        shards[0].unlink()
+    elif damage == "cut":
+        shards[0].write_bytes(shards[0].read_bytes()[:-60])
+    else:
+        shutil.copy(next((cache / "text_encoder").iterdir()), shards[0])
+    plan = inline(model, many, cache, dry_run=True)
+    assert plan["groups"]["vae"]["reasons"] == {"a row that the cache has lost": SHARD}
+    assert (plan["groups"]["vae"]["encode"], plan["groups"]["vae"]["reused"]) == (SHARD, PICTURES - SHARD)
+    report = inline(model, many, cache)
+    assert len(calls(model, "vae")) - before == SHARD and len(calls(model, "text_encoder")) == CAPTIONS + 1
+    assert report["samples"] == PICTURES and files(cache) == whole
+
+
+def test_a_rerun_reads_no_header_of_what_the_index_names(
+    tmp_path: Path, few: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cache, data = build_model(tmp_path / "model"), tmp_path / "cache", tmp_path / "data"
+    shutil.copytree(few, data)
+    inline(model, data, cache)
+    read: list[str] = []
+    real = catalog_module.read_shard_header
+    monkeypatch.setattr(
+        catalog_module, "read_shard_header", lambda cache, group, file: read.append(file) or real(cache, group, file)
+    )
+    Image.new("RGB", (64, 64), "teal").save(data / "new.png")
+    with open(data / "metadata.csv", "a") as table:
+        table.write("new.png,something new\n")
+    assert inline(model, data, cache)["samples"] == 13 and read == []
+    # With a row less the index names no file of it whole: what else it holds is found, and not encoded again.
+    lines = (data / "metadata.csv").read_text().splitlines()
+    (data / "metadata.csv").write_text("\n".join(lines[:1] + lines[2:]) + "\n")
+    inline(model, data, cache)
+    (data / "metadata.csv").write_text("\n".join(lines) + "\n")
+    count = len(calls(model))
+    assert inline(model, data, cache)["samples"] == 13 and len(calls(model)) == count and len(set(read)) == 2
+
+
+def test_what_another_attempt_commits_before_the_lease_is_seen(
+    tmp_path: Path, few: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cache, other = build_model(tmp_path / "model"), tmp_path / "cache", tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (64, 64)).save(other / "another.png")
+    (other / "another.txt").write_text("x")
+    real = job_module.lease
+
+    @contextmanager
+    def late(path: str) -> Iterator[object]:
+        """The lease, which another attempt gives back after a commit."""
+        monkeypatch.setattr(job_module, "lease", real)
+        inline(model, other, cache)
+        with real(path) as held:
+            yield held
+
+    monkeypatch.setattr(job_module, "lease", late)
+    with pytest.raises(CacheError, match=r"holds the cache of another dataset \(1 samples, such as another.png"):
+        inline(model, few, cache)
+    assert Manifest.load(str(cache)).counts["samples"] == 1
+
+
+def test_another_dataset_leaves_the_memo_as_it_is(tmp_path: Path, few: Path, inline: Stage1) -> None:
+    model, cache, other = build_model(tmp_path / "model"), tmp_path / "cache", tmp_path / "other"
+    inline(model, few, cache)
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    other.mkdir()
+    Image.new("RGB", (64, 64)).save(other / "another.png")
+    (other / "another.txt").write_text("x")
+    with pytest.raises(CacheError, match="holds the cache of another dataset"):
+        inline(model, other, cache)
+    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
+
+
+class Killed(BaseException):
+    """The end of the driver."""
+
+
+def test_a_scan_that_was_killed_goes_on(
+    tmp_path: Path, many: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
+    monkeypatch.setattr(memo_module, "LEAST", 1)
+    read: list[str] = []
+    real = scan_module.scan_file
+
+    def scan(path: str, **options: bool) -> SourceFile:
+        if len(read) == 300:
+            raise Killed
+        read.append(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(scan_module, "scan_file", scan)
+    monkeypatch.setattr(scan_module, "FILES_PER_TASK", 8)
+    monkeypatch.setattr(scan_module, "TASKS_AHEAD", 2)
+    with pytest.raises(Killed):
+        inline(model, many, cache)
+    done = len(read)
+    read.clear()
+    assert inline(model, many, cache)["samples"] == PICTURES
+    assert done == 300 and len(read) <= PICTURES - 300 + PICTURES // 10 + 16
+    read.clear()
+    inline(model, many, cache)
+    assert read == []
+
+
+def source(path: str, stamp: str = "1-2") -> SourceFile:
+    return SourceFile(path, stamp, 64, 32, "abc")
+
+
+def test_the_memo_keeps_what_can_be_trusted(tmp_path: Path) -> None:
+    memo = Memo(str(tmp_path), ["a", "b", "c"])
+    memo.add({"a": source("a"), "b": source("b", stamp=""), "c": "not there"})
+    memo.save()
+    assert Memo(str(tmp_path), ["a", "b", "c"]).files == {"a": source("a")}
+    assert Memo(str(tmp_path), ["b"]).files == {} == Memo(str(tmp_path), ["a"]).known(["b"])
+    path = tmp_path / MEMO
+    whole = path.read_text()
+    for text in (whole.replace('"version": 2', '"version": 1'), whole[:-5], "", "[]"):
+        path.write_text(text)
+        assert Memo(str(tmp_path), ["a"]).files == {}
+    path.unlink()
+    Memo(str(tmp_path), ["a"], remember=False).save()
+    assert not path.exists()
+
+
+def test_a_replaced_file_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
+    import os
+
+    path = tmp_path / "a.bmp"  # bytes without compression: the size is that of the pixels
+    digests = []
+    known: dict[str, SourceFile] = {}
+    for colour in ("red", "blue"):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "new.bmp")
+        os.utime(tmp_path / "new.bmp", (1e9, 1e9))
+        os.replace(tmp_path / "new.bmp", path)
+        (found,) = scan_files([str(path)], known)
+        assert isinstance(found, SourceFile)
+        known = {str(path): found}
+        digests.append(found.digest)
+    assert digests[0] != digests[1]
+    unstamped = {str(path): SourceFile(str(path), "", 1, 1, "stale")}
+    (found,) = scan_files([str(path)], unstamped)
+    assert isinstance(found, SourceFile) and found.digest == digests[1]
+
+
+def test_a_reader_that_opens_during_a_commit(
+    tmp_path: Path, few: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_diffsynth.cache.reader import CacheReader
+
+    model, cache, data = build_model(tmp_path / "model"), tmp_path / "cache", tmp_path / "data"
+    shutil.copytree(few, data)
+    inline(model, data, cache)
+    real = Manifest.load
+
+    def slow(path: str) -> Manifest:
+        """The manifest, replaced by another commit before its index is read."""
+        manifest = real(path)
+        monkeypatch.setattr(Manifest, "load", real)
+        (data / "0003.png").unlink()
+        inline(model, data, cache)
+        return manifest
+
+    monkeypatch.setattr(Manifest, "load", slow)
+    assert len(CacheReader(str(cache))) == 11

@@ -1,0 +1,194 @@
+"""What becomes of shards whose process died, without Ray: passes are played, everything else is real."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
+
+from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.preprocess import work as work_module
+from ray_diffsynth.preprocess.catalog import GroupCatalog
+from ray_diffsynth.preprocess.counter import Counts, End
+from ray_diffsynth.preprocess.handover import EncoderError
+from ray_diffsynth.preprocess.passes import STOP, Reports, Stopped
+from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.shards import ShardPlan, Wanted, plan_shards
+from ray_diffsynth.preprocess.work import Work, _side_by_side, encode_group
+
+SIZE = Bucket(64, 64)
+
+
+def row(number: int) -> Wanted:
+    key = hashlib.blake2b(str(number).encode(), digest_size=8).hexdigest()
+    return Wanted(key, f"{number}.png", {"image": f"{number}.png"}, SIZE.name, SIZE)
+
+
+class PlayedRay:
+    """A pass as Ray would run it: shards with a deadly row are lost after `retries`, in the stage where it kills."""
+
+    def __init__(self, deadly: dict[str, str], *, says: int | None = None, innocent: Sequence[str] = ()) -> None:
+        self.deadly, self.says, self.innocent = deadly, says, list(innocent)
+        self.passes: list[list[int]] = []
+        self.deaths = 0
+        self.stages: dict[str, Any] = {}
+        self.batch_size = 1 << 30
+        self.batches: dict[str, tuple[str, ...]] = {}
+        self.fatal = ""
+        self.counter = SimpleNamespace(
+            get=SimpleNamespace(remote=lambda: Counts(fatal=self.fatal)),
+            reached=SimpleNamespace(remote=lambda names: [self.end(name) for name in names]),
+        )
+
+    def end(self, name: str) -> End:
+        return End(self.stages.get(name), self.batches.get(name, ()))
+
+    def run_pass(
+        self, line: Any, shards: Sequence[ShardPlan], *, retries: int, in_flight: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        self.passes.append([len(shard.rows) for shard in shards])
+        results, deaths = [], 0
+        for shard in shards:
+            stages = [self.deadly[key] for key in shard.keys if key in self.deadly]
+            if stages:
+                self.stages[shard.name] = stages[0]
+                at = next(number for number, key in enumerate(shard.keys) if key in self.deadly)
+                at -= at % self.batch_size
+                self.batches[shard.name] = shard.keys[at : at + self.batch_size]
+                deaths += retries + 1
+            elif any(key in self.innocent for key in shard.keys):
+                self.innocent = [key for key in self.innocent if key not in shard.keys]
+                self.stages[shard.name] = "decoded"
+            else:
+                facts = {"group": "vae", "file": f"{shard.name}.parquet", "bucket": shard.bucket, "nbytes": 1}
+                facts |= {"keys": list(shard.keys), "codec": "none", "rows_per_group": len(shard.keys), "failed": {}}
+                results.append({"shard": facts, "passing": {}})
+        self.deaths += deaths
+        return results, deaths if self.says is None else self.says
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlayedRay, int], Work]:
+    def call(played: PlayedRay, rows: int) -> Work:
+        monkeypatch.setattr(work_module, "run_pass", played.run_pass)
+        monkeypatch.setattr(work_module, "ray", SimpleNamespace(get=lambda value: value))
+        shards = list(plan_shards(row(number) for number in range(rows)))
+        work = Work(SimpleNamespace(group="vae"), None, shards, GroupCatalog())  # type: ignore[arg-type]
+        encode_group(work, SimpleNamespace(counter=played.counter))  # type: ignore[arg-type]
+        return work
+
+    return call
+
+
+def test_only_the_rows_that_kill_are_lost(play: Callable[[PlayedRay, int], Work]) -> None:
+    deadly = {row(3).key: "encode", row(70).key: "encode", row(100).key: "decode"}
+    played = PlayedRay(deadly)
+    work = play(played, 320)
+    errors = {key: failure.error for key, failure in work.catalog.failures.items()}
+    assert errors == {row(3).key: "EncoderDied", row(70).key: "EncoderDied", row(100).key: "DecoderDied"}
+    assert "decoding process" in work.catalog.failures[row(100).key].message
+    assert len(work.catalog.locations) == work.encoded == 317
+    # Halves, not single rows: seven passes for shards of 64, and only shards that were lost come again.
+    assert [max(sizes) for sizes in played.passes] == [64, 32, 16, 8, 4, 2, 1]
+    assert len(played.passes[0]) == 5 and all(len(sizes) <= 6 for sizes in played.passes[1:])
+
+
+def test_the_batch_that_killed_is_cut_out(play: Callable[[PlayedRay, int], Work]) -> None:
+    played = PlayedRay({row(3).key: "encode", row(70).key: "encode"})
+    played.batch_size = 1
+    work = play(played, 128)
+    assert set(work.catalog.failures) == {row(3).key, row(70).key} and work.encoded == 126
+    assert [sorted(sizes) for sizes in played.passes] == [[64, 64], [1, 1, 63, 63]]
+
+
+def test_the_search_asks_once_a_pass_what_is_known(
+    play: Callable[[PlayedRay, int], Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+    known = GroupCatalog.known
+
+    def count(self: GroupCatalog) -> set[str]:
+        nonlocal asked
+        asked += 1
+        return known(self)
+
+    monkeypatch.setattr(GroupCatalog, "known", count)
+    played = PlayedRay({row(3).key: "encode"})
+    play(played, 640)
+    assert asked == len(played.passes) == 7
+
+
+def test_a_shard_that_waited_behind_a_killer_is_not_cut(play: Callable[[PlayedRay, int], Work]) -> None:
+    played = PlayedRay({row(3).key: "encode"}, innocent=[row(64).key])
+    work = play(played, 128)
+    assert sorted(played.passes[1]) == [32, 32, 64] and len(work.catalog.locations) == 127
+
+
+def test_what_is_lost_without_a_death_is_nobodys_fault(play: Callable[[PlayedRay, int], Work]) -> None:
+    with pytest.raises(EncoderError, match="lost 1 of 2 shards of vae without a word"):
+        play(PlayedRay({row(3).key: "encode"}, says=0), 128)
+
+
+def test_a_dying_writer_is_no_samples_fault(play: Callable[[PlayedRay, int], Work]) -> None:
+    with pytest.raises(EncoderError, match="the process that writes vae died each time"):
+        play(PlayedRay({row(0).key: "encoded"}), 1)
+
+
+def test_a_reason_given_by_a_task_is_the_error(play: Callable[[PlayedRay, int], Work]) -> None:
+    played = PlayedRay({})
+    played.fatal = "the disk is full"
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise Stopped("on request")
+
+    played.run_pass = stopped  # type: ignore[method-assign]
+    with pytest.raises(EncoderError, match="the disk is full"):
+        play(played, 1)
+
+
+def test_only_deaths_are_deaths() -> None:
+    logger = logging.getLogger("ray.data._internal.execution.streaming_executor_state")
+    with Reports() as reports:
+        logger.error("lost", exc_info=ActorDiedError())
+        logger.error("lost", exc_info=WorkerCrashedError())
+    assert reports.deaths("vae") == 2
+    with Reports() as reports:
+        logger.error("lost", exc_info=RayTaskError("map", "Traceback", ValueError("no room")))
+    with pytest.raises(EncoderError, match="vae could not be encoded.*no room"):
+        reports.deaths("vae")
+    assert not [handler for handler in logger.handlers if isinstance(handler, Reports)]
+
+
+def test_the_other_groups_are_stopped_and_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    def group(work: Any, line: Any) -> None:
+        if work == "bad":
+            raise EncoderError("no such model")
+        assert STOP.wait(30)
+        ended.append(work)
+        raise Stopped("on request")
+
+    monkeypatch.setattr(work_module, "encode_group", group)
+    STOP.clear()
+    try:
+        with pytest.raises(EncoderError, match="no such model"):
+            _side_by_side(["good", "bad"], ["", ""])  # type: ignore[list-item]
+    finally:
+        STOP.clear()
+    assert ended == ["good"] and threading.active_count() >= 1
+
+
+def test_passing_failures_are_kept_apart() -> None:
+    catalog = GroupCatalog()
+    work = Work(None, None, [], catalog)  # type: ignore[arg-type]
+    work.take([{"shard": None, "passing": {"k": ["SourceChanged", "changed"]}}])
+    assert catalog.known() == set() and catalog.failure("k") == Failure("SourceChanged", "changed")
+    with pytest.raises(EncoderError, match="disk full"):
+        work.take([{"fatal": "disk full"}])
