@@ -35,8 +35,9 @@ def ray_session(address: str | None = None, *, verbose: bool = False) -> Iterato
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
-    # Ray 2.60 warns about a change of default; unset, CPU-only actors would still see every GPU.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # By Ray 2.60's default an actor that reserves no GPU sees all of them. The nodes of a cluster that is there already
+    # have their own setting: see `own_device`.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     options = {"include_dashboard": False} if address == "local" else {}
     level = logging.INFO if verbose else logging.ERROR
     with ExitStack() as quiet:
@@ -125,6 +126,14 @@ def _loggers(log: TextIO) -> Iterator[None]:
     finally:
         for name, handlers in before.items():
             logging.getLogger(name).handlers = handlers
+
+
+def own_device() -> str:
+    """`cuda` in an actor that has reserved a GPU, or part of one, and outside Ray where there is one; else `cpu`."""
+    import torch
+
+    ours = not ray.is_initialized() or bool(ray.get_gpu_ids())
+    return "cuda" if ours and torch.cuda.is_available() else "cpu"
 
 
 def cluster_devices() -> tuple[float, float]:

@@ -69,7 +69,10 @@ def checkpoints_folder(output_path: str) -> str:
 
 
 def save_checkpoint(output_path: str, checkpoint: Checkpoint, keep: int) -> str:
-    """Write `checkpoint` atomically and remove all but the newest `keep`. Returns its folder."""
+    """Write `checkpoint` atomically; it and the `keep` - 1 before it stay. Returns its folder.
+
+    Checkpoints of later steps go: the run has gone on from an earlier one, so they are not of its past.
+    """
     folder = checkpoints_folder(output_path)
     target = join(folder, checkpoint.name)
     data = save({name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()})
@@ -87,8 +90,11 @@ def save_checkpoint(output_path: str, checkpoint: Checkpoint, keep: int) -> str:
         write_bytes_atomic(join(target, STATE_FILE), state)
     else:
         _write_folder(Path(target), {TENSOR_FILE: data, STATE_FILE: state})
-    for old in list_checkpoints(output_path)[:-keep]:
-        _remove_folder(join(folder, old))
+    there = list_checkpoints(output_path)
+    before = there[: there.index(checkpoint.name)]
+    for name in there:
+        if name != checkpoint.name and name not in before[max(0, len(before) - keep + 1) :]:
+            _remove_folder(join(folder, name))
     return target
 
 
@@ -108,7 +114,9 @@ def read_state(folder: str) -> dict[str, Any]:
         if state["version"] > VERSION:
             raise CheckpointError(f"{folder} was written by a newer ray_diffsynth (format {state['version']}); upgrade")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint: {STATE_FILE} is absent") from error
+        raise CheckpointError(
+            f"{folder} is no checkpoint: {STATE_FILE} is absent; a checkpoint is a folder checkpoints/step-… of a run"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if checksum != _checksum(state):
@@ -132,26 +140,48 @@ def read_checkpoint(folder: str) -> Checkpoint:
 
 
 def newest_checkpoint(output_path: str) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
-    for name in reversed(list_checkpoints(output_path)):
+    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over. None if there is none.
+
+    Raises CheckpointError when not one of them can be read: starting at step 0 would undo what they stand for.
+    """
+    problems: list[str] = []
+    names = list_checkpoints(output_path)
+    for name in reversed(names):
         try:
-            return read_checkpoint(join(checkpoints_folder(output_path), name))
+            found = read_checkpoint(join(checkpoints_folder(output_path), name))
         except CheckpointError as error:
-            logger.warning("%s; trying the checkpoint before it", error)
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            logger.warning("%s; trying the checkpoint before it", problem)
+        return found
+    if names:
+        raise CheckpointError(
+            f"none of the {len(names)} checkpoints in {checkpoints_folder(output_path)} can be used "
+            f"({'; '.join(problems)}); restore one, or set them aside and start anew with --resume never"
+        )
     return None
 
 
-def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError naming every entry in which a checkpoint and the run that wants to go on from it differ."""
+def check_identity(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raise CheckpointError naming every entry in which a checkpoint and the run that wants to go on from it differ.
+
+    An entry that the checkpoint's version did not have yet was as `defaults` says, or None; one that is no more decides
+    nothing.
+    """
+    there = {**dict.fromkeys(wanted), **(defaults or {}), **found}
     differences = [
-        f"{name}: {_short(found.get(name))} there, {_short(wanted.get(name))} here"
-        for name in sorted({*found, *wanted})
-        if found.get(name) != wanted.get(name)
+        f"{name}: {_short(there[name])} there, {_short(wanted[name])} here"
+        for name in sorted(wanted)
+        if there[name] != wanted[name]
     ]
     if differences:
         raise CheckpointError(
-            f"the checkpoint {where} is of another run ({'; '.join(differences)}); make them equal to go on, "
-            "give another --output_path, or --resume never to start anew"
+            f"the checkpoint {where} is of another run ({'; '.join(differences)}); make them equal to go on, or start "
+            "anew: with another --output_path (and from these weights with --lora_checkpoint <its newest "
+            ".safetensors file>), or with --resume never"
         )
 
 

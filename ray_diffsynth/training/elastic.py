@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ ANSWER_SECONDS = 20.0
 WAIT_SECONDS = 1800.0
 """How long a run waits for nodes before it gives up."""
 POLL_SECONDS = 2.0
+SETTLE_SECONDS = 10.0
+"""How long a run waits for what the group before it held, before it takes what is there."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,10 @@ class Group:
 
 
 def room(resources: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]]) -> int:
-    """How many workers the nodes (id -> resources) have room for."""
+    """How many workers the nodes (id -> resources, all of them or those that are free) have room for."""
     wanted = {name: amount for name, amount in resources.items() if amount > 0}
+    if not wanted:
+        return sys.maxsize
     return sum(
         min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items())
         for node in nodes.values()
@@ -62,6 +67,12 @@ def nodes() -> dict[str, dict[str, float]]:
     """Resources of the nodes that are alive and are not being drained (preempted)."""
     leaving = draining()
     return {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving}
+
+
+def free(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """What nobody holds of those nodes' resources."""
+    left: Mapping[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    return {node: left.get(node, {}) for node in found}
 
 
 def draining() -> set[str]:
@@ -92,22 +103,44 @@ def _nothing() -> None:
     """Ends."""
 
 
-def wait_for_room(group: Group, stopped: Callable[[], bool], *, seconds: float = WAIT_SECONDS) -> int:
-    """How many workers to start, as soon as there is room for the least; 0 if `stopped`. Raises ClusterError."""
+def wait_for_room(group: Group, stopped: Callable[[], bool], *, ask: bool = True, seconds: float = WAIT_SECONDS) -> int:
+    """How many workers to start, as soon as there is room for the least; 0 if `stopped`. Raises ClusterError.
+
+    What others hold is no room. For a moment it waits for more, which a group that has just ended may still hold.
+    ask: whether nodes that are listed may be gone.
+    """
     began, said = time.monotonic(), False
-    while True:
-        number = group.choose(room(group.resources, answering(nodes())))
-        if number or stopped():
+    while not stopped():
+        there = answering(nodes()) if ask else nodes()
+        unused = free(there)
+        number, possible = (group.choose(room(group.resources, found)) for found in (unused, there))
+        waited = time.monotonic() - began
+        if number and (number >= possible or waited > SETTLE_SECONDS):
             return number
-        if time.monotonic() - began > seconds:
+        if waited > seconds:
             raise ClusterError(
-                f"there was no room for {group.least} workers of {dict(group.resources)} in {seconds / 60:g} minutes; "
-                "the same command goes on when there is"
+                f"there was no room for {_missing(group, there, unused)} in {seconds / 60:g} minutes; the same command "
+                "goes on when there is"
             )
-        if not said:
-            logger.warning("waiting for room for %d workers of %s", group.least, dict(group.resources))
+        if not said and waited > SETTLE_SECONDS:
+            logger.warning("waiting for room for %s", _missing(group, there, unused))
             said = True
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS / 4 if waited < SETTLE_SECONDS else POLL_SECONDS)
+    return 0
+
+
+def _missing(group: Group, there: Mapping[str, Mapping[str, float]], unused: Mapping[str, Mapping[str, float]]) -> str:
+    """`2 workers of {'GPU': 1}: 1 would fit; free are 1 of 2 GPU on 1 nodes`"""
+    amounts = [
+        f"{sum(node.get(name, 0.0) for node in unused.values()):g} of "
+        f"{sum(node.get(name, 0.0) for node in there.values()):g} {name}"
+        for name in group.resources
+    ]
+    fitting = room(group.resources, unused)
+    return (
+        f"{group.least} workers of {dict(group.resources)}: {fitting} would fit; free are {', '.join(amounts)} on "
+        f"{len(there)} nodes"
+    )
 
 
 class Watch:
@@ -120,6 +153,7 @@ class Watch:
         self.regroup: str | None = None
         self._collector, self._group, self._workers, self._terminated = collector, group, workers, terminated
         self._leaving = draining()  # known before: the group was made without them
+        self._begun = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -131,9 +165,14 @@ class Watch:
         self._end.set()
         self._thread.join()
 
-    def _really_larger(self) -> bool:
-        """Ray lists a node that is gone for a while: ask."""
-        return self._group.choose(room(self._group.resources, answering(nodes()))) > self._workers
+    def _larger(self, there: Mapping[str, Mapping[str, float]]) -> bool:
+        """Whether the group's workers and the room that is left make a larger one."""
+        return self._group.choose(self._workers + room(self._group.resources, free(there))) > self._workers
+
+    def _started(self) -> bool:
+        """Before it has, what is free may be what it will hold."""
+        self._begun = self._begun or bool(ray.get(self._collector.has_begun.remote()))
+        return self._begun
 
     def _run(self) -> None:
         larger = 0
@@ -147,9 +186,10 @@ class Watch:
             looked = time.monotonic()
             if draining() - self._leaving:
                 self.regroup = "a node is being taken away"
-            elif self._group.elastic and self._group.choose(room(self._group.resources, nodes())) > self._workers:
+            elif self._group.elastic and self._started() and self._larger(nodes()):
                 larger += 1
-                if larger >= 2 and self._really_larger():  # a node that has just come may still be starting
+                # A node that has just come may still be starting, and one that is gone is listed for a while: ask.
+                if larger >= 2 and self._larger(answering(nodes())):
                     self.regroup = "there is room for more workers"
             else:
                 larger = 0

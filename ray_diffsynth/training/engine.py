@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ray_diffsynth.training.context import Context
+
+T = TypeVar("T")
 
 MIXED_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
@@ -28,10 +30,8 @@ def accelerator(context: Context, dtype: str) -> Iterator[Accelerator]:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(context.device)
         torch.cuda.set_device(context.device)
     _reset()
-    # Parameters without a gradient are frozen (module.fix_unused), so DDP need not search for them in every step.
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     try:
-        yield Accelerator(cpu=on_cpu, mixed_precision=MIXED_PRECISION[dtype], kwargs_handlers=[ddp])
+        yield Accelerator(cpu=on_cpu, mixed_precision=MIXED_PRECISION[dtype])
     finally:
         _reset()
         if before is None:
@@ -45,15 +45,19 @@ def _reset() -> None:
     GradientState._reset_state()
 
 
-def distribute(engine: Accelerator, module: nn.Module, world_size: int) -> nn.Module:
-    """`module` in DDP when there are several workers; frozen weights and buffers, which all have read, are left out."""
+def distribute(module: nn.Module, world_size: int) -> nn.Module:
+    """`module` in DDP when there are several workers; frozen weights and buffers, which all have read, are left out.
+
+    Not by accelerate, which takes a worker's number on its machine for the number of its GPU: they differ when workers
+    share a GPU or have several. DDP takes the device that the module lies on, and leaves the inputs where they are.
+    """
     if world_size == 1:
         return module
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     frozen += [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)  # type: ignore[no-untyped-call]
-    prepared: nn.Module = engine.prepare_model(module)
-    return prepared
+    # Parameters without a gradient are frozen (module.fix_unused), so DDP need not search for them in every step.
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def sync_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
@@ -73,6 +77,21 @@ def total(value: torch.Tensor, world_size: int) -> torch.Tensor:
     if world_size > 1:
         dist.all_reduce(value)
     return value
+
+
+def gather(own: list[T], world_size: int) -> list[T]:
+    """The lists of all workers, joined in their order, on each of them."""
+    if world_size == 1:
+        return own
+    found: list[list[T]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(found, own)
+    return [item for part in found for item in part]
+
+
+def meet(world_size: int) -> None:
+    """Wait until every worker is here."""
+    if world_size > 1:
+        dist.barrier()
 
 
 def same_everywhere(number: int, world_size: int, device: torch.device) -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save
 
-from ray_diffsynth.data.storage import write_bytes_atomic
+from ray_diffsynth.data.storage import join, list_files, write_bytes_atomic
 from ray_diffsynth.models.lora import LoraInfo, export_lora, lora_state
 from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.lora_keys import lora_prefix, lora_rename, submodule
+from ray_diffsynth.pipelines.graph import model_root
+from ray_diffsynth.pipelines.lora_keys import lora_prefix, lora_rename, own_prefix, submodule
 from ray_diffsynth.training.metrics import output_file
 
 
@@ -30,14 +32,16 @@ def export_trained(
 
     Of several LoRAs that one is the denoising model's, or the first. Each further LoRA or model goes to
     `<name>.<model>.safetensors`; a model has its own keys and the pipeline's dtype. layout: of the LoRA's keys, the
-    family's (which diffusers, ComfyUI and DiffSynth-Studio load) or "diffusers": `<subfolder>.<its own names>`.
+    family's (which diffusers, ComfyUI and DiffSynth-Studio load) or "diffusers": `<subfolder>.<its own names>`. A DoRA
+    always has the latter: diffusers converts no other names of it.
     """
     written: list[str] = []
-    for info in sorted(trained.loras, key=lambda info: info.name not in pipe.in_iteration_models):
+    for info in sorted(trained.loras, key=lambda info: model_root(info.name) not in pipe.in_iteration_models):
         path = output_file(output_path, f"{name}.{info.name}.safetensors" if written else f"{name}.safetensors")
         state = lora_state(submodule(pipe, info.name))
-        own_names = layout == "diffusers" and info.name in pipe.parts
-        prefix = f"{pipe.parts[info.name].subfolder}." if own_names else lora_prefix(pipe, info.name)
+        dora = any(key.endswith("lora_magnitude_vector") for key in state)
+        own_names = (layout == "diffusers" or dora) and model_root(info.name) in pipe.parts
+        prefix = own_prefix(pipe, info.name) if own_names else lora_prefix(pipe, info.name)
         export_lora(
             state,
             prefix=prefix,
@@ -55,6 +59,15 @@ def export_trained(
         write_bytes_atomic(path, save(tensors, metadata={"format": "pt"}))
         written.append(path)
     return written
+
+
+def newest_file(output_path: str, steps_per_epoch: int) -> str | None:
+    """Path of the LoRA or model with the most steps that a run has written; None if there is none."""
+    steps: dict[int, str] = {}
+    for name in list_files(output_path, suffix=".safetensors"):
+        if found := re.fullmatch(r"(step|epoch)-(\d+)\.safetensors", name):
+            steps[int(found[2]) if found[1] == "step" else (int(found[2]) + 1) * steps_per_epoch] = name
+    return join(output_path, steps[max(steps)]) if steps else None
 
 
 def _plain(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

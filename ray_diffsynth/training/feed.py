@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ray_diffsynth.diffusion.randomness import SampleKey
+from ray_diffsynth.diffusion.transfer import pinned
 from ray_diffsynth.training.captions import drop_captions
 from ray_diffsynth.training.plan import Plan, epoch_plan, lanes_of, steps_per_epoch
 from ray_diffsynth.training.source import SampleSource, prefetch, shard_sizes
@@ -34,6 +35,7 @@ class Feed:
     """A run's order of samples, as a function of position. `step` counts optimizer steps from the start of the run.
 
     held_out: rows that are not trained on. caption_dropout: part of the samples that get the empty caption.
+    pin: put tensors where a GPU fetches them by itself.
     """
 
     source: SampleSource
@@ -43,6 +45,7 @@ class Feed:
     repeat: int
     held_out: tuple[int, ...] = ()
     caption_dropout: float = 0.0
+    pin: bool = False
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -79,8 +82,9 @@ class Feed:
         """Those of worker `rank` in the steps from `start` up to `stop`."""
         own = lanes_of(rank, world_size, self.lanes)
         per_epoch = self.steps_per_epoch
-        for epoch in range(start // per_epoch, -(-stop // per_epoch)):
-            plan = self.plan(epoch)
+        epochs = range(start // per_epoch, -(-stop // per_epoch))
+        # Each epoch's plan is made while the one before it is trained on.
+        for epoch, plan in prefetch(epochs, self.plan, depth=1, threads=1):
             first = epoch * per_epoch
             for step in range(max(start, first), min(stop, first + per_epoch)):
                 for lane in own:
@@ -102,7 +106,7 @@ class Feed:
 
     def fetch(self, item: Microbatch) -> Sequence[dict[str, Any]]:
         """The samples of a microbatch, as they are trained on."""
-        samples = self.source.fetch(item.rows)
-        if not self.caption_dropout:
-            return samples
-        return drop_captions(samples, item.keys, self.caption_dropout, self.source.empty_caption())
+        samples: Sequence[dict[str, Any]] = self.source.fetch(item.rows)
+        if self.caption_dropout:
+            samples = drop_captions(samples, item.keys, self.caption_dropout, self.source.empty_caption())
+        return [pinned(sample) for sample in samples] if self.pin else samples

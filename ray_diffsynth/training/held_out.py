@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ from accelerate import Accelerator
 from ray_diffsynth.diffusion.randomness import SampleKey, permutation
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.training.module import DiffusionTrainingModule
-from ray_diffsynth.training.source import SampleSource
+from ray_diffsynth.training.shard import check_equal_work
+from ray_diffsynth.training.source import SampleSource, prefetch
 
 EPOCH = -1
 """The epoch in the keys of held-out samples: none of training, so that their noise is always the same."""
@@ -43,11 +45,13 @@ class HeldOut:
     rows: Rows
     seed: int
     batch_size: int
+    sharded: bool = False
+    """Whether the workers share a model out, so that they must run it equally often."""
 
     @torch.no_grad()
     def loss(self, module: DiffusionTrainingModule, engine: Accelerator, rank: int, world_size: int) -> float:
         """The same on every worker; all must call it. The model is in eval mode meanwhile."""
-        device = module.pipe.device
+        device = torch.device(module.pipe.device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses, samples
         batches = list(self._microbatches(self.source.buckets))
         # As many forwards on each worker: a sharded model gathers its weights in all of them at once.
@@ -55,14 +59,18 @@ class HeldOut:
         modes = [(child, child.training) for child in module.modules()]
         module.eval()
         try:
-            for number in range(rounds):
-                index = number * world_size + rank
-                rows = batches[index % len(batches)]
-                keys = [SampleKey(self.seed, EPOCH, 0, self.source.sample_ids[row]) for row in rows]
-                with engine.autocast():
-                    output = module(self.source.fetch(rows), keys)
-                if index < len(batches):
-                    sums += torch.tensor([float(output.per_sample.double().sum()), len(rows)]).to(sums)
+            own = [number * world_size + rank for number in range(rounds)]
+            items = [(index, batches[index % len(batches)]) for index in own]
+            with closing(prefetch(items, lambda item: self.source.fetch(item[1]), depth=2, threads=1)) as read:
+                for (index, rows), samples in read:
+                    keys = [SampleKey(self.seed, EPOCH, 0, self.source.sample_ids[row]) for row in rows]
+                    if self.sharded:
+                        check_equal_work(samples, world_size, device)
+                    with engine.autocast():
+                        output = module(samples, keys)
+                    if index < len(batches):
+                        sums[0] += output.per_sample.double().sum()
+                        sums[1] += len(rows)
         finally:
             for child, mode in modes:
                 child.training = mode
@@ -73,6 +81,6 @@ class HeldOut:
 
     def _microbatches(self, buckets: Mapping[str, range]) -> Iterator[list[int]]:
         for rows in buckets.values():
-            own = [int(row) for row in self.rows if row in rows]
+            own = self.rows[(self.rows >= rows.start) & (self.rows < rows.stop)].tolist()
             for start in range(0, len(own), self.batch_size):
                 yield own[start : start + self.batch_size]

@@ -25,6 +25,7 @@ import ray.train.torch
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.storage import absolute, is_remote, join
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.models.lora_file import lora_prefixes
 from ray_diffsynth.ray_session import ClusterError, cluster_devices, ray_session
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import (
@@ -34,13 +35,24 @@ from ray_diffsynth.training.checkpoint import (
     prepare_resume,
     read_state,
 )
-from ray_diffsynth.training.elastic import Group, Watch, wait_for_room
-from ray_diffsynth.training.loop import TrainResult, merged, train
+from ray_diffsynth.training.elastic import Group, Watch, room, wait_for_room
+from ray_diffsynth.training.elastic import nodes as machines
+from ray_diffsynth.training.loop import train
 from ray_diffsynth.training.metrics import TrainingProgress
-from ray_diffsynth.training.ray_worker import Collector, RayContext, SamplerActor, on_this_node
+from ray_diffsynth.training.optim import optimizer_class
+from ray_diffsynth.training.ray_worker import (
+    Collector,
+    RayContext,
+    SamplerActor,
+    messages_to_driver,
+    on_this_node,
+)
+from ray_diffsynth.training.result import TrainResult, merged
+from ray_diffsynth.training.sample_grids import Shown, is_drawn
 from ray_diffsynth.training.sampler import check_models, read_prompts
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.summary import finish
+from ray_diffsynth.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +60,8 @@ MAX_FAILURES = 3
 """Failures in a row without a new checkpoint between them, after which a run gives up."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a run that SIGTERM ended before its last step: the same command goes on."""
-_ENVIRONMENT = ("DIFFSYNTH_MODEL_BASE_PATH", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
+_ENVIRONMENT = ("DIFFSYNTH_", "HF_", "WANDB_", "MLFLOW_", "AWS_", "GOOGLE_")
+"""Beginnings of the names of variables that the workers get from the driver, where they have none of their own."""
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -64,6 +77,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     prompts = read_prompts(config.validation_prompts) if config.validation_prompts else []
     if prompts:
         check_models(setup)
+    check_files(config)
+    setup.check_data()
     prepare_resume(config.output_path, config.resume)
     config = replace(config, resume="auto")
     # In this order: Ray sets a handler of its own when it starts.
@@ -105,6 +120,17 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, **changes)
 
 
+def check_files(config: TrainConfig) -> None:
+    """Raise the UserErrors of LoRA files, trackers and an optimizer that a worker would raise after Ray has started."""
+    going_on = config.resume != "never" and (config.resume != "auto" or bool(list_checkpoints(config.output_path)))
+    start = () if going_on else config.lora_checkpoints.values()  # a run that goes on has left its start behind
+    for path in filter(None, (config.preset_lora_path, *start)):
+        lora_prefixes(path)
+    check_trackers(config)
+    if config.customized_optimizer:
+        optimizer_class(config.customized_optimizer)
+
+
 def worker_group(config: TrainConfig) -> Group:
     """Numbers of workers, and what each reserves: a GPU where there are some, else a share of a node's CPUs.
 
@@ -123,12 +149,12 @@ def worker_group(config: TrainConfig) -> Group:
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
     share = max(nodes) // math.ceil(most / len(nodes))
     cpu = wanted.pop("CPU", 1.0 if gpu else max(1.0, share))
-    if least == most and (most * gpu > gpus or most * cpu > cpus):
-        raise ClusterError(
-            f"{most} workers of {cpu:g} CPU and {gpu:g} GPU do not fit a cluster of {cpus:g} CPU and {gpus:g} GPU; "
-            "lower --num_workers or --resources"
-        )
     resources = {"CPU": cpu, **({"GPU": gpu} if gpu else {}), **wanted}
+    if least == most and (fitting := room(resources, machines())) < most:
+        raise ClusterError(
+            f"{most} workers of {cpu:g} CPU and {gpu:g} GPU do not fit a cluster of {cpus:g} CPU and {gpus:g} GPU: "
+            f"its {len(nodes)} nodes hold {fitting} of {resources}; lower --num_workers or --resources"
+        )
     lanes = lanes or (most * config.gradient_accumulation_steps)
     return Group(least, most, resources, lanes, even=config.shard_base)
 
@@ -147,22 +173,21 @@ def _fit_until_done(
     config: TrainConfig, group: Group, prompts: list[str], terminated: threading.Event
 ) -> tuple[TrainResult, int]:
     """Train, with another group of workers whenever one is lost or another number fits; also the last group's size."""
-    collector = Collector.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
-    sampler = _sampler(config, group, prompts)
+    environment = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
+    collector = Collector.options(scheduling_strategy=on_this_node()).remote(environment)  # type: ignore[attr-defined]
+    sampler = _sampler(config, group, prompts, collector)
     arguments = {
         "config": config,
         "collector": collector,
         "sampler": sampler,
         "folder": os.getcwd(),
-        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }
     failures, workers, results = 0, group.most, list[TrainResult]()
     with _shown(collector):
         while not terminated.is_set():
-            if group.elastic:
-                workers = wait_for_room(group, terminated.is_set)
-                if not workers:
-                    break
+            workers = wait_for_room(group, terminated.is_set, ask=bool(failures or results))
+            if not workers:
+                break
             before = list_checkpoints(config.output_path)
             ray.get(collector.begin.remote())
             with Watch(collector, group, workers, terminated) as watch:
@@ -176,13 +201,14 @@ def _fit_until_done(
                         raise
                     logger.warning("a worker was lost (%s); going on from the newest checkpoint", _first_line(error))
                     continue
+            failures = 0
             results.append(TrainResult(**ray.get(collector.result.remote())))
             if results[-1].finished or watch.regroup is None:
                 break
             logger.warning("%s: going on from step %d", watch.regroup, results[-1].steps)
-    if sampler is not None:
-        if results and results[-1].finished:
+        if sampler is not None and results and results[-1].finished:
             _end_sampler(sampler)
+    if sampler is not None:
         ray.kill(sampler)
     ray.kill(collector)
     if not results:
@@ -197,15 +223,23 @@ def _fit(arguments: dict[str, Any], group: Group, workers: int) -> None:
     _Trainer(
         _worker,
         train_loop_config=arguments,
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+        # NCCL refuses two workers on one GPU.
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if group.resources.get("GPU", 0) >= 1 else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=gpu, resources_per_worker=dict(group.resources)
         ),
-        run_config=ray.train.RunConfig(name="ray", storage_path=storage),
+        # Each failure comes back here, also workers that find no room: Ray would try that group again for ever.
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
+        ),
     ).fit()
 
 
-def _sampler(config: TrainConfig, group: Group, prompts: list[str]) -> Any:
+def _sampler(config: TrainConfig, group: Group, prompts: list[str], collector: Any = None) -> Any:
     """The actor that makes sample pictures; None without prompts. Raises ClusterError when nothing is left for it."""
     if not prompts:
         return None
@@ -219,20 +253,25 @@ def _sampler(config: TrainConfig, group: Group, prompts: list[str]) -> Any:
             )
         wanted = {"GPU": 1.0}
     cpu, gpu = wanted.pop("CPU", 0.0), wanted.pop("GPU", 0.0)
-    actor = SamplerActor.options(  # type: ignore[attr-defined]
+    options = SamplerActor.options(  # type: ignore[attr-defined]
         num_cpus=cpu, num_gpus=gpu, resources=wanted or None
     )
-    return actor.remote(config, prompts)
+    fresh = not list_checkpoints(config.output_path)
+    start = fresh or not is_drawn(config.output_path, 0, Shown.of(config, prompts, 0))
+    if not start:  # all that it draws comes with the weights of a step
+        config = replace(config, lora_checkpoint=None)
+    actor = options.remote(config, prompts, start, collector)
+    if start:
+        actor.begin.remote()  # beside the start of the workers
+    return actor
 
 
 def _end_sampler(sampler: Any) -> None:
-    """Wait for the last pictures, and say what went wrong with any."""
+    """Wait for the last pictures; it has said itself what went wrong with any, but not if it is lost."""
     try:
-        _, error = ray.get(sampler.finish.remote())
+        ray.get(sampler.finish.remote())
     except ray.exceptions.RayError as lost:
-        error = _first_line(lost)
-    if error is not None:
-        logger.warning("the sample pictures ended early: %s", error)
+        logger.warning("the sample pictures ended early: %s", _first_line(lost))
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -246,10 +285,11 @@ def _worker(arguments: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     if os.path.isdir(arguments["folder"]):  # relative paths inside options mean the driver's folder
         os.chdir(arguments["folder"])
-    for name, value in arguments["environment"].items():
+    for name, value in ray.get(arguments["collector"].environment.remote()).items():
         os.environ.setdefault(name, value)
     context = RayContext(arguments["collector"], arguments["sampler"])
-    result = train(arguments["config"], context)
+    with messages_to_driver(context):
+        result = train(arguments["config"], context)
     if context.world_rank == 0:
         if result.finished:
             context.wait_for_samples()
@@ -268,8 +308,8 @@ def _shown(collector: Any, interval: float = 0.5) -> Iterator[None]:
             metrics, messages = ray.get(collector.take.remote())
             if metrics is not None:
                 progress.update(metrics)
-            for message in messages:
-                logger.warning("%s", message)
+            for message, level in messages:
+                logger.log(level, "%s", message)
 
     thread = threading.Thread(target=show, name="progress", daemon=True)
     thread.start()

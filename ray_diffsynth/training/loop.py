@@ -6,9 +6,8 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,65 +17,41 @@ from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.diffusion.randomness import generator
 from ray_diffsynth.tasks import LossOutput
 from ray_diffsynth.training import memory
-from ray_diffsynth.training.checkpoint import Checkpoint, check_identity, newest_checkpoint, save_checkpoint
+from ray_diffsynth.training.checkpoint import (
+    Checkpoint,
+    check_identity,
+    list_checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from ray_diffsynth.training.context import Context
 from ray_diffsynth.training.ema import Ema
 from ray_diffsynth.training.engine import accelerator, distribute, same_everywhere, sync_gradients, total
-from ray_diffsynth.training.export import Trained, describe, export_trained
+from ray_diffsynth.training.export import Trained, describe, export_trained, newest_file
 from ray_diffsynth.training.feed import Feed, Microbatch
 from ray_diffsynth.training.held_out import HeldOut, choose_rows
 from ray_diffsynth.training.metrics import MetricsLog
 from ray_diffsynth.training.module import DiffusionTrainingModule, fix_unused, freeze
-from ray_diffsynth.training.nonfinite import dump_not_finite
+from ray_diffsynth.training.nonfinite import Seen, dump_not_finite
 from ray_diffsynth.training.observe import SIGMA_BUCKETS, StepOutcome, StepSums, Window
-from ray_diffsynth.training.optim import depends_on_length, learning_rate, make_optimizer, set_learning_rate
+from ray_diffsynth.training.optim import (
+    depends_on_length,
+    learning_rate,
+    make_optimizer,
+    optimizer_state,
+    set_learning_rate,
+)
+from ray_diffsynth.training.plan import lanes_of
+from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.setup import Setup, TrainingError
-from ray_diffsynth.training.shard import shard_base
+from ray_diffsynth.training.shard import check_equal_work, shard_base
+from ray_diffsynth.training.source import CacheSource
 from ray_diffsynth.training.state import TrainingState
-from ray_diffsynth.training.trackers import Trackers
+from ray_diffsynth.training.trackers import Trackers, check_trackers
 
 logger = logging.getLogger(__name__)
 
 Batches = Iterator[tuple[Microbatch, Sequence[dict[str, Any]]]]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run did.
-
-    steps: optimizer steps of the whole run so far; total: planned; started_at: where this attempt began. samples: how
-    many there are; padded: entries per epoch that fill batches up. loss: of the last step. files: exported this time.
-    held_out: samples that are not trained on; validation_loss: the last one.
-    """
-
-    steps: int
-    total: int
-    started_at: int
-    steps_per_epoch: int
-    samples: int
-    padded: int
-    loss: float | None
-    seconds: float
-    files: list[str] = field(default_factory=list)
-    checkpoint: str | None = None
-    unused: int = 0
-    held_out: int = 0
-    validation_loss: float | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.steps == self.total
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def merged(results: Sequence[TrainResult]) -> TrainResult:
-    """One result of the groups of workers that trained one after another."""
-    first, last = results[0], results[-1]
-    files = [file for result in results for file in result.files]
-    seconds = sum(result.seconds for result in results)
-    return replace(last, started_at=first.started_at, files=files, seconds=seconds)
 
 
 def train(config: TrainConfig, context: Context) -> TrainResult:
@@ -86,6 +61,7 @@ def train(config: TrainConfig, context: Context) -> TrainResult:
     too little memory.
     """
     setup = Setup.of(config)
+    check_trackers(config)
     with accelerator(context, config.dtype) as engine:
         return _Run(setup, context, engine).run()
 
@@ -123,10 +99,17 @@ class _Run:
         if checkpoint:
             lanes = int(checkpoint.position["lanes"])
         held_out = choose_rows(config.validation_samples, len(self.data.sample_ids), config.seed)
-        self.held_out = HeldOut(self.data, held_out, config.seed, config.batch_size)
+        self.held_out = HeldOut(self.data, held_out, config.seed, config.batch_size, config.shard_base)
         rows = tuple(int(row) for row in held_out)
         self.feed = Feed(
-            self.data, config.seed, config.batch_size, lanes, config.dataset_repeat, rows, config.caption_dropout
+            self.data,
+            config.seed,
+            config.batch_size,
+            lanes,
+            config.dataset_repeat,
+            held_out=rows,
+            caption_dropout=config.caption_dropout,
+            pin=context.device.type == "cuda",
         )
         if config.caption_dropout:
             self.data.empty_caption()  # raises now if there is none
@@ -137,13 +120,26 @@ class _Run:
             self.identity["lr_total_steps"] = self.total
         if checkpoint:
             where = f"{self.setup.output_path}/checkpoints/{checkpoint.name}"
-            check_identity(checkpoint.identity, self.identity, where)
+            check_identity(checkpoint.identity, self.identity, where, self.setup.identity_defaults())
+        if isinstance(self.data, CacheSource):
+            self.data.serve(len(lanes_of(context.world_rank, context.world_size, lanes)))
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
         """Load the model, put the checkpoint in, and make optimizer and DDP."""
         config, world = self.config, self.context.world_size
         device = self.context.device
-        self.module, self.trained = self.setup.build(torch.device("cpu") if config.shard_base else device)
+        with memory.explained(self.setup.footprint, config, world, self._restart):
+            fresh = checkpoint is None
+            self.module, self.trained = self.setup.build(device, fresh=fresh, on_cpu=config.shard_base)
+        with self._memory_explained():
+            self._prepare(checkpoint)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # what loading took is not what a step takes
+        self._say(describe(self.trained, list(self.state.parameters.values())))
+
+    def _prepare(self, checkpoint: Checkpoint | None) -> None:
+        """From the loaded module to one that can be trained."""
+        config, world, device = self.config, self.context.world_size, self.context.device
         if config.shard_base:
             shard_base(self.module, device, world, self.feed.lanes)
         self.unused: list[str] = checkpoint.position["unused"] if checkpoint else self._probe()
@@ -158,8 +154,7 @@ class _Run:
         if checkpoint:
             self.state.restore(checkpoint)
         self.optimizer: Any = self.engine.prepare_optimizer(optimizer)
-        self.model: nn.Module = self.module if config.shard_base else distribute(self.engine, self.module, world)
-        self._say(describe(self.trained, list(parameters.values())))
+        self.model: nn.Module = self.module if config.shard_base else distribute(self.module, world)
 
     @property
     def is_main(self) -> bool:
@@ -179,8 +174,8 @@ class _Run:
                 with self._memory_explained():
                     outcome = self._step(done, batches)
                 done += 1
-                if done == self.start + 1 and self.context.device.type == "cuda":
-                    self._say(memory.report(self._footprint(), self.config, world))
+                if done == self.start + 1:
+                    self._after_first()
                 self._after(done, outcome)
                 if outcome.stop:
                     self._say(f"asked to stop: saved step {done}, run the same command again to go on")
@@ -202,6 +197,12 @@ class _Run:
             validation_loss=self.validation_loss,
         )
 
+    def _after_first(self) -> None:
+        """What the first step of this attempt shows."""
+        optimizer_state(self.state.optimizer, list(self.state.parameters))  # raises now if no checkpoint can hold it
+        if self.context.device.type == "cuda":
+            self._say(memory.report(self._footprint(), self.config, self.context.world_size))
+
     def _after(self, done: int, outcome: StepOutcome) -> None:
         """Validation, the log, sample pictures and checkpoints that are due after `done` steps."""
         save, config = self._save_due(done), self.config
@@ -210,7 +211,8 @@ class _Run:
         extra: dict[str, Any] = {}
         if len(self.held_out.rows) and (done == self.total or self._due(done, config.validation_steps)):
             rank, world = self.context.world_rank, self.context.world_size
-            self.validation_loss = self.held_out.loss(self.module, self.engine, rank, world)
+            with self._memory_explained():
+                self.validation_loss = self.held_out.loss(self.module, self.engine, rank, world)
             extra["validation_loss"] = self.validation_loss
         if self.log is not None and self.trackers is not None:
             if extra or done % config.log_every == 0 or done == self.total:
@@ -227,16 +229,20 @@ class _Run:
             if self.log is not None:
                 self.log.flush()
 
-    @contextmanager
-    def _memory_explained(self) -> Iterator[None]:
-        """An allocation that fails in the block becomes an error that says what to try."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            found = self._footprint()
-            raise TrainingError(memory.advice(found, self.config, self.context.world_size, error)) from error
+    def _memory_explained(self) -> AbstractContextManager[None]:
+        return memory.explained(self._footprint, self.config, self.context.world_size, self._restart)
+
+    def _restart(self) -> str:
+        """How to go on with other options, which a checkpoint refuses; nothing before there is one."""
+        if not list_checkpoints(self.setup.output_path):
+            return ""
+        file = newest_file(self.setup.output_path, self.per_epoch) if self.config.lora_models else None
+        weights = f" and --lora_checkpoint {file}" if file else ""
+        return f". Other options make another run: start it with another --output_path{weights}"
+
+    def _not_finite(self, step: int, seen: Sequence[Seen], what: Literal["loss", "gradient"]) -> TrainingError:
+        rank, world = self.context.world_rank, self.context.world_size
+        return TrainingError(dump_not_finite(self.setup.output_path, step, seen, what, rank, world) + self._restart())
 
     def _step(self, step: int, batches: Batches) -> StepOutcome:
         """One optimizer step."""
@@ -248,7 +254,7 @@ class _Run:
         sums.values[1] = self.context.stop_requested()
         rate = self.learning_rate(step)
         set_learning_rate(self.state.optimizer, rate)
-        outputs: list[tuple[Microbatch, LossOutput]] = []
+        seen: list[Seen] = []
         last = False
         while not last:
             asked = time.perf_counter()
@@ -258,17 +264,19 @@ class _Run:
             with nullcontext() if last else self.engine.no_sync(self.model):
                 output = self._forward(self.model, microbatch, samples)
                 self.engine.backward(output.loss * scale)
-            outputs.append((microbatch, output))
+            seen.append(Seen(microbatch, samples, output))
             sums.add(output.loss, output.per_sample, output.sigma)
         if self.config.shard_base:
             sync_gradients(self.state.parameters.values(), world)
         loss_sum, stops, *by_sigma = total(sums.values, world).tolist()
         if not math.isfinite(loss_sum):  # known to every worker, so that all of them end
-            raise TrainingError(dump_not_finite(self.setup.output_path, step, outputs))
+            raise self._not_finite(step, seen, "loss")
         norm = self._clip()
+        if self.state.scaler is None and not math.isfinite(norm):  # a scaler leaves such a step out and scales less
+            raise self._not_finite(step, seen, "gradient")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.state.ema is not None:
+        if self.state.ema is not None and not self.optimizer.step_was_skipped:
             self.state.ema.update(step + 1)
         return StepOutcome(
             loss=loss_sum / self.feed.lanes,
@@ -299,6 +307,8 @@ class _Run:
         }
 
     def _forward(self, model: nn.Module, microbatch: Microbatch, samples: Sequence[dict[str, Any]]) -> LossOutput:
+        if self.config.shard_base:
+            check_equal_work(samples, self.context.world_size, self.context.device)
         # Dropout and whatever else of a model draws from the global generator is keyed like the rest: by position.
         seed = generator("model", self.config.seed, microbatch.step, microbatch.lane).initial_seed()
         torch.manual_seed(seed)
@@ -308,9 +318,8 @@ class _Run:
     def _probe(self) -> list[str]:
         """Find the parameters that no gradient reaches, on the run's first microbatch: the same on every worker."""
         first = next(self.feed.microbatches(0, 1, 0, 1))
-        with self._memory_explained():
-            output = self._forward(self.module, first, self.feed.fetch(first))
-            unused = fix_unused(self.module, output.loss)
+        output = self._forward(self.module, first, self.feed.fetch(first))
+        unused = fix_unused(self.module, output.loss)
         if unused:
             named = ", ".join(unused[:4])
             self._say(f"{len(unused)} of the trained parameters get no gradient and stay as they are: {named}")
@@ -323,7 +332,9 @@ class _Run:
 
     def _footprint(self) -> memory.Footprint:
         states = 2 if self.config.customized_optimizer is None else 1
-        return memory.Footprint.of(self.module, states, self.context.device)
+        pipe = self.module.pipe
+        denoising = [getattr(pipe, name) for name in pipe.in_iteration_models]
+        return memory.Footprint.of(self.module, denoising, states, self.context.device)
 
     def _due(self, done: int, every: int | None) -> bool:
         return done % every == 0 if every else self._save_due(done)
@@ -334,6 +345,11 @@ class _Run:
 
     def _save(self, done: int, *, export: bool) -> None:
         """LoRA file first, then the checkpoint: a kill in between costs the steps since the last one, never a file."""
+        if not all(bool(torch.isfinite(p.detach()).all()) for p in self.state.parameters.values()):
+            raise TrainingError(
+                f"step {done}: the trained weights are not finite; no file was written of them: lower --learning_rate"
+                + self._restart()
+            )
         if not self.is_main:
             return
         if export:

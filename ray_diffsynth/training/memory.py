@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.config import TrainConfig, split_names
+from ray_diffsynth.errors import UserError
+from ray_diffsynth.pipelines.graph import model_root
 from ray_diffsynth.training.quantize import castable_bytes
 
 GB = 1e9
+
+
+class OutOfMemory(UserError):
+    """Too little memory for a run."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +33,16 @@ class Footprint:
     peak: int
 
     @classmethod
-    def of(cls, module: nn.Module, states: int, device: torch.device) -> Footprint:
-        """states: tensors that the optimizer keeps for each trained one (2 for AdamW)."""
+    def of(cls, module: nn.Module, denoising: Iterable[nn.Module], states: int, device: torch.device) -> Footprint:
+        """denoising: the models in it of which --fp8_base is. states: tensors that the optimizer keeps for each trained
+        one (2 for AdamW).
+        """
         parameters = list(module.parameters())
         frozen = sum(_bytes(p) for p in parameters if not p.requires_grad)
         trained = sum(_bytes(p) for p in parameters if p.requires_grad) * (2 + states)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        return cls(frozen + sum(_bytes(b) for b in module.buffers()), castable_bytes(module), trained, peak)
+        linear = sum(castable_bytes(model) for model in denoising)
+        return cls(frozen + sum(_bytes(b) for b in module.buffers()), linear, trained, peak)
 
     @property
     def activations(self) -> int:
@@ -57,9 +68,10 @@ def savings(found: Footprint, config: TrainConfig, workers: int) -> list[str]:
         ways.append(f"--gradient_checkpointing_every 1 a part of {_gb(found.activations)}")
     elif found.activations and not config.use_gradient_checkpointing_offload:
         ways.append(f"--use_gradient_checkpointing_offload a part of {_gb(found.activations)}")
-    if found.linear and not config.fp8_base:
+    if found.linear and not (config.fp8_base or config.shard_base or config.use_dora):
         ways.append(f"--fp8_base {_gb(found.linear)}")
-    if workers > 1 and not config.shard_base:
+    whole = "dit" in map(model_root, split_names(config.trainable_models))
+    if workers > 1 and not (config.shard_base or config.fp8_base or whole):
         ways.append(f"--shard_base {_gb(found.base * (workers - 1) / workers)}")
     if config.batch_size > 1 and found.activations:
         less = found.activations * (1 - 1 / config.batch_size)
@@ -68,6 +80,19 @@ def savings(found: Footprint, config: TrainConfig, workers: int) -> list[str]:
             f"{config.batch_size * config.gradient_accumulation_steps} {_gb(less)}"
         )
     return ways
+
+
+@contextmanager
+def explained(
+    footprint: Callable[[], Footprint], config: TrainConfig, workers: int, restart: Callable[[], str]
+) -> Iterator[None]:
+    """An allocation that fails in the block becomes an error that says what to try, ending in `restart`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(advice(footprint(), config, workers, error) + restart()) from error
 
 
 def advice(found: Footprint, config: TrainConfig, workers: int, error: BaseException) -> str:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ray_diffsynth.diffusion.randomness import SampleKey
+from ray_diffsynth.diffusion.transfer import to_device
 from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.graph import split_units
-from ray_diffsynth.pipelines.stages import plan_stages
+from ray_diffsynth.pipelines.stages import plan_stages, settings_of
 from ray_diffsynth.pipelines.unit import PipelineUnit, make_state, run_units
-from ray_diffsynth.tasks import LossOutput, Task, stage_of
+from ray_diffsynth.tasks import LossOutput, Task
 
 
 class DiffusionTrainingModule(nn.Module):
@@ -26,6 +26,7 @@ class DiffusionTrainingModule(nn.Module):
         inputs: parameters that a dataset row gives (`SampleSpec.inputs`).
         split: samples are rows of a cache. Otherwise they are decoded inputs, and stage 1 runs here, without gradients,
             one sample at a time: what stage 2 gets is the same, bit for bit.
+        pipeline_settings: see `settings_of`.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class DiffusionTrainingModule(nn.Module):
         trained: Sequence[str],
         inputs: Collection[str],
         split: bool,
+        pipeline_settings: Mapping[str, Any] | None = None,
         use_gradient_checkpointing: bool = False,
         use_gradient_checkpointing_offload: bool = False,
     ) -> None:
@@ -45,7 +47,7 @@ class DiffusionTrainingModule(nn.Module):
         self.split = split
         self.stages = plan_stages(pipe, task, trained, inputs)
         self.settings = {
-            **pipe.training_settings(),
+            **settings_of(pipe, task, pipeline_settings),
             "use_gradient_checkpointing": use_gradient_checkpointing,
             "use_gradient_checkpointing_offload": use_gradient_checkpointing_offload,
         }
@@ -53,22 +55,6 @@ class DiffusionTrainingModule(nn.Module):
         self._stage1: list[PipelineUnit] = [unit for unit in self.stages.stage1 if unit in wanted]
         self._stage2: list[PipelineUnit] = list(self.stages.stage2)
         self._reads = (*pipe.model_fn_params(), *task.reads)
-
-    @staticmethod
-    def split_pipeline_units(
-        task: str, pipe: BasePipeline, trainable_models: str | None = None, lora_base_model: str | None = None
-    ) -> BasePipeline:
-        """Leave in `pipe.units` those that the stage of `task` runs (DiffSynth-Studio's name); returns `pipe`.
-
-        `sft:data_process`: stage 1. `sft:train`: stage 2. `sft`: all of them.
-        """
-        stage = stage_of(task)
-        if stage is not None:
-            names = [name.strip() for name in (trainable_models or "").split(",") if name.strip()]
-            names += [name.strip() for name in (lora_base_model or "").split(",") if name.strip()]
-            stage1, stage2 = split_units(pipe.units, names)
-            pipe.units = stage1 if stage == "data_process" else stage2
-        return pipe
 
     def forward(self, samples: Sequence[Mapping[str, Any]], keys: Sequence[SampleKey]) -> LossOutput:
         """The loss of B samples with their keys; gradients flow to the trainable parameters."""
@@ -99,7 +85,8 @@ class DiffusionTrainingModule(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def _on_device(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: v.to(self.pipe.device) if isinstance(v, torch.Tensor) else v for name, v in row.items()}
+        device = self.pipe.device
+        return {name: to_device(v, device) if isinstance(v, torch.Tensor) else v for name, v in row.items()}
 
 
 def fix_unused(module: DiffusionTrainingModule, loss: torch.Tensor) -> list[str]:

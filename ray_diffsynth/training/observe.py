@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ray_diffsynth.diffusion.transfer import to_device
+
 SIGMA_BUCKETS = 4
 """Equal parts of sigma in [0, 1] whose losses are logged apart."""
 
@@ -30,9 +32,9 @@ class StepSums:
         return cls(torch.zeros(2 + 2 * SIGMA_BUCKETS, dtype=torch.float64, device=device))
 
     def add(self, loss: torch.Tensor, per_sample: torch.Tensor, sigma: torch.Tensor) -> None:
-        """One microbatch; no copy from the device."""
+        """One microbatch; waits for no device."""
         self.values[0] += loss.detach()
-        buckets = (sigma * SIGMA_BUCKETS).long().clamp(0, SIGMA_BUCKETS - 1).to(self.values.device)
+        buckets = to_device((sigma * SIGMA_BUCKETS).long().clamp(0, SIGMA_BUCKETS - 1), self.values.device)
         self.values[2 : 2 + SIGMA_BUCKETS].index_add_(0, buckets, per_sample.detach().to(self.values))
         ones = torch.ones_like(per_sample, dtype=self.values.dtype, device=self.values.device)
         self.values[2 + SIGMA_BUCKETS :].index_add_(0, buckets, ones)

@@ -30,9 +30,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
         betas = (config.adam_beta1, config.adam_beta2)
         return AdamW(found, **settings, betas=betas, eps=config.adam_epsilon, fused=all(p.is_cuda for p in found))
     path = config.customized_optimizer
-    cls = _import_class(path)
-    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-        raise OptimizerError(f"--customized_optimizer {path} is no subclass of torch.optim.Optimizer")
+    cls = optimizer_class(path)
     known = inspect.signature(cls).parameters
     own = {name: value for name, value in settings.items() if name in known}
     try:
@@ -41,12 +39,17 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
         raise OptimizerError(f"--customized_optimizer {path}: {error}; see --optimizer_arguments") from error
 
 
-def _import_class(path: str) -> object:
+def optimizer_class(path: str) -> type[Optimizer]:
+    """What an import path names, `module:Class`. Raises OptimizerError."""
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
         found: object = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise OptimizerError(f"--customized_optimizer {path} cannot be imported: {error}") from error
+        raise OptimizerError(
+            f"--customized_optimizer {path} cannot be imported: {error}; install its package"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise OptimizerError(f"--customized_optimizer {path} is no subclass of torch.optim.Optimizer; name another")
     return found
 
 

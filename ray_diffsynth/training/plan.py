@@ -20,6 +20,9 @@ from ray_diffsynth.diffusion.randomness import permutation
 
 Rows = npt.NDArray[np.int64]
 
+WINDOW = 4
+"""Shards that a lane has open at once."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -56,6 +59,13 @@ def lanes_of(rank: int, world_size: int, lanes: int) -> list[int]:
     return list(range(rank, lanes, world_size))
 
 
+def open_shards(lanes: int) -> int:
+    """Shards that a worker must keep to read each about once: the windows of its lanes, and half as many for those that
+    a lane leaves and enters while another is in the middle of its own.
+    """
+    return lanes * WINDOW * 3 // 2
+
+
 def steps_per_epoch(
     buckets: Mapping[str, range],
     *,
@@ -65,7 +75,8 @@ def steps_per_epoch(
     without: Sequence[int] | Rows = (),
 ) -> int:
     """Optimizer steps of one epoch: what `epoch_plan(...).steps` is, without making the plan."""
-    counts = [len(rows) - sum(1 for row in without if row in rows) for rows in buckets.values()]
+    left_out = np.asarray(without, np.int64)
+    counts = [len(rows) - int(((left_out >= rows.start) & (left_out < rows.stop)).sum()) for rows in buckets.values()]
     microbatches = sum(-(-count * repeat // batch_size) for count in counts)
     return -(-microbatches // lanes)
 
@@ -79,7 +90,7 @@ def epoch_plan(
     batch_size: int,
     lanes: int,
     repeat: int = 1,
-    window: int = 4,
+    window: int = WINDOW,
     without: Sequence[int] | Rows = (),
 ) -> Plan:
     """The plan of one epoch over `buckets` (name -> its contiguous index rows).
@@ -135,11 +146,13 @@ def _microbatches(
         for start in range(rows.start, rows.stop, rows_per_shard[name])
     ]
     order = permutation(len(shards), "plan-shards", *key)
+    kept = np.ones(max(rows.stop for rows in buckets.values()), np.bool_)
+    kept[held_out] = False
     for number, first in enumerate(range(0, len(order), window)):
         opened: dict[str, list[Rows]] = defaultdict(list)
         for shard in order[first : first + window]:
             name, rows = shards[shard]
-            opened[name].append(rows[~np.isin(rows, held_out)])
+            opened[name].append(rows[kept[rows]])
         cut = []
         for name, parts in opened.items():
             fresh = np.concatenate(parts)

@@ -15,18 +15,27 @@ KEPT = ("patch_embed", "pos_embed", "time_embed", "time_text_embed", "norm", "im
 
 
 class _ScaledLinear(torch.autograd.Function):
-    """y = x (scale * W8)^T + b for frozen W8. Saves W8 for the backward pass, not the weight that it stands for."""
+    """y = (x W8^T) scale + b for frozen W8. Saves W8 for the backward pass, not the weight that it stands for.
+
+    What an element of W8 is in bf16 or fp32 is exact, so a copy of W8 in that dtype is all that is made; its size is
+    given back to the result. Not in fp16, whose largest number a sum of products with elements of up to 448 exceeds.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return functional.linear(x, _unpacked(weight, scale, x.dtype), bias)
+        if x.dtype is torch.float16:
+            return functional.linear(x, _unpacked(weight, scale, x.dtype), bias)
+        y = functional.linear(x, weight.to(x.dtype)).mul_(scale.T)  # computed in fp32, rounded once
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
         (grad,) = grads
-        return grad @ _unpacked(weight, scale, grad.dtype), None, None, None
+        if grad.dtype is torch.float16:
+            return grad @ _unpacked(weight, scale, grad.dtype), None, None, None
+        return (grad * scale.T).to(grad.dtype) @ weight.to(grad.dtype), None, None, None
 
 
 class ScaledLinear(nn.Module):
@@ -35,15 +44,16 @@ class ScaledLinear(nn.Module):
     The relative error of a weight is at most 2^-4 (three bits behind the point), whatever its row's size.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, device: torch.device | None = None) -> None:
+        """device: where it is packed and lies; where `layer` lies when not given."""
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        weight = layer.weight.detach().float()
+        weight = layer.weight.detach().to(device or layer.weight.device).float()
         scale = (weight.abs().amax(dim=1, keepdim=True) / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
         self.dtype = layer.weight.dtype
         self.weight = nn.Parameter((weight / scale).to(STORAGE), requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = layer.bias
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(weight.device), False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
@@ -72,10 +82,13 @@ def castable_bytes(module: nn.Module) -> int:
     return sum(layer.weight.numel() * (layer.weight.element_size() - 1) for layer in layers)
 
 
-def quantize(module: nn.Module) -> int:
-    """Replace the frozen linear layers of `module` in place, also those under a LoRA; returns how many."""
+def quantize(module: nn.Module, device: torch.device | None = None) -> int:
+    """Replace the frozen linear layers of `module` in place, also those under a LoRA; returns how many.
+
+    device: where the new ones are made, one after another: the old ones may lie on the CPU.
+    """
     found = castable(module)
     for path, layer in found.items():
         parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, ScaledLinear(layer))
+        setattr(module.get_submodule(parent), name, ScaledLinear(layer, device))
     return len(found)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -26,7 +28,8 @@ class RayContext:
         context = ray.train.get_context()
         self.world_rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
-        self.device: torch.device = ray.train.torch.get_device()
+        # Without a GPU of its own Ray Train would name the first of the machine's.
+        self.device: torch.device = ray.train.torch.get_device() if ray.get_gpu_ids() else torch.device("cpu")
         self.collector, self.sampler = collector, sampler
         self._drawing: list[Any] = []
         self._asked: Any = None
@@ -65,6 +68,33 @@ class RayContext:
             ray.wait(self._drawing, num_returns=len(self._drawing))
 
 
+class _ToDriver(logging.Handler):
+    """Sends this package's messages to the collector, which the driver shows: a worker's own stderr stays unseen."""
+
+    def __init__(self, collector: Any) -> None:
+        super().__init__(logging.INFO)
+        self._collector = collector
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._collector.say.remote(record.getMessage(), record.levelno)
+
+
+@contextmanager
+def messages_to_driver(context: RayContext) -> Iterator[None]:
+    """Within it the user sees what rank 0 says; the others would say the same."""
+    log = logging.getLogger("ray_diffsynth")
+    handler = _ToDriver(context.collector) if context.world_rank == 0 else logging.NullHandler()
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
+
+
 def on_this_node() -> NodeAffinitySchedulingStrategy:
     """For an actor that must live as long as the driver: on its node, not on one that may be lost."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -72,22 +102,35 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 
 @ray.remote(num_cpus=0)
 class Collector:
-    """Carries metrics and the result from rank 0 to the driver, and the driver's wish to stop to rank 0."""
+    """Carries messages, metrics and the result from rank 0 to the driver, and the driver's wish to stop to rank 0.
 
-    def __init__(self) -> None:
+    environment: variables for the workers. Here, since Ray Train may show its own arguments, and these may be secret.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._environment = environment
         self._latest: dict[str, Any] | None = None
         self._result: dict[str, Any] | None = None
-        self._messages: list[str] = []
-        self._stop = False
+        self._messages: list[tuple[str, int]] = []
+        self._stop = self._begun = False
+
+    def environment(self) -> dict[str, str]:
+        """For a worker that starts."""
+        self._begun = True
+        return self._environment
+
+    def has_begun(self) -> bool:
+        """Whether the group's workers are there."""
+        return self._begun
 
     def add(self, metrics: dict[str, Any]) -> None:
         self._latest = metrics
 
-    def say(self, message: str) -> None:
-        self._messages.append(message)
+    def say(self, message: str, level: int = logging.WARNING) -> None:
+        self._messages.append((message, level))
 
-    def take(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest metrics and messages, each once."""
+    def take(self) -> tuple[dict[str, Any] | None, list[tuple[str, int]]]:
+        """The newest metrics, and messages with their level; each once."""
         latest, self._latest = self._latest, None
         messages, self._messages = self._messages, []
         return latest, messages
@@ -100,7 +143,7 @@ class Collector:
 
     def begin(self) -> None:
         """A new group of workers starts."""
-        self._stop, self._result = False, None
+        self._stop, self._begun, self._result = False, False, None
 
     def finish(self, result: dict[str, Any]) -> None:
         self._result = result
@@ -113,28 +156,48 @@ class Collector:
 
 @ray.remote
 class SamplerActor:
-    """`Sampler` in a process of its own, which loads the model with the first pictures; a failure ends only these."""
+    """`Sampler` in a process of its own, which loads the model by the first call; a failure ends only the pictures.
 
-    def __init__(self, config: TrainConfig, prompts: list[str]) -> None:
-        self._config, self._prompts = config, prompts
+    start: make those of step 0 before all others. collector: gets the message of a failure.
+    """
+
+    def __init__(self, config: TrainConfig, prompts: list[str], start: bool, collector: Any) -> None:
+        self._config, self._prompts, self._start, self._collector = config, prompts, start, collector
         self._sampler: Any = None
         self._drawn: list[str] = []
         self._error: str | None = None
 
+    def begin(self) -> None:
+        """Load the model now, and make the pictures of step 0, without waiting for a step that asks for its own."""
+        self._attempt(0, self._ready)
+
     def draw(self, step: int, weights: Mapping[str, Any]) -> None:
+        def make() -> None:
+            tensors = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
+            self._drawn.append(self._ready().draw(step, tensors))
+
+        self._attempt(step, make)
+
+    def _ready(self) -> Any:
         from ray_diffsynth.training.sampler import Sampler
 
+        if self._sampler is None:
+            device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+            sampler = Sampler(self._config, self._prompts, device)
+            if self._start:  # here, as calls of the driver and of a worker come in any order, and a step's weights stay
+                self._drawn.append(sampler.draw(0, {}))
+            self._sampler = sampler
+        return self._sampler
+
+    def _attempt(self, step: int, make: Callable[[], object]) -> None:
         if self._error is not None:
             return
         try:
-            if self._sampler is None:
-                device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-                self._sampler = Sampler(self._config, self._prompts, device)
-            tensors = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
-            self._drawn.append(self._sampler.draw(step, tensors))
-        except Exception as error:  # training goes on; the driver says it, see `finish`
+            make()
+        except Exception as error:  # training goes on
             self._error = f"step {step}: {type(error).__name__}: {error}"
+            ray.get(self._collector.say.remote(f"the sample pictures ended early: {self._error}"))
 
-    def finish(self) -> tuple[list[str], str | None]:
-        """Files that were made, and what ended it early; waits for the pictures that were asked for before."""
-        return self._drawn, self._error
+    def finish(self) -> list[str]:
+        """Files that were made; waits for the pictures that were asked for before."""
+        return self._drawn

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +16,33 @@ from PIL import Image
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.storage import is_remote, join, write_bytes_atomic
 from ray_diffsynth.pipelines.registry import get_pipeline_class
+from ray_diffsynth.training.sample_grids import SAMPLES_FOLDER, Shown, encode, grid, grid_name
 from ray_diffsynth.training.setup import Setup, TrainingError
-
-SAMPLES_FOLDER = "samples"
-"""Where the grids lie, as step-<number>.png."""
 
 
 def read_prompts(given: str) -> list[str]:
     """The lines of the file `given`, if it is one, else the prompts between its |. Raises TrainingError."""
-    path = Path(given)
-    text = path.read_text(encoding="utf-8").splitlines() if path.is_file() else given.split("|")
+    # os.path: unlike pathlib it takes a prompt that is too long for a file's name.
+    if os.path.isfile(given):
+        text = _read(given).splitlines()
+    elif re.fullmatch(r"[^|]*\.(txt|csv|jsonl?|md)", given.strip()):
+        raise TrainingError(
+            f"--validation_prompts {given} does not exist; give a text file with a prompt a line, or the prompts "
+            "themselves with | between them"
+        )
+    else:
+        text = given.split("|")
     prompts = [line.strip() for line in text if line.strip()]
     if not prompts:
         raise TrainingError(f"--validation_prompts {given!r} has no prompt; write one a line, or with | between them")
     return prompts
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"--validation_prompts {path} cannot be read: {error}; save it as UTF-8 text") from error
 
 
 def check_models(setup: Setup) -> None:
@@ -60,7 +73,10 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, step: int, weights: Mapping[str, torch.Tensor]) -> str:
-        """Write the grid of one picture a prompt after `step` steps; the same noise each time. Returns its path."""
+        """Write the grid of one picture a prompt after `step` steps; the same noise each time. Returns its path.
+
+        Without weights, before any are given: what the training starts from, the base model or the LoRAs it was given.
+        """
         for name, value in weights.items():
             self._parameters[name].copy_(value)
         pipe: Any = self.module.pipe
@@ -68,12 +84,12 @@ class Sampler:
         if self.config.sample_inference_steps:
             options["num_inference_steps"] = self.config.sample_inference_steps
         seed, size = self.config.seed, {name: value for name, value in options.items() if value}
-        pictures = [_picture(pipe(prompt, seed=seed + n, **size)) for n, prompt in enumerate(self.prompts)]
+        kind, dtype = pipe.device.type, pipe.torch_dtype
+        with torch.autocast(kind, dtype, enabled=dtype is not torch.float32):  # what is trained is in fp32
+            pictures = [_picture(pipe(prompt, seed=seed + n, **size)) for n, prompt in enumerate(self.prompts)]
         sheet = grid(pictures)
-        data = io.BytesIO()
-        sheet.save(data, format="PNG")
-        path = join(self.output_path, SAMPLES_FOLDER, f"step-{step:08d}.png")
-        write_bytes_atomic(path, data.getvalue())
+        path = join(self.output_path, SAMPLES_FOLDER, grid_name(step))
+        write_bytes_atomic(path, encode(sheet, Shown.of(self.config, self.prompts, step)))
         if "tensorboard" in self.config.trackers and not is_remote(self.output_path):
             self._to_tensorboard(step, sheet)
         return path
@@ -84,16 +100,6 @@ class Sampler:
         writer: Any = SummaryWriter(join(self.output_path, "tensorboard"), filename_suffix=".samples")
         writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
         writer.close()
-
-
-def grid(pictures: Sequence[Image.Image]) -> Image.Image:
-    """The pictures in rows, about as many rows as columns, each in its place also when sizes differ."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height))
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (number % columns * width, number // columns * height))
-    return sheet
 
 
 def _picture(made: Any) -> Image.Image:

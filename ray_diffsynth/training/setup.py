@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
@@ -13,21 +14,36 @@ from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig, split_names
 from ray_diffsynth.data.samples import SampleSpec
-from ray_diffsynth.data.storage import absolute
+from ray_diffsynth.data.storage import absolute, read_bytes
 from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import part_sketch
-from ray_diffsynth.models.locate import ModelSource, locate_model
-from ray_diffsynth.models.lora import LoraInfo, add_lora, fuse_lora, load_lora_file, read_lora
+from ray_diffsynth.models.locate import ModelSource, locate_configured
+from ray_diffsynth.models.lora import LoraInfo, add_lora, leave_casts_to_autocast
 from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.lora_keys import lora_names, submodule
-from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
-from ray_diffsynth.pipelines.stages import dataset_spec, plan_stages
+from ray_diffsynth.pipelines.lora_keys import fuse_model_lora, load_model_lora, submodule
+from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
+from ray_diffsynth.pipelines.stages import (
+    check_caption_dropout,
+    check_columns,
+    dataset_spec,
+    plan_stages,
+    settings_of,
+)
 from ray_diffsynth.tasks import Task, get_task, task_family
 from ray_diffsynth.training.export import Trained
+from ray_diffsynth.training.memory import Footprint
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.quantize import quantize
-from ray_diffsynth.training.source import CacheSource, DatasetSource, SampleSource, check_encoders, check_manifest
+from ray_diffsynth.training.source import (
+    CacheSource,
+    DatasetSource,
+    SampleSource,
+    check_encoders,
+    check_manifest,
+    check_settings,
+    read_rows,
+)
 
 # What may change when a run goes on: where things lie, how far it goes, what it costs and what it says. Everything else
 # that TrainConfig has decides what is trained, and must be equal.
@@ -65,14 +81,8 @@ class Setup:
     @classmethod
     def of(cls, config: TrainConfig) -> Setup:
         """Raises UserErrors for a model that is not found, a cache of something else, an impossible dtype, …"""
-        source = locate_model(
-            config.model,
-            model_id_with_origin_paths=config.model_id_with_origin_paths,
-            model_paths=config.model_paths,
-            tokenizer_path=config.tokenizer_path,
-            processor_path=config.processor_path,
-        )
-        family = config.family or family_of(source.root)
+        source = locate_configured(config, wanted=())
+        family = choose_family(config.family, source)
         task = get_task(
             config.task,
             weighting=config.loss_weighting,
@@ -84,9 +94,14 @@ class Setup:
             mode_scale=config.mode_scale,
             timestep_shift=config.timestep_shift,
         )
-        pipe = get_pipeline_class(family).skeleton()
-        sample = dataset_spec(pipe, config, task.columns)
+        pipe = get_pipeline_class(family).configured(source)
+        settings = settings_of(pipe, task, config.pipeline_settings)
+        if not config.reads_cache:
+            check_columns(pipe, task, config)
+        sample = dataset_spec(pipe, config, task.columns, keep_size=task.as_sampled)
         stages = plan_stages(pipe, task, config.trained, sample.inputs)
+        if config.caption_dropout:
+            check_caption_dropout(stages, sample.inputs)
         models = stages.stage2_models(pipe)
         if config.reads_cache:
             where = absolute(config.dataset_base_path)
@@ -100,8 +115,14 @@ class Setup:
                 parameters=stages.parameters,
             )
             check_encoders(manifest, where, source, get_pipeline_class(family).parts)
+            read = {name for unit in stages.stage2 for name in unit.fetch_input_params()}
+            read |= {*pipe.model_fn_params(), *task.reads, *(config.pipeline_settings or {})}
+            check_settings(manifest, where, {name: settings[name] for name in settings if name in read})
         else:
             models = tuple(dict.fromkeys([*stages.stage1_models(), *models]))
+        # Law 5 for a download too; pictures of --validation_prompts need the whole model.
+        wanted = None if config.validation_prompts else [pipe.parts[name].subfolder for name in models]
+        source = locate_configured(config, wanted=wanted)
         return cls(config, absolute(config.output_path), family, source, task, sample, models)
 
     def open_data(self) -> SampleSource:
@@ -112,36 +133,65 @@ class Setup:
                 copies = LocalCopies(self.config.shard_cache, int(self.config.shard_cache_gb * 1e9))
             reader = CacheReader(absolute(self.config.dataset_base_path), copies=copies)
             return CacheSource(reader, getattr(torch, self.config.dtype))
-        metadata = self.config.dataset_metadata_path
-        return DatasetSource(self.sample, absolute(metadata) if metadata else None)
+        return DatasetSource(self.sample, self._metadata_path())
+
+    def check_data(self) -> None:
+        """Raise DatasetError for metadata that cannot be read; a cache is looked at by `of`."""
+        if not self.config.reads_cache:
+            read_rows(self.sample, self._metadata_path())
+
+    def _metadata_path(self) -> str | None:
+        given = self.config.dataset_metadata_path
+        return absolute(given) if given else None
 
     def identity(self, data: SampleSource) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must share, as JSON values."""
         settings = {name: value for name, value in self.config.to_dict().items() if name not in FREE_FIELDS}
         settings["task"] = task_family(self.config.task)
+        if preset := self.config.preset_lora_path:  # what is in it counts, not where it lies
+            settings["preset_lora_path"] = f"content {hashlib.blake2b(read_bytes(preset), digest_size=8).hexdigest()}"
         own: dict[str, Any] = {**settings, "family": self.family, "data": data.identity, "weights": self._weights()}
         return dict(json.loads(json.dumps(own)))
+
+    def identity_defaults(self) -> dict[str, Any]:
+        """What a checkpoint was made with whose version did not have an option yet."""
+        return {field.name: field.default for field in fields(self.config) if field.default is not MISSING}
+
+    def footprint(self) -> Footprint:
+        """About what the models take before anything is added: as much as their files, half of it for 8 bits."""
+        parts = get_pipeline_class(self.family).parts
+        files = {name: self.source.weight_files(parts[name].subfolder) for name in self.models if name in parts}
+        sizes = {name: sum(file.stat().st_size for file in each) for name, each in files.items()}
+        denoising = get_pipeline_class(self.family).in_iteration_models
+        return Footprint(sum(sizes.values()), sum(sizes.get(name, 0) for name in denoising) // 2, 0, 0)
 
     def _weights(self) -> dict[str, str | None]:
         """Which base models these are, without reading them whole."""
         parts = get_pipeline_class(self.family).parts
         return {name: part_sketch(self.source, parts[name].subfolder) for name in sorted(self.models) if name in parts}
 
-    def build(self, device: torch.device) -> tuple[DiffusionTrainingModule, Trained]:
-        """Load the models, add what is trained, and make the module."""
+    def build(
+        self, device: torch.device, *, fresh: bool = True, on_cpu: bool = False
+    ) -> tuple[DiffusionTrainingModule, Trained]:
+        """Load the models, add what is trained, and make the module on `device`, or leave it `on_cpu` for now.
+
+        fresh: without it --lora_checkpoint is not read, as other weights take the place of its.
+        """
         config = self.config
         dtype: torch.dtype = getattr(torch, config.dtype)
         if dtype is torch.float16 and device.type == "cpu":
             raise TrainingError("--dtype float16 needs a GPU (gradients are scaled there); use bfloat16 or float32")
         cls = get_pipeline_class(self.family)
-        pipe = cls.from_pretrained(self.source, models=self.models, device=device, torch_dtype=dtype)
+        # In 8 bits a model may fit where it does not as it comes: it is loaded on the CPU, and packed layer by layer.
+        place = torch.device("cpu") if on_cpu or config.fp8_base else device
+        pipe = cls.from_pretrained(self.source, models=self.models, device=place, torch_dtype=dtype)
         pipe.scheduler.set_timesteps(1000, training=True)
         if config.preset_lora_path and config.preset_lora_model:
-            state, _ = read_lora(config.preset_lora_path)
-            preset = _submodule(pipe, config.preset_lora_model)
-            names = lora_names(pipe, config.preset_lora_model)
-            fuse_lora(preset, {names(key): value for key, value in state.items()})
-        loras = tuple(self._add_lora(pipe, name) for name in config.lora_models)
+            _submodule(pipe, config.preset_lora_model)  # raises for what is not there
+            fuse_model_lora(pipe, config.preset_lora_model, config.preset_lora_path)
+        loras = tuple(self._add_lora(pipe, name, fresh=fresh) for name in config.lora_models)
+        if dtype is not torch.float32:
+            leave_casts_to_autocast(pipe)
         trained = Trained(loras, split_names(config.trainable_models))
         for name in trained.full:
             # fp32: a step of 1e-4 is lost in bf16's 8 bits. What it computes in is autocast's choice.
@@ -151,19 +201,22 @@ class Setup:
         for name in pipe.in_iteration_models:
             checkpoint_every(getattr(pipe, name), config.gradient_checkpointing_every)
             if config.fp8_base:
-                quantize(getattr(pipe, name))
+                quantize(getattr(pipe, name), place if on_cpu else device)
+        if not on_cpu:
+            pipe.to(device)
         module = DiffusionTrainingModule(
             pipe,
             self.task,
             trained=config.trained,
             inputs=self.sample.inputs,
             split=config.reads_cache,
+            pipeline_settings=config.pipeline_settings,
             use_gradient_checkpointing=config.use_gradient_checkpointing,
             use_gradient_checkpointing_offload=config.use_gradient_checkpointing_offload,
         )
         return module, trained
 
-    def _add_lora(self, pipe: BasePipeline, name: str) -> LoraInfo:
+    def _add_lora(self, pipe: BasePipeline, name: str, *, fresh: bool) -> LoraInfo:
         config = self.config
         default = ",".join(pipe.lora_targets) if name in pipe.in_iteration_models else ""
         targets = config.lora_targets(name) or default
@@ -187,8 +240,8 @@ class Setup:
             rslora=config.use_rslora,
             dora=config.use_dora,
         )
-        if name in config.lora_checkpoints:
-            load_lora_file(model, config.lora_checkpoints[name], info, rename=lora_names(pipe, name))
+        if fresh and name in config.lora_checkpoints:
+            load_model_lora(pipe, name, config.lora_checkpoints[name], info)
         return info
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from ray_diffsynth.training.engine import same_everywhere
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.setup import TrainingError
 
@@ -41,6 +45,22 @@ def shard_base(module: DiffusionTrainingModule, device: torch.device, world_size
             fully_shard(block, mesh=mesh, ignored_params=trained)
         fully_shard(model, mesh=mesh, ignored_params=trained)
     pipe.to(device)
+
+
+def check_equal_work(samples: Sequence[Mapping[str, Any]], world_size: int, device: torch.device) -> None:
+    """Raise TrainingError, on every worker, if their batches run the model differently often.
+
+    Distillation runs it `num_inference_steps` times. The workers gather the weights of a block together, so that one
+    with fewer steps would wait for ever.
+    """
+    counts = sorted({int(sample["num_inference_steps"]) for sample in samples if "num_inference_steps" in sample})
+    # Rows of one batch with equal steps run together: the model runs as often as the sum of the differing numbers.
+    if counts and not same_everywhere(sum(counts), world_size, device):
+        raise TrainingError(
+            "--shard_base needs the same num_inference_steps in all rows, as the workers compute every block together; "
+            f"a batch here has {', '.join(map(str, counts))}, another worker's others: leave --shard_base out, or make "
+            "the column equal"
+        )
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -15,7 +15,7 @@ import torch
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
-from ray_diffsynth.data.metadata import read_metadata
+from ray_diffsynth.data.metadata import Metadata, read_metadata
 from ray_diffsynth.data.samples import SampleSpec, bucket_of, load_inputs, scan_file
 from ray_diffsynth.data.video import require_video_support
 from ray_diffsynth.errors import UserError
@@ -23,6 +23,7 @@ from ray_diffsynth.models.fingerprint import SKETCH, part_sketch
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.base import Part
 from ray_diffsynth.tasks import task_family
+from ray_diffsynth.training.plan import open_shards
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +68,15 @@ class CacheSource:
         self._dtype = dtype
         self.sample_ids: Sequence[str] = reader.sample_ids
         self.buckets: Mapping[str, range] = reader.buckets
-        self.identity = reader.manifest.hash()
+        self.identity = reader.identity
         self._empty: Mapping[str, Any] | None = None
 
     def fetch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         return [{name: self._cast(value) for name, value in row.items()} for row in self.reader.read(rows)]
+
+    def serve(self, lanes: int) -> None:
+        """Keep what so many lanes read at a time, however large the shards are: else each is read again and again."""
+        self.reader.keep_at_least = open_shards(lanes) * len(self.reader.manifest.groups)
 
     def empty_caption(self) -> Mapping[str, Any]:
         if self._empty is None:
@@ -129,6 +134,31 @@ def check_encoders(manifest: Manifest, where: str, source: ModelSource, parts: M
                 )
 
 
+def check_settings(manifest: Manifest, where: str, settings: Mapping[str, Any]) -> None:
+    """Raise SourceError if the cache was made with another value of one of these settings."""
+    for group in manifest.groups:
+        for name, value in settings.items():
+            here, cached = json.dumps(value), group.parts.get(f"setting:{name}")
+            if cached is not None and cached != here:
+                raise SourceError(
+                    f"the cache {where} was made with {name} = {cached}, this training has {here}; give both the same "
+                    "--pipeline_settings, or run stage 1 again"
+                )
+
+
+def read_rows(spec: SampleSpec, metadata_path: str | None) -> Metadata:
+    """The rows of the dataset's metadata, without a look at its files. Raises DatasetError."""
+    columns = spec.columns
+    return read_metadata(
+        spec.base_path,
+        metadata_path,
+        file_columns=[columns[param] for param in spec.file_params],
+        text_columns=[columns["prompt"]] if "prompt" in columns else [],
+        required=list(columns.values()),
+        parsers=spec.parsers,
+    )
+
+
 class DatasetSource:
     """Pictures and metadata, decoded when they are asked for (`--task sft`), in the order of a cache's index.
 
@@ -138,15 +168,7 @@ class DatasetSource:
 
     def __init__(self, spec: SampleSpec, metadata_path: str | None) -> None:
         self.spec = spec
-        columns = spec.columns
-        metadata = read_metadata(
-            spec.base_path,
-            metadata_path,
-            file_columns=[columns[param] for param in spec.file_params],
-            text_columns=[columns["prompt"]] if "prompt" in columns else [],
-            required=list(columns.values()),
-            parsers=spec.parsers,
-        )
+        metadata = read_rows(spec, metadata_path)
         self.rejected: list[tuple[str, str]] = [(row.sample_id, row.message) for row in metadata.rejected]
         rows = metadata.table.to_pylist()
         require_video_support(path for row in rows for param in spec.file_params for path in spec.paths(row, param))

@@ -7,13 +7,11 @@ import math
 from typing import Any
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.data.storage import absolute, exists, file_size, join, list_files, open_input, read_bytes
-from ray_diffsynth.report import Picture, make_report, training_numbers, write_json, write_page
-from ray_diffsynth.training.loop import TrainResult
+from ray_diffsynth.data.storage import absolute, file_size, join, list_files, open_input
+from ray_diffsynth.report import make_report, training_numbers, write_json, write_page
 from ray_diffsynth.training.metrics import read_metrics
-from ray_diffsynth.training.sampler import SAMPLES_FOLDER
-
-MAX_PICTURES = 12
+from ray_diffsynth.training.result import TrainResult
+from ray_diffsynth.training.sample_grids import sample_grids
 
 
 def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: float) -> dict[str, Any]:
@@ -31,6 +29,7 @@ def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: f
     output_path = absolute(config.output_path)
     times = {"total": seconds, "training": result.seconds}
     metrics = read_metrics(output_path)
+    grids, pictures = sample_grids(output_path)
     report = make_report(
         counts=counts,
         seconds=times,
@@ -38,9 +37,10 @@ def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: f
         result=result.to_dict(),
         training=training_numbers(metrics),
         lora=newest_lora(output_path),
+        samples=grids,
     )
     write_json(output_path, report)
-    write_page(output_path, report, metrics=metrics, pictures=sample_pictures(output_path))
+    write_page(output_path, report, metrics=metrics, pictures=pictures)
     print(last_line(result, output_path), flush=True)
     return {"counts": counts, "result": result.to_dict()}
 
@@ -77,19 +77,3 @@ def newest_lora(output_path: str) -> dict[str, Any] | None:
             values = sum(math.prod(shape) for shape in shapes.values())
             return {"file": name, "bytes": file_size(path), "parameters": values, "rank": max(ranks)}
     return None
-
-
-def sample_pictures(output_path: str) -> list[Picture]:
-    """The sample grids that validation left, evenly chosen when there are many, the first and the last among them."""
-    folder = join(output_path, SAMPLES_FOLDER)
-    names = list_files(folder, suffix=".png") if exists(folder) else []
-    if len(names) > MAX_PICTURES:
-        names = [names[round(i * (len(names) - 1) / (MAX_PICTURES - 1))] for i in range(MAX_PICTURES)]
-    return [Picture(read_bytes(join(folder, name)), *_grid_texts(name), "png") for name in names]
-
-
-def _grid_texts(name: str) -> tuple[str, str]:
-    """What stands below the grid `step-00000400.png`, and what is read out in its place."""
-    number = name.removesuffix(".png").rpartition("-")[2]
-    caption = f"Step {int(number)}" if number.isdigit() else name.removesuffix(".png")
-    return caption, f"Sample pictures, {caption}"

@@ -11,15 +11,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.storage import exists, is_remote, join, read_bytes, write_bytes_atomic
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.training.metrics import read_metrics
+from ray_diffsynth.training.metrics import METRICS_FILE, read_metrics
 from ray_diffsynth.training.setup import Setup
 
 logger = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
 CSV_FILE = "metrics.csv"
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+"""What a tracker imports, by its name."""
 _NOT_CURVES = ("step", "steps", "samples", "samples_total", "samples_seen")
 
 
@@ -35,16 +38,42 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def check_trackers(config: TrainConfig) -> None:
+    """Raise TrackerError if the package of a tracker that `config` names is not installed."""
+    for name in config.trackers:
+        if name in PACKAGES:
+            _import(PACKAGES[name], name)
+
+
 class Trackers:
-    """All that `--log_with` names. Used by rank 0 alone; a context manager."""
+    """All that `--log_with` names. Used by rank 0 alone; a context manager.
+
+    One that cannot start is an error in a new run. Later it is left alone after its first failure, which is said: a run
+    does not end because a server is away; metrics.jsonl has all lines.
+    """
 
     def __init__(self, setup: Setup, *, after: int) -> None:
         """after: the step that the run goes on from; what was written for later ones is taken back where it can be."""
-        self._open = [TRACKERS[name](setup, after) for name in setup.config.trackers]
+        self._open: dict[str, Tracker] = {}
+        for name in setup.config.trackers:
+            try:
+                self._open[name] = TRACKERS[name](setup, after)
+            except UserError:
+                raise
+            except Exception as error:
+                if not after:
+                    raise TrackerError(
+                        f"--log_with {name} cannot start: {type(error).__name__}: {error}; mend it, or leave it out"
+                    ) from error
+                _without(name, error)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        for tracker in self._open:
-            tracker.write(metrics)
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.write(metrics)
+            except Exception as error:
+                _without(name, error)
+                del self._open[name]
 
     def __enter__(self) -> Self:
         return self
@@ -52,8 +81,21 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for tracker in self._open:
-            tracker.close()
+        for name, tracker in self._open.items():
+            try:
+                tracker.close()
+            except Exception as problem:
+                _without(name, problem)
+
+
+def _without(name: str, error: Exception) -> None:
+    logger.warning(
+        "%s failed (%s: %s): the run goes on without it; %s has all metrics",
+        name,
+        type(error).__name__,
+        error,
+        METRICS_FILE,
+    )
 
 
 class TensorBoard:
@@ -64,7 +106,7 @@ class TensorBoard:
         if is_remote(setup.output_path):
             logger.info("no TensorBoard: it needs a local output_path; the curves are in report.html")
             return
-        writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        writer = _import(PACKAGES["tensorboard"], "tensorboard").SummaryWriter
         self._writer = writer(join(setup.output_path, TENSORBOARD_FOLDER), purge_step=after + 1 if after else None)
 
     def write(self, metrics: Mapping[str, Any]) -> None:

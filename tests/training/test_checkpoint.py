@@ -108,10 +108,38 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 def test_differences_are_named() -> None:
     check_identity({"seed": 0}, {"seed": 0}, "x")
+    check_identity({"seed": 0, "no_more": 1}, {"seed": 0, "new": 2}, "x", {"new": 2})
+    with pytest.raises(CheckpointError, match=r"\(new: 2 there, 3 here\)"):
+        check_identity({"seed": 0}, {"seed": 0, "new": 3}, "x", {"new": 2})
     with pytest.raises(
         CheckpointError, match=r"lora_rank: nothing there, 4 here; seed: 0 there, 1 here.*--resume never"
     ):
         check_identity({"seed": 0}, {"seed": 1, "lora_rank": 4}, "x")
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_what_is_written_stays_and_a_past_that_did_not_happen_goes(tmp_path: Path, keep: int) -> None:
+    """A run that goes on from step 10, as 100 is damaged, must not lose its new checkpoints for that one."""
+    out = str(tmp_path)
+    for step in (10, 100):
+        save_checkpoint(out, at(step), keep=5)
+    victim = tmp_path / "checkpoints/step-00000100/tensors.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-9])
+    for done in ((20,), (20, 30), (20, 30, 40)):
+        save_checkpoint(out, at(done[-1]), keep=keep)
+        assert list_checkpoints(out) == [f"step-{step:08d}" for step in (10, *done)[-keep:]]
+    assert newest_checkpoint(out).step == 40  # type: ignore[union-attr]
+
+
+def test_none_that_can_be_read_is_an_error(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    for step in (1, 2):
+        folder = save_checkpoint(out, at(step), keep=2)
+        (Path(folder) / "tensors.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints.*step-00000002.*--resume never"):
+        newest_checkpoint(out)
+    prepare_resume(out, "never")
+    assert newest_checkpoint(out) is None
 
 
 def test_prepare_resume(tmp_path: Path) -> None:

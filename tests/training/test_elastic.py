@@ -43,13 +43,16 @@ def test_room_is_counted_node_by_node() -> None:
     assert room({"CPU": 2}, nodes) == 3
     assert room({"CPU": 1, "GPU": 1}, nodes) == 2
     assert room({"CPU": 1, "GPU": 0.5}, nodes) == 3
+    assert room({"CPU": 0}, nodes) >= 1000  # nothing is reserved
 
 
 # Steps take a while, so that a machine has the time to come back before the run is over.
 DRIVER = """
 import json, sys, time
 from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.cli import _show_messages
 from ray_diffsynth.training import job, elastic
+_show_messages(False)  # as the command does
 elastic.POLL_SECONDS = 0.5
 elastic.ANSWER_SECONDS = 10.0
 work = job._worker
@@ -135,6 +138,7 @@ def test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it(
     sizes = [entry["workers"] for entry in lines]
     assert [size for n, size in enumerate(sizes) if n == 0 or sizes[n - 1] != size] == [2, 1, 2], said
     assert "a worker was lost" in said and "there is room for more workers" in said
+    assert "of the trained parameters get no gradient" in said and said.count("going on from step") >= 3, said
     assert {entry["samples"] for entry in lines} == {2}
 
     alone = make_config(

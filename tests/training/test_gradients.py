@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import TrainResult, train
+from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.source import DatasetSource
 from tests.training.conftest import CacheMaker

@@ -15,6 +15,7 @@ import torch
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.training.feed import Feed
+from ray_diffsynth.training.plan import Plan
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.source import CacheSource, DatasetSource, SourceError, prefetch
 from tests.training.conftest import CacheMaker
@@ -104,6 +105,26 @@ def test_the_workers_together_see_every_lane_of_every_step(world_size: int) -> N
     for (step, lane), rows in seen.items():
         plan = feed.plan(step // feed.steps_per_epoch)
         assert plan.rows[step % feed.steps_per_epoch, lane].tolist() == list(rows)
+
+
+def test_the_next_epochs_order_is_made_beside_the_training() -> None:
+    made: dict[int, str] = {}
+
+    class Noting(Feed):
+        def plan(self, epoch: int) -> Plan:
+            plan = super().plan(epoch)
+            made[epoch] = threading.current_thread().name
+            return plan
+
+    feed = Noting(Numbers(**{"64x64": range(8)}), seed=0, batch_size=1, lanes=1, repeat=1)
+    read = feed.microbatches(0, 24, 0, 1)
+    assert next(read).step == 0
+    end = time.monotonic() + 10
+    while 1 not in made and time.monotonic() < end:
+        time.sleep(0.01)
+    assert sorted(made) == [0, 1] and threading.current_thread().name not in made.values()
+    assert [microbatch.epoch for microbatch in read] == [0] * 7 + [1] * 8 + [2] * 8
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 def test_a_damaged_cache_stops_the_run_and_names_the_file(make_cache: CacheMaker, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from ray_diffsynth.training.context import LocalContext
 from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.trackers import TrackerError
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
 
@@ -37,6 +38,37 @@ class Told:
 
     def named(self, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_that_fails_is_left_alone(
+    tiny_qwen: Path,
+    make_cache: CacheMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    """The server goes away after the first line; and it is still away when the run is started again."""
+    told = Told()
+    monkeypatch.setitem(sys.modules, name, told)  # type: ignore[arg-type]
+
+    def away(*args: Any, **kwargs: Any) -> None:
+        if kwargs.get("step") != 1:
+            raise ConnectionError("the server is away")
+
+    monkeypatch.setattr(told, "log_step" if name == "wandb" else "log_metrics", away, raising=False)
+    config = make_config(tiny_qwen, make_cache(), tmp_path, max_steps=4, log_with=f"csv,{name}")
+    assert train(config, LocalContext("cpu", progress=False)).finished
+    assert caplog.text.count(f"{name} failed (ConnectionError: the server is away)") == 1
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 5
+    begin = "init" if name == "wandb" else "start_run"
+    monkeypatch.setattr(told, begin, lambda **_: away(), raising=False)
+    longer = make_config(tiny_qwen, make_cache(), tmp_path, max_steps=5, log_with=f"csv,{name}")
+    assert train(longer, LocalContext("cpu", progress=False)).started_at == 4
+    new = make_config(tiny_qwen, make_cache(), tmp_path / "new", max_steps=5, log_with=name)
+    with pytest.raises(TrackerError, match=f"--log_with {name} cannot start: ConnectionError"):
+        train(new, LocalContext("cpu", progress=False))
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

@@ -1,0 +1,258 @@
+"""How a run gets its workers and what it does when they are lost, without Ray: its answers are given here."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray.train
+import torch
+from torch import nn
+
+from ray_diffsynth import ray_session
+from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.ray_session import ClusterError
+from ray_diffsynth.training import elastic, engine, job, ray_worker, shard
+from ray_diffsynth.training.elastic import Group, Watch, wait_for_room
+from ray_diffsynth.training.result import TrainResult
+from ray_diffsynth.training.setup import TrainingError
+
+Nodes = Mapping[str, Mapping[str, float]]
+TWO: Nodes = {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0, "GPU": 1.0}}
+ONE_HELD: Nodes = {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0}}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Nodes, Nodes]]]:
+    """A list to fill with (nodes, what is free of them): one entry for each look at the cluster, the last one stays."""
+    looks: list[tuple[Nodes, Nodes]] = []
+    current: list[tuple[Nodes, Nodes]] = []
+
+    def look() -> Nodes:
+        if looks:
+            current[:] = [looks.pop(0)]
+        return current[0][0]
+
+    monkeypatch.setattr(elastic, "nodes", look)
+    monkeypatch.setattr(elastic, "answering", lambda found: found)
+    monkeypatch.setattr(elastic, "free", lambda found: current[0][1])
+    monkeypatch.setattr(elastic, "draining", lambda: set())
+    monkeypatch.setattr(elastic, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(elastic, "SETTLE_SECONDS", 0.05)
+    yield looks
+
+
+def never() -> bool:
+    return False
+
+
+def test_a_fixed_group_waits_for_what_is_free_and_says_what_is_missing(
+    cluster: list[tuple[Nodes, Nodes]], caplog: pytest.LogCaptureFixture
+) -> None:
+    group = Group(2, 2, {"CPU": 1.0, "GPU": 1.0}, lanes=2)
+    lost = {"a": TWO["a"]}
+    cluster += [*[(lost, lost)] * 20, (TWO, TWO)]
+    assert wait_for_room(group, never) == 2 and not cluster
+    said = (
+        "waiting for room for 2 workers of {'CPU': 1.0, 'GPU': 1.0}: 1 would fit; free are 2 of 2 CPU, 1 of 1 GPU on 1"
+    )
+    assert caplog.text.count(said) == 1
+    cluster += [(TWO, ONE_HELD)]  # there, but another job has it
+    with pytest.raises(
+        ClusterError, match="no room for 2 workers .* 1 would fit; free are 4 of 4 CPU, 1 of 2 GPU on 2"
+    ):
+        wait_for_room(group, never, seconds=0.2)
+    cluster += [(TWO, ONE_HELD)]
+    stop = iter([False, False, True])
+    assert wait_for_room(group, lambda: next(stop)) == 0
+
+
+def test_an_elastic_group_waits_a_moment_for_what_is_still_held(cluster: list[tuple[Nodes, Nodes]]) -> None:
+    group = Group(1, 8, {"GPU": 1.0}, lanes=8)
+    cluster += [(TWO, {"a": {}, "b": {}}), (TWO, ONE_HELD), (TWO, TWO)]
+    assert wait_for_room(group, never) == 2
+    cluster += [(TWO, ONE_HELD)]  # and if somebody else holds it, it takes what there is
+    assert wait_for_room(group, never) == 1
+
+
+def test_a_group_grows_by_what_is_free_alone(cluster: list[tuple[Nodes, Nodes]]) -> None:
+    watch = Watch(None, Group(1, 8, {"GPU": 1.0}, lanes=8), 1, threading.Event())
+    for free, larger in (({"a": {}, "b": {}}, False), (ONE_HELD, True)):
+        cluster += [(TWO, free)]
+        assert watch._larger(elastic.nodes()) is larger
+
+
+class Cluster:
+    """Stands for Ray in `_fit_until_done`: each group of workers ends as the script says, and what is made is kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: list[str]) -> None:
+        self.script, self.fits, self.environment = script, 0, dict[str, str]()
+        self.arguments: dict[str, Any] = {}
+        self.steps = 0
+        handle = SimpleNamespace(
+            begin=SimpleNamespace(remote=lambda: None), result=SimpleNamespace(remote=lambda: self.result())
+        )
+        collector = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda env: self.made(env, handle)))
+        monkeypatch.setattr(job, "Collector", collector)
+        monkeypatch.setattr(job, "on_this_node", lambda: None)
+        monkeypatch.setattr(job, "wait_for_room", lambda group, stopped, ask: 1)
+        monkeypatch.setattr(job, "_fit", self.fit)
+        monkeypatch.setattr(job, "list_checkpoints", lambda path: ["step-1"][: self.steps])
+        monkeypatch.setattr(job.ray, "get", lambda value: value)
+        monkeypatch.setattr(job.ray, "kill", lambda actor: None)
+
+        @contextmanager
+        def watched(*_: object) -> Iterator[Any]:
+            yield SimpleNamespace(regroup="there is room for more workers")
+
+        @contextmanager
+        def shown(collector: object) -> Iterator[None]:
+            yield
+
+        monkeypatch.setattr(job, "Watch", watched)
+        monkeypatch.setattr(job, "_shown", shown)
+
+    def made(self, environment: dict[str, str], handle: Any) -> Any:
+        self.environment = environment
+        return handle
+
+    def fit(self, arguments: dict[str, Any], group: Group, workers: int) -> None:
+        self.arguments, self.fits = arguments, self.fits + 1
+        if self.script[self.fits - 1] == "lost":
+            raise ray.train.TrainingFailedError("a worker died")
+
+    def result(self) -> dict[str, Any]:
+        done = 9 if self.script[self.fits - 1] == "end" else 5
+        return TrainResult(done, 9, 0, 3, 10, 0, 0.1, 1.0).to_dict()
+
+
+def fit(config: TrainConfig) -> tuple[TrainResult, int]:
+    return job._fit_until_done(config, Group(1, 2, {"CPU": 1.0}, 2), [], threading.Event())
+
+
+def test_failures_are_counted_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    config = TrainConfig(model="m", dataset_base_path="c")
+    ray_stands = Cluster(monkeypatch, ["lost", "lost", "regroup", "lost", "lost", "end"])
+    assert fit(config)[0].finished and ray_stands.fits == 6
+    assert ray_stands.environment["WANDB_API_KEY"] == "secret" and ray_stands.environment["AWS_PROFILE"] == "mine"
+    assert "PATH" not in ray_stands.environment
+    assert "secret" not in str(ray_stands.arguments)  # which Ray Train may show
+    ray_stands = Cluster(monkeypatch, ["regroup", "lost", "lost", "lost", "end"])
+    with pytest.raises(ray.train.TrainingFailedError):
+        fit(config)
+    assert ray_stands.fits == 4
+
+
+@pytest.mark.parametrize(("gpu", "backend"), [(0.0, "gloo"), (0.5, "gloo"), (1.0, "nccl")])
+def test_each_failure_comes_back_from_ray(monkeypatch: pytest.MonkeyPatch, gpu: float, backend: str) -> None:
+    """Also workers that cannot be placed, which Ray Train would try again for ever; and NCCL is for whole GPUs."""
+    made: list[dict[str, Any]] = []
+
+    class Trainer:
+        def __init__(self, *_: Any, **options: Any) -> None:
+            made.append(options)
+
+        def fit(self) -> None:
+            pass
+
+    monkeypatch.setattr(job, "_Trainer", Trainer)
+    config = TrainConfig(model="m", dataset_base_path="c")
+    job._fit({"config": config}, Group(2, 2, {"CPU": 1.0, "GPU": gpu} if gpu else {"CPU": 1.0}, 2), 2)
+    limits = made[0]["run_config"].failure_config
+    assert (limits.max_failures, limits.controller_failure_limit, limits.max_preemption_failures) == (0, 0, 0)
+    assert made[0]["torch_config"].backend == backend
+
+
+def test_a_fixed_number_that_no_nodes_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers of three CPUs do not fit nodes of four and two, though six would be enough."""
+    nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": cpus}} for name, cpus in (("a", 4.0), ("b", 2.0))]
+    monkeypatch.setattr(job, "cluster_devices", lambda: (6.0, 0.0))
+    monkeypatch.setattr(job, "machines", lambda: {node["NodeID"]: node["Resources"] for node in nodes})
+    monkeypatch.setattr(job.ray, "nodes", lambda: nodes)
+    config = TrainConfig(model="m", dataset_base_path="c", output_path="/nowhere", num_workers=2, resources={"CPU": 3})
+    with pytest.raises(ClusterError, match="2 workers of 3 CPU .* do not fit .*: its 2 nodes hold 1 of {'CPU': 3"):
+        job.worker_group(config)
+
+
+@pytest.mark.parametrize("ids", [[], ["2"]])
+def test_a_worker_without_a_gpu_of_its_own_computes_on_the_cpu(monkeypatch: pytest.MonkeyPatch, ids: list[str]) -> None:
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda:0"))
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: ids)
+    assert ray_worker.RayContext(None).device.type == ("cuda" if ids else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    assert ray_session.own_device() == ("cuda" if ids else "cpu")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert ray_session.own_device() == "cuda"
+
+
+def test_ddp_takes_the_device_that_the_module_lies_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    class Parallel:
+        @staticmethod
+        def _set_params_and_buffers_to_ignore_for_model(module: nn.Module, names: list[str]) -> None:
+            made.append({"ignored": names})
+
+        def __init__(self, module: nn.Module, **options: Any) -> None:
+            made.append(options)
+
+    monkeypatch.setattr(engine, "DistributedDataParallel", Parallel)
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    engine.distribute(module, 2)
+    assert made[0] == {"ignored": ["1.weight", "1.bias"]} and made[1].get("device_ids") is None
+    assert engine.distribute(module, 1) is module
+
+
+def test_the_messages_of_rank_0_go_to_the_driver() -> None:
+    said: list[tuple[str, int]] = []
+    collector = SimpleNamespace(say=SimpleNamespace(remote=lambda *message: said.append(message)))
+    log = logging.getLogger("ray_diffsynth.training.loop")
+    before = logging.getLogger("ray_diffsynth").level
+    for rank in (0, 1):
+        with ray_worker.messages_to_driver(SimpleNamespace(collector=collector, world_rank=rank)):  # type: ignore[arg-type]
+            log.info("going on from step %d", 4)
+            log.warning("damaged")
+            log.debug("nothing")
+    log.warning("after")
+    assert said == [("going on from step 4", logging.INFO), ("damaged", logging.WARNING)]
+    assert logging.getLogger("ray_diffsynth").level == before
+
+
+def test_a_sampler_says_at_once_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    collector = SimpleNamespace(say=SimpleNamespace(remote=said.append))
+    monkeypatch.setattr(ray_worker.ray, "get", lambda value: value)
+    monkeypatch.setattr(ray_worker.ray, "get_gpu_ids", list)
+    actor = ray_worker.SamplerActor.__ray_metadata__.modified_class(  # type: ignore[attr-defined]
+        TrainConfig(model="/nowhere", dataset_base_path="c"), ["a cat"], False, collector
+    )
+    actor.draw(4, {})
+    actor.draw(8, {})
+    assert len(said) == 1 and said[0].startswith("the sample pictures ended early: step 4: ")
+    assert "/nowhere" in said[0] and actor.finish() == []
+
+
+def test_workers_that_would_wait_for_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--shard_base with rows of differing num_inference_steps; the other worker has a batch of four."""
+
+    def same(number: int, world_size: int, device: torch.device) -> bool:
+        return number == 4
+
+    monkeypatch.setattr(shard, "same_everywhere", same)
+    cpu = torch.device("cpu")
+    shard.check_equal_work([{"num_inference_steps": 4}, {"num_inference_steps": 4}], 2, cpu)
+    shard.check_equal_work([{"input_latents": torch.zeros(1)}], 2, cpu)
+    shard.check_equal_work([{"num_inference_steps": 1}, {"num_inference_steps": 3}], 2, cpu)  # as often as four
+    for steps in ([8], [4, 1]):
+        with pytest.raises(TrainingError, match="--shard_base needs the same num_inference_steps"):
+            shard.check_equal_work([{"num_inference_steps": number} for number in steps], 2, cpu)

@@ -1,0 +1,48 @@
+"""What follows from a configuration before any weights are read: downloads, and settings that a cache decides."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_diffsynth.config import PreprocessConfig
+from ray_diffsynth.models import locate
+from ray_diffsynth.preprocess.job import Job
+from ray_diffsynth.training.setup import Setup
+from ray_diffsynth.training.source import SourceError
+from tests.training.conftest import CacheMaker
+from tests.training.helpers import make_config
+
+
+def test_a_stage_downloads_its_own_models(
+    tiny_qwen: Path, tmp_path: Path, make_cache: CacheMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, asked = make_cache(), list[list[str]]()
+
+    def find(model: str, weights: list[str], **options: Any) -> Path:
+        asked.append(list(weights))
+        return tiny_qwen
+
+    monkeypatch.setattr(locate, "find_repository", find)
+    dit, encoders = ["transformer/*.safetensors"], ["text_encoder/*.safetensors", "vae/*.safetensors"]
+    Job.of(PreprocessConfig(model="a/b", dataset_base_path=str(tmp_path), output_path=str(tmp_path / "cache")))
+    Setup.of(make_config(Path("a/b"), cache, tmp_path))
+    Setup.of(make_config(Path("a/b"), cache, tmp_path, validation_prompts="a cat"))
+    Setup.of(make_config(Path("a/b"), tmp_path, tmp_path, task="sft"))
+    assert asked == [[], encoders, [], dit, [], ["*/*.safetensors"], [], sorted(encoders + dit)]
+
+
+def test_a_cache_of_another_setting_is_refused(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(make_cache(), tmp_path / "cache"))
+    manifest = json.loads((cache / "manifest.json").read_text())
+    for group in manifest["groups"]:
+        group["parts"] = {"setting:tiled": "true"} if group["name"] == "vae" else {}
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    Setup.of(make_config(tiny_qwen, cache, tmp_path))  # stage 2 does not read it: the cache decides
+    Setup.of(make_config(tiny_qwen, cache, tmp_path, pipeline_settings={"tiled": True}))
+    with pytest.raises(SourceError, match="was made with tiled = true, this training has false; give both the same"):
+        Setup.of(make_config(tiny_qwen, cache, tmp_path, pipeline_settings={"tiled": False}))
