@@ -7,6 +7,7 @@ and no ray, so that ``--help`` and a typing mistake take well under a second.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
 import logging
@@ -29,6 +30,9 @@ from ray_diffsynth.job_config import JobConfig
 
 C = TypeVar("C", bound=JobConfig)
 
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_OBJECT_STORES = ("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "adlfs", "azure")
+
 # The groups of --help. A field that is not listed here appears under "Further options".
 GROUPS: dict[str, tuple[str, ...]] = {
     "What to do": ("task", "output_path", "seed", "resume", "dry_run"),
@@ -39,6 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Model": (
         *("model", "model_id_with_origin_paths", "model_paths", "tokenizer_path", "processor_path", "family", "dtype"),
+        "pipeline_settings",
         *("trainable_models", "preset_lora_path", "preset_lora_model"),
     ),
     "LoRA": (
@@ -72,6 +77,9 @@ class _Parser(ArgumentParser):
     """jsonargparse's parser with errors of one line that name the flag, the value and the fix."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if missing := re.search(r"arguments are required: (\w+)", message):
+            what = next(str(action.help) for action in self._actions if action.dest == missing[1])
+            _refuse(self.prog, f"--{missing[1]} is missing: {what}")
         _refuse(self.prog, _readable(message))
 
 
@@ -87,7 +95,7 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
         arguments, given = _arguments(config_class, argv)
         values = vars(_make_parser(config_class, prog).parse_args(arguments))
         config = config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
-        _check_ray_job_paths(config)
+        _check_output_path(config)
     except ConfigError as error:
         _refuse(prog, str(error))
     if isinstance(config, TrainConfig) and config.reads_cache:
@@ -111,12 +119,12 @@ def main(config_class: type[C], run: Callable[[C], object], argv: Sequence[str] 
         return 130
     except Exception as error:
         user_error = find_user_error(error)
-        if user_error is None:
+        told = _outside(error) if user_error is None else str(user_error)
+        if config.verbose or told is None:
             traceback.print_exc()
+        if told is None:
             return 1
-        if config.verbose:
-            traceback.print_exc()
-        print(f"error: {user_error}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         for note in dict.fromkeys(note for each in (user_error, error) for note in getattr(each, "__notes__", ())):
             print(note, file=sys.stderr)
         return 2 if isinstance(user_error, ConfigError) else 1
@@ -138,6 +146,21 @@ def find_user_error(error: BaseException) -> UserError | None:
         failures = getattr(current, "worker_failures", None)  # ray.train.WorkerGroupError: rank -> exception
         waiting += [remote, *(failures.values() if isinstance(failures, dict) else ())]
         waiting += [current.__cause__, None if current.__suppress_context__ else current.__context__]
+    return None
+
+
+def _outside(error: BaseException | None) -> str | None:
+    """What to tell of an error that comes from the machine or an object store; None for any other."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _REFUSALS:
+            return f"{error}; check the rights and the free space there, or give another path"
+        if type(error).__module__.partition(".")[0] in _OBJECT_STORES:
+            return (
+                f"the object store cannot be used: {type(error).__name__}: {error}; check the URL, the credentials "
+                "(for s3:// AWS_PROFILE or AWS_ACCESS_KEY_ID, for gs:// GOOGLE_APPLICATION_CREDENTIALS) and the network"
+            )
+        remote = getattr(error, "cause", None)
+        error = remote if isinstance(remote, BaseException) else error.__cause__
     return None
 
 
@@ -259,8 +282,15 @@ def _is_field(config_class: type[JobConfig], field: str, name: str, shown: str) 
     raise ConfigError(f"{shown} is not an option" + (f"; did you mean {' or '.join(close)}?" if close else ""))
 
 
-def _check_ray_job_paths(config: JobConfig) -> None:
-    """In a job of `ray job submit` the working folder is a copy that Ray deletes: results may not be left in it."""
+def _check_output_path(config: JobConfig) -> None:
+    """Raise ConfigError where no results can be left.
+
+    In a job of `ray job submit` the working folder is a copy that Ray deletes.
+    """
+    if "://" not in config.output_path and os.path.isfile(os.path.expanduser(config.output_path)):
+        raise ConfigError(
+            f"output_path={config.output_path} is a file; give a folder, which is made if it is not there"
+        )
     inside = "runtime_resources/working_dir_files" in Path.cwd().as_posix()
     if inside and "://" not in config.output_path and not os.path.isabs(config.output_path):
         raise ConfigError(
@@ -272,10 +302,14 @@ def _check_ray_job_paths(config: JobConfig) -> None:
 def _readable(message: str) -> str:
     """jsonargparse's message on one line: the key, what was expected, the value."""
     text = " ".join(message.split())
-    if missing := re.search(r"arguments are required: (\w+)", text):
-        return f"--{missing[1]} is missing"
+    if lonely := re.fullmatch(r"argument (--\w+): expected one argument", text):
+        return f"{lonely[1]} needs a value"
+    if stray := re.fullmatch(r"unrecognized arguments: (\S+).*", text):
+        return f"{stray[1]!r} belongs to no option; options begin with --, and a value with spaces needs quotes"
     key = re.search(r'[Kk]ey "([^"]+)"', text)
-    value = re.search(r"(?:Given value|Got value): (.*?)\.?$", text)
+    value = re.search(r".*(?:Given value|Got value): (.*?)\.?$", text)
+    if key and value and value[1].startswith("{"):
+        return f'--{key[1]} {value[1]}: expected a JSON object of what --help shows, e.g. {{"GPU": 1}} for --resources'
     expected = dict.fromkeys(re.findall(r"Expected an? (?:<class '(\w+)'>|(\w+))", text))
     if key and value and expected:
         kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "a JSON object"}

@@ -305,9 +305,16 @@ class TrainConfig(TrainOptions, CommonConfig):
         for model in _by_model(self.lora_target_modules) or {}:
             if model not in models:
                 raise ConfigError(
-                    f"lora_target_modules names {model}=…, which has no LoRA; {did_you_mean(model, models)} "
-                    f"Or add it to lora_base_model={self.lora_base_model!r}"
+                    f"lora_target_modules names {model}=…, which has no LoRA; add it to "
+                    f"lora_base_model={self.lora_base_model!r}, or {did_you_mean(model, models)}"
                 )
+        for whole in split_names(self.trainable_models):
+            for model in models:
+                if f"{whole}.".startswith(f"{model}.") or f"{model}.".startswith(f"{whole}."):
+                    raise ConfigError(
+                        f"trainable_models={whole} and lora_base_model={model} train the same weights, whole and by a "
+                        "LoRA on them; leave one of them out"
+                    )
         given = split_names(self.lora_checkpoint)
         if given and len(models) != 1 and len(given) != len(models):
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ class GenerateConfig(JobConfig):
     """One prompt; for many use prompt_path."""
     prompt_path: str | None = None
     """File of prompts: .txt with one a line, or csv, json, jsonl, parquet with the column prompt and, if there,
-    negative_prompt, seed, height, width."""
+    negative_prompt, seed, height, width, and pictures that the family takes: edit_image, input_image."""
     negative_prompt: str = ""
     """What guidance leads away from, for rows without their own."""
     num_inference_steps: int | None = None
@@ -50,7 +51,7 @@ class GenerateConfig(JobConfig):
     grid: bool = True
     """Write grid.png: a row for each prompt and seed, a column for each strength of the LoRA; the first 64 pictures."""
     output_path: str = "./pictures"
-    """Folder or URL of the result: pictures/, metadata.csv and grid.png."""
+    """Folder or URL of the result: pictures/, metadata.csv, grid.png and report.html."""
     seed: int = 0
     """Seed of the first picture; those after it have the following numbers."""
     num_workers: int = 0
@@ -65,6 +66,8 @@ class GenerateConfig(JobConfig):
             raise ConfigError(f"height={self.height} and width={self.width}: give both, or neither for the family's")
         if self.cfg_scale is not None and not math.isfinite(self.cfg_scale):
             raise ConfigError(f"cfg_scale={self.cfg_scale} is not a number; use e.g. 4, or 1 for no guidance")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.rand_device):
+            raise ConfigError(f"rand_device={self.rand_device!r} is no device that draws noise; use cpu or cuda")
         for name in ("seed_list", "lora_scales"):
             getattr(self, name)  # raises for what is no number
         if self.lora is None and self.lora_scales != (1.0,):

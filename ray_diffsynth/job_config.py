@@ -32,6 +32,8 @@ class JobConfig:
     """Pipeline family or your own module:Class; read from the model when not given."""
     output_path: str = "./models"
     """Folder or URL for the results: the cache of preprocess, the LoRA and checkpoints of train."""
+    pipeline_settings: dict[str, Any] | None = None
+    """Constants of the family as JSON, e.g. {"tiled": true, "max_sequence_length": 256}; see docs/families.md."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Number format of the frozen models and of what they compute."""
     seed: int = 0
@@ -79,4 +81,4 @@ class JobConfig:
                 "model being the short form that takes all parts of a folder or hub id"
             )
         if not (self.model or self.model_id_with_origin_paths or self.model_paths):
-            raise ConfigError("model is missing; give a diffusers folder or a hub id, e.g. model=Qwen/Qwen-Image")
+            raise ConfigError("model is missing; give a diffusers folder or a hub id, e.g. --model Qwen/Qwen-Image")

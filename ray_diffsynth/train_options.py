@@ -53,7 +53,8 @@ class TrainOptions:
     use_dora: bool = False
     """Train the magnitudes of the weights too (DoRA)."""
     lora_format: Literal["family", "diffusers"] = "family"
-    """Keys of the LoRA file: those that diffusers, ComfyUI and DiffSynth-Studio all load, or diffusers' own names."""
+    """Keys of the LoRA file: those that diffusers, ComfyUI and DiffSynth-Studio all load, or diffusers' own names,
+    which a DoRA always has."""
 
     gradient_checkpointing_every: int = 1
     """Of the model's blocks, every how many-th is computed again with use_gradient_checkpointing."""
@@ -67,7 +68,8 @@ class TrainOptions:
     validation_steps: int | None = None
     """Steps between two validation losses; at each checkpoint when not given."""
     validation_prompts: str | None = None
-    """Text file with a prompt a line, or prompts with | between them: pictures of them are made during training."""
+    """Text file with a prompt a line, or prompts with | between them: pictures of them are made during training, the
+    first by the base model."""
     sample_steps: int | None = None
     """Steps between two grids of sample pictures; at each checkpoint when not given."""
     sample_inference_steps: int | None = None
@@ -103,6 +105,8 @@ class TrainOptions:
                 f"customized_optimizer={self.customized_optimizer!r} is no import path; write module:Class, "
                 "e.g. torch.optim:RMSprop"
             )
+        if "lr" in (self.optimizer_arguments or {}):
+            raise ConfigError("optimizer_arguments names lr, which the schedule sets in each step; use learning_rate")
         if self.optimizer_arguments and not self.customized_optimizer:
             raise ConfigError("optimizer_arguments is given without customized_optimizer; give both, or adam_beta1 …")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import re
@@ -113,8 +114,14 @@ def test_values_of_every_kind() -> None:
         ([*GIVEN, "--verbose", "maybe"], "--verbose maybe: expected true or false"),
         ([*GIVEN, "--dtype", "bf16"], "did you mean bfloat16?"),
         ([*GIVEN, "--task", "sft:data_process"], "jobs/preprocess.py"),
-        ([*GIVEN, "stray"], "stray"),
-        (["--model", "tiny"], "--dataset_base_path is missing"),
+        (
+            [*GIVEN, "a", "stray"],
+            "'a' belongs to no option; options begin with --, and a value with spaces needs quotes",
+        ),
+        ([*GIVEN, "-lr", "1"], "'-lr' belongs to no option"),
+        ([*GIVEN, "--resume"], "--resume needs a value"),
+        ([*GIVEN, "--resources", '{"GPU": "x"}'], "--resources {'GPU': 'x'}: expected a JSON object"),
+        (["--model", "tiny"], "--dataset_base_path is missing: Folder or URL of the data"),
         ([*GIVEN, "--config", "absent.yaml"], "absent.yaml cannot be read"),
         ([*GIVEN, "--config"], "--config needs the path"),
     ],
@@ -268,6 +275,30 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
     assert fail(KeyboardInterrupt()) == 130
     assert "goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/out/a"), "'/out/a'; check the rights and the free space"),
+        (OSError(errno.ENOSPC, "No space left on device", "/out/a"), "No space left on device: '/out/a'"),
+        (type("NoCredentialsError", (Exception,), {"__module__": "botocore.exceptions"})("x"), "the credentials"),
+    ],
+)
+def test_what_the_machine_refuses_is_told_without_a_traceback(error: Exception, told: str, capsys: Any) -> None:
+    def run(config: TrainConfig) -> None:
+        raise RuntimeError("a worker failed") from error
+
+    assert main(TrainConfig, run, GIVEN) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and told in shown and "Traceback" not in shown
+
+
+def test_an_output_path_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for config_class, given in ((TrainConfig, GIVEN), (GenerateConfig, ["--model", "tiny", "--prompt", "a"])):
+        error = refusal(config_class, [*given, "--output_path", str(tmp_path / "file")], capsys)
+        assert "is a file; give a folder" in error
 
 
 def test_the_users_error_is_found_in_what_ray_raises() -> None:

@@ -26,8 +26,12 @@ def test_lora_goes_on_the_dit_unless_models_are_trained() -> None:
     assert TrainConfig(**GIVEN).trained == ("dit",)
     trained = TrainConfig(**GIVEN, trainable_models="text_encoder, dit")
     assert trained.lora_base_model is None and trained.trained == ("text_encoder", "dit")
-    both = TrainConfig(**GIVEN, trainable_models="dit", lora_base_model="dit")
-    assert both.trained == ("dit",)
+    both = TrainConfig(**GIVEN, trainable_models="text_encoder.layers.1", lora_base_model="dit")
+    assert both.trained == ("text_encoder.layers.1", "dit")
+    for whole, model in (("dit", "dit"), ("dit", "dit.blocks.1"), ("text_encoder.layers.1", "text_encoder")):
+        with pytest.raises(ConfigError, match=f"trainable_models={whole} and lora_base_model={model} train the same"):
+            TrainConfig(**GIVEN, trainable_models=whole, lora_base_model=model)
+    assert TrainConfig(**GIVEN, trainable_models="text_encoder", lora_base_model="text_encoder_2").trained
 
 
 def test_names_in_one_string() -> None:

@@ -1,40 +1,26 @@
-"""Prompts in; pictures, metadata.csv and grid.png out. A run that was ended goes on: each picture is made once."""
+"""Prompts in; pictures, metadata.csv, a grid and a report out. A run that was ended goes on: each picture once."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
-
 from ray_diffsynth.config import GenerateConfig
-from ray_diffsynth.data.media import load_image
-from ray_diffsynth.data.storage import absolute, exists, join, list_files, read_bytes, write_bytes_atomic
-from ray_diffsynth.data.video import load_first_frame
-from ray_diffsynth.generate.grid import LIMIT, columns_of, draw_grid
-from ray_diffsynth.generate.painter import PainterSpec, png
-from ray_diffsynth.generate.plan import (
-    PICTURES,
-    GenerateError,
-    Item,
-    describe,
-    metadata_rows,
-    plan_items,
-    read_prompts,
-)
-from ray_diffsynth.generate.pool import paint_all, pool_size
+from ray_diffsynth.data.storage import absolute, exists, join, list_files, read_bytes
+from ray_diffsynth.generate.painter import PainterSpec
+from ray_diffsynth.generate.plan import PICTURES, check_sizes, plan_items
+from ray_diffsynth.generate.pool import Painted, paint_all, pool_size
+from ray_diffsynth.generate.prompts import GenerateError, picture_params, read_prompts
+from ray_diffsynth.generate.summary import Made, finish
 from ray_diffsynth.models.fingerprint import part_sketch
-from ray_diffsynth.models.locate import ModelSource, locate_model
-from ray_diffsynth.models.lora_file import LoraError
+from ray_diffsynth.models.locate import ModelSource, locate_configured
+from ray_diffsynth.models.lora_file import LoraError, lora_prefixes
 from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
+from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.ray_session import ray_session
-from ray_diffsynth.report import write_report
 
 
 def run(config: GenerateConfig) -> dict[str, Any]:
@@ -43,91 +29,47 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     Raises UserErrors of the configuration before Ray starts, and GenerateError at the end if some pictures failed.
     """
     started = time.monotonic()
-    source = locate_model(
-        config.model,
-        model_id_with_origin_paths=config.model_id_with_origin_paths,
-        model_paths=config.model_paths,
-        tokenizer_path=config.tokenizer_path,
-        processor_path=config.processor_path,
-    )
-    family = config.family or family_of(source.root)
-    pipeline = get_pipeline_class(family)
+    source = locate_configured(config, wanted=())
+    family = choose_family(config.family, source)
+    pipeline = get_pipeline_class(family).configured(source)
+    prompts = read_prompts(config, picture_params(pipeline))
+    source = locate_configured(config)
     loras = tuple(absolute(path) for path in config.loras)
-    items = plan_items(config, read_prompts(config), pipeline, _identity(config, family, pipeline, source, loras))
+    items = plan_items(config, prompts, pipeline, _identity(config, family, pipeline, source, loras))
+    check_sizes(items, pipeline)
     output = absolute(config.output_path)
     there = {f"{PICTURES}/{name}" for name in list_files(join(output, PICTURES))}
     missing = [item for item in items if item.file not in there]
     spec = PainterSpec(family, source, config.dtype, loras, output, config.fps)
-    failures: dict[str, str] = {}
+    painted = Painted({}, 0.0)
     if missing:
         with ray_session(config.ray_address, verbose=config.verbose):
             size = pool_size(config.num_workers, config.resources, len(missing))
             done = len(items) - len(missing)
             with Progress("generate", total=len(items), unit="pictures", initial=done) as progress:
-                failures = paint_all(missing, spec, size, progress.advance)
-    good = [item for item in items if item.file not in failures]
-    _write_metadata(config, good, pipeline, output)
-    if config.grid and good:
-        _write_grid(config, good, output)
-    counts = {
-        "pictures": len(good),
-        "made": len(missing) - len(failures),
-        "reused": len(items) - len(missing),
-        "failed": len(failures),
-        "total": len(items),
-    }
-    failed = [{**describe(item), "reason": failures[item.file]} for item in items if item.file in failures]
-    seconds = time.monotonic() - started
-    write_report(output, counts=counts, seconds=round(seconds, 3), config=config, failures=failed)
-    print(
-        f"{counts['pictures']} pictures in {output} ({counts['made']} made, {counts['reused']} reused, "
-        f"{counts['failed']} failed; {seconds:.1f} s); see {join(output, 'metadata.csv')}",
-        flush=True,
-    )
-    if failed:
-        first = failed[0]
+                painted = paint_all(missing, spec, size, progress.advance)
+    made = Made(family, pipeline, loras, items, len(missing), painted.failures, painted.seconds)
+    counts = finish(config, made, output, seconds=time.monotonic() - started)
+    if painted.failures:
+        first = next(item for item in items if item.file in painted.failures)
         raise GenerateError(
-            f"{len(failed)} of {len(items)} pictures failed, the first {first['prompt']!r} with seed {first['seed']}: "
-            f"{first['reason']}; the same command tries them again"
+            f"{len(painted.failures)} of {len(items)} pictures failed, the first {first.prompt!r} with seed "
+            f"{first.seed}: {painted.failures[first.file]}; the same command tries them again"
         )
     return counts
 
 
 def _identity(
-    config: GenerateConfig, family: str, pipeline: type[BasePipeline], source: ModelSource, loras: Sequence[str]
+    config: GenerateConfig, family: str, pipeline: BasePipeline, source: ModelSource, loras: Sequence[str]
 ) -> dict[str, Any]:
     """What decides the pixels beside the item: the weights, the LoRA files by content, and the number format."""
     for path in loras:
         if not exists(path):
             raise LoraError(f"LoRA file {path} does not exist; check --lora")
+        lora_prefixes(path)  # raises for what is no LoRA file, before Ray starts
     return {
         "family": family,
         "dtype": config.dtype,
         "weights": {name: part_sketch(source, part.subfolder) for name, part in sorted(pipeline.parts.items())},
         "loras": [hashlib.blake2b(read_bytes(path), digest_size=16).hexdigest() for path in loras],
     }
-
-
-def _write_metadata(config: GenerateConfig, items: Sequence[Item], pipeline: type[BasePipeline], output: str) -> None:
-    rows = metadata_rows(config, items, pipeline)
-    if not rows:
-        return
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes_atomic(join(output, "metadata.csv"), text.getvalue().encode("utf-8"))
-
-
-def _write_grid(config: GenerateConfig, items: Sequence[Item], output: str) -> None:
-    shown = items[:LIMIT]
-    pictures = [_opened(join(output, item.file)) for item in shown]
-    several = len(config.lora_scales) > 1
-    labels = [f"{f'×{item.lora_scale:g} ' if several else ''}seed {item.seed} {item.prompt}" for item in shown]
-    per_prompt = len(config.seed_list) or config.images_per_prompt
-    columns = columns_of(len(shown), len(config.lora_scales), per_prompt)
-    write_bytes_atomic(join(output, "grid.png"), png(draw_grid(pictures, labels, columns)))
-
-
-def _opened(path: str) -> Image.Image:
-    return load_first_frame(path) if path.endswith(".mp4") else load_image(path)

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ray_diffsynth.data.media import load_image
 from ray_diffsynth.data.storage import join, write_bytes_atomic
 from ray_diffsynth.generate.lora import attach_loras, set_lora_scale
 from ray_diffsynth.generate.plan import GenerateError, Item
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.registry import get_pipeline_class
+from ray_diffsynth.ray_session import own_device
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Painter:
 
     def __init__(self, spec: PainterSpec) -> None:
         self.spec = spec
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = own_device()
         dtype: torch.dtype = getattr(torch, spec.dtype)
         if dtype is torch.float16 and device == "cpu":
             raise GenerateError("--dtype float16 needs a GPU; use bfloat16 or float32")
@@ -46,10 +48,15 @@ class Painter:
     def __call__(self, item: Item) -> str:
         """Make the picture and write its file, whole or not at all; returns `item.file`."""
         set_lora_scale(self.pipe, item.lora_scale)
-        result = self.pipe(item.prompt, seed=item.seed, **dict(item.arguments))
+        pictures = {name: _opened(paths) for name, paths in item.pictures}
+        result = self.pipe(item.prompt, seed=item.seed, **dict(item.arguments), **pictures)
         data = png(result) if isinstance(result, Image.Image) else mp4(result, self.spec.fps)
         write_bytes_atomic(join(self.spec.output_path, item.file), data)
         return item.file
+
+
+def _opened(paths: str | tuple[str, ...]) -> Image.Image | list[Image.Image]:
+    return load_image(paths) if isinstance(paths, str) else [load_image(path) for path in paths]
 
 
 def png(picture: Image.Image) -> bytes:

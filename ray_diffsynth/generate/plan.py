@@ -5,43 +5,33 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ray_diffsynth.config import GenerateConfig
-from ray_diffsynth.data import storage
-from ray_diffsynth.data.formats import READERS, DatasetError
-from ray_diffsynth.errors import UserError, did_you_mean
+from ray_diffsynth.data.media import content_hash
+from ray_diffsynth.errors import did_you_mean
+from ray_diffsynth.generate.prompts import GenerateError as GenerateError
+from ray_diffsynth.generate.prompts import Prompt
+from ray_diffsynth.generate.prompts import read_prompts as read_prompts
 from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.stages import checked_setting
 
 PICTURES = "pictures"
-OWN_COLUMNS = ("negative_prompt", "seed", "height", "width")
-"""Columns of a file of prompts that a row may have beside `prompt`."""
-
-
-class GenerateError(UserError):
-    """Pictures that cannot be made, or were not."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One row of the prompts; what is None is the configuration's."""
-
-    prompt: str
-    negative_prompt: str | None = None
-    seed: int | None = None
-    height: int | None = None
-    width: int | None = None
+Family: TypeAlias = BasePipeline | type[BasePipeline]
+"""A family, or one that knows its model's configuration (`BasePipeline.configured`)."""
+# Arguments of `__call__` that have flags of their own.
+_OWN_FLAGS = ("seed", "rand_device", "cfg_scale")
 
 
 @dataclass(frozen=True)
 class Item:
     """One picture: `file` is its path below the output, the rest what `__call__` gets, and the scale of the LoRA.
 
-    `arguments` holds what is asked for; what the family leaves at its default is absent.
+    `arguments` holds what is asked for; what the family leaves at its default is absent. `pictures`: parameter -> path
+    of the picture that it is made from, or several.
     """
 
     file: str
@@ -49,45 +39,10 @@ class Item:
     seed: int
     lora_scale: float
     arguments: tuple[tuple[str, Any], ...]
+    pictures: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
 
-def read_prompts(config: GenerateConfig) -> list[Prompt]:
-    """The prompts in order. Raises DatasetError that names the line of a row that cannot be used."""
-    if config.prompt is not None:
-        return [Prompt(config.prompt)]
-    path = str(config.prompt_path)
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix == ".txt":
-        lines = storage.read_bytes(path).decode("utf-8-sig").splitlines() if storage.exists(path) else []
-        found = [Prompt(line.strip()) for line in lines if line.strip()]
-    elif suffix in READERS:
-        raw = READERS[suffix](path)
-        if "prompt" not in raw.columns:
-            raise DatasetError(f"{path} has no column 'prompt'; {did_you_mean('prompt', raw.columns)}")
-        found = [_prompt(row.values, row.error, row.source) for row in raw.rows]
-    else:
-        raise DatasetError(f"{path} is no file of prompts; supported are .txt, {', '.join(READERS)}")
-    if not found:
-        raise DatasetError(f"{path} does not exist or holds no prompt; check --prompt_path")
-    return found
-
-
-def _prompt(values: Mapping[str, Any] | None, error: str, source: str) -> Prompt:
-    if values is None:
-        raise DatasetError(f"{source}: {error}")
-    if not isinstance(values.get("prompt"), str):
-        raise DatasetError(f"{source}: the column 'prompt' holds no text")
-    given = {name: values[name] for name in OWN_COLUMNS if values.get(name) not in (None, "")}
-    for name in ("seed", "height", "width"):
-        if name in given:
-            text = str(given[name]).strip().removesuffix(".0")
-            if not (text.isascii() and text.isdigit()):
-                raise DatasetError(f"{source}: the column {name!r} holds {given[name]!r}, not a whole number")
-            given[name] = int(text)
-    return Prompt(values["prompt"], **given)
-
-
-def family_defaults(pipeline: type[BasePipeline]) -> dict[str, Any]:
+def family_defaults(pipeline: Family) -> dict[str, Any]:
     """What the family's `__call__` uses for the number of steps and the guidance where the caller says nothing."""
     parameters = inspect.signature(pipeline.__call__).parameters
     own = getattr(pipeline, "defaults", None)
@@ -98,13 +53,13 @@ def family_defaults(pipeline: type[BasePipeline]) -> dict[str, Any]:
     return found
 
 
-def makes_videos(pipeline: type[BasePipeline]) -> bool:
+def makes_videos(pipeline: Family) -> bool:
     """Whether the family's `__call__` returns frames."""
     return "num_frames" in inspect.signature(pipeline.__call__).parameters
 
 
 def plan_items(
-    config: GenerateConfig, prompts: Sequence[Prompt], pipeline: type[BasePipeline], identity: Mapping[str, Any]
+    config: GenerateConfig, prompts: Sequence[Prompt], pipeline: Family, identity: Mapping[str, Any]
 ) -> list[Item]:
     """The pictures in order, each once: for every prompt its seeds, for every seed the scales of the LoRA.
 
@@ -120,6 +75,32 @@ def plan_items(
     return list(items.values())
 
 
+def check_sizes(items: Sequence[Item], pipeline: Family) -> None:
+    """Raise PipelineError for a size that the family cannot make: now, not when the first picture is drawn."""
+    pipe = _instance(pipeline)
+    for given in {item.arguments for item in items}:
+        found = {"height": pipe.height_division_factor, "width": pipe.width_division_factor, **dict(given)}
+        pipe.check_resize_height_width(found["height"], found["width"], found.get("num_frames"))
+
+
+def _instance(pipeline: Family) -> BasePipeline:
+    return pipeline if isinstance(pipeline, BasePipeline) else pipeline.skeleton()
+
+
+def call_settings(config: GenerateConfig, pipeline: Family) -> dict[str, Any]:
+    """`--pipeline_settings` as arguments of `__call__`. Raises GenerateError for one that it does not take."""
+    pipe = _instance(pipeline)
+    settings, accepted = pipe.training_settings(), inspect.signature(type(pipe).__call__).parameters
+    free = [name for name in settings if name in accepted and name not in _OWN_FLAGS]
+    for name in config.pipeline_settings or {}:
+        if name not in free:
+            raise GenerateError(
+                f"--pipeline_settings: {type(pipe).__name__} does not sample by {name!r}; {did_you_mean(name, free)}"
+            )
+    given = config.pipeline_settings or {}
+    return {name: checked_setting(name, value, settings[name]) for name, value in given.items()}
+
+
 def _seeds(config: GenerateConfig, prompt: Prompt, number: int) -> Sequence[int]:
     if prompt.seed is None and config.seed_list:
         return config.seed_list
@@ -133,7 +114,7 @@ def _item(
     prompt: Prompt,
     seed: int,
     scale: float,
-    pipeline: type[BasePipeline],
+    pipeline: Family,
     identity: Mapping[str, Any],
 ) -> Item:
     asked = {
@@ -144,16 +125,27 @@ def _item(
         "width": prompt.width or config.width,
         "rand_device": config.rand_device,
         "num_frames": config.num_frames,
+        **call_settings(config, pipeline),
     }
     accepted = inspect.signature(pipeline.__call__).parameters
     arguments = {name: value for name, value in asked.items() if value not in (None, "")}
     if unknown := [name for name in arguments if name not in accepted and name != "rand_device"]:
-        raise GenerateError(f"{pipeline.__name__} takes no {', '.join(unknown)}; leave it out for this family")
+        raise GenerateError(
+            f"{type(_instance(pipeline)).__name__} takes no {', '.join(unknown)}; leave it out for this family"
+        )
     arguments = {name: value for name, value in arguments.items() if name in accepted}
     given = tuple(sorted(arguments.items()))
     video = makes_videos(pipeline)
-    name = _name(prompt.prompt, [prompt.prompt, seed, scale, given, config.fps if video else None, dict(identity)])
-    return Item(f"{PICTURES}/{name}.{'mp4' if video else 'png'}", prompt.prompt, seed, scale, given)
+    decides = [prompt.prompt, seed, scale, given, config.fps if video else None, dict(identity)]
+    decides += [{name: _content(paths) for name, paths in prompt.pictures}] if prompt.pictures else []
+    name = _name(prompt.prompt, decides)
+    file = f"{PICTURES}/{name}.{'mp4' if video else 'png'}"
+    return Item(file, prompt.prompt, seed, scale, given, prompt.pictures)
+
+
+def _content(paths: str | tuple[str, ...]) -> str | list[str]:
+    """Hashes of pictures. Raises MediaError for one that is not there."""
+    return content_hash(paths) if isinstance(paths, str) else [content_hash(path) for path in paths]
 
 
 def _name(prompt: str, content: Any) -> str:
@@ -163,7 +155,7 @@ def _name(prompt: str, content: Any) -> str:
     return f"{words}-{digest}" if words else digest
 
 
-def metadata_rows(config: GenerateConfig, items: Sequence[Item], pipeline: type[BasePipeline]) -> list[dict[str, Any]]:
+def metadata_rows(config: GenerateConfig, items: Sequence[Item], pipeline: Family) -> list[dict[str, Any]]:
     """Rows of metadata.csv. `num_inference_steps` and `cfg_scale` are the student's, as direct_distill reads them."""
     column = "video" if makes_videos(pipeline) else "image"
     defaults = family_defaults(pipeline)
@@ -182,6 +174,8 @@ def metadata_rows(config: GenerateConfig, items: Sequence[Item], pipeline: type[
                 "teacher_num_inference_steps": arguments["num_inference_steps"],
                 "teacher_cfg_scale": arguments["cfg_scale"],
                 "lora_scale": item.lora_scale if config.loras else "",
+                # Lists as JSON, which the dataset's reader understands in a csv.
+                **{name: path if isinstance(path, str) else json.dumps(path) for name, path in item.pictures},
             }
         )
     return rows
@@ -189,4 +183,4 @@ def metadata_rows(config: GenerateConfig, items: Sequence[Item], pipeline: type[
 
 def describe(item: Item) -> dict[str, Any]:
     """The item as JSON values, for the report."""
-    return {**asdict(item), "arguments": dict(item.arguments)}
+    return {**asdict(item), "arguments": dict(item.arguments), "pictures": dict(item.pictures)}

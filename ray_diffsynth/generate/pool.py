@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 IN_FLIGHT = 2
 """Items that an actor has: the one in work, and the next, so that it does not wait for the driver."""
+TRIES = 2
+"""Of how many actors an item must be the end before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ def pool_size(num_workers: int, resources: dict[str, float] | None, items: int) 
     return PoolSize(actors, cpu, gpu, others)
 
 
+@dataclass(frozen=True)
+class Painted:
+    """What a pool did. failures: file -> reason. seconds: from the moment that its models were loaded."""
+
+    failures: dict[str, str]
+    seconds: float
+
+
 class PainterActor:
     """`Painter` in an actor. The model is loaded by the first call, so that its errors are those of a call."""
 
@@ -73,46 +85,103 @@ class PainterActor:
 
 def paint_all(
     items: Sequence[Item], spec: PainterSpec, size: PoolSize, on_done: Callable[[int], None] = lambda count: None
-) -> dict[str, str]:
-    """Make the pictures of all items; returns file -> reason of those that failed. A UserError ends it.
+) -> Painted:
+    """Make the pictures of all items; one that fails does not end it, a UserError does.
 
     on_done is called with 1 for each item that is over.
     """
-    remote = ray.remote(
-        num_cpus=size.cpus, num_gpus=size.gpus, resources=size.others or None, max_restarts=-1, max_task_retries=1
-    )(PainterActor)
-    actors = [remote.remote(spec) for _ in range(min(size.actors, len(items)))]
-    failures: dict[str, str] = {}
-    waiting = deque(items)
-    running: dict[Any, tuple[Any, Item]] = {}
+    return _Pool(items, spec, size, on_done).paint()
 
-    def submit(actor: Any) -> None:
-        if waiting:
-            item = waiting.popleft()
-            running[actor.paint.remote(item)] = (actor, item)
 
-    try:
-        ray.get([actor.load.remote() for actor in actors])
-        for _ in range(IN_FLIGHT):
-            for actor in actors:
-                submit(actor)
-        while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            actor, item = running.pop(done)
-            try:
-                ray.get(done)
-            except ray.exceptions.RayActorError:
-                failures[item.file] = "its process died each time that it was tried"
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, UserError):
-                    raise
-                failures[item.file] = f"{type(cause).__name__}: {cause}"
-            if item.file in failures:
-                logger.warning("%s (seed %d): %s", item.prompt, item.seed, failures[item.file])
-            on_done(1)
-            submit(actor)
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-    return failures
+class _Pool:
+    """The actors, what each of them has, and how often each item was begun.
+
+    An actor works in the order in which it was asked. So when it dies, its oldest item is the one to suspect, and the
+    others wait as if they had never been given away. Its successor gets one item at a time: the oldest might have been
+    done, and its result lost with the process that died of the next.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], spec: PainterSpec, size: PoolSize, on_done: Callable[[int], None]
+    ) -> None:
+        self._waiting = deque(items)
+        self._on_done = on_done
+        self._failures: dict[str, str] = {}
+        self._deaths: Counter[str] = Counter()
+        remote = ray.remote(num_cpus=size.cpus, num_gpus=size.gpus, resources=size.others or None)(PainterActor)
+        self._start: Callable[[], Any] = lambda: remote.remote(spec)
+        self._actors = [self._start() for _ in range(min(size.actors, len(items)))]
+        self._given: list[dict[Any, Item]] = [{} for _ in self._actors]
+
+    def paint(self) -> Painted:
+        try:
+            self._load()
+            began = time.monotonic()
+            for _ in range(IN_FLIGHT):
+                for number in range(len(self._actors)):
+                    self._give(number)
+            while running := {task: number for number, given in enumerate(self._given) for task in given}:
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                self._take(running[done], done)
+            return Painted(self._failures, time.monotonic() - began)
+        finally:
+            for actor in self._actors:
+                ray.kill(actor)
+
+    def _load(self) -> None:
+        """Load all models at once. Raises what loading raises, and ClusterError when a process dies of it."""
+        try:
+            ray.get([actor.load.remote() for actor in self._actors])
+        except ray.exceptions.RayActorError as error:
+            raise ClusterError(
+                f"a process died while it loaded the model, probably for want of memory ({error}); lower "
+                "--num_workers, or give each more by --resources"
+            ) from error
+
+    def _give(self, number: int) -> None:
+        if self._waiting:
+            item = self._waiting.popleft()
+            self._given[number][self._actors[number].paint.remote(item)] = item
+
+    def _take(self, number: int, task: Any) -> None:
+        """What came of one task, and the next one for its actor. Raises the UserError that it raised."""
+        try:
+            self._settle(number, task)
+        except ray.exceptions.RayActorError:
+            self._replace(number)
+        else:
+            self._give(number)
+
+    def _settle(self, number: int, task: Any) -> None:
+        """Raises RayActorError, too, if the actor died before the task was done."""
+        item = self._given[number][task]
+        try:
+            ray.get(task)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise
+            self._fail(item, f"{type(error.cause).__name__}: {error.cause}")
+        del self._given[number][task]
+        self._on_done(1)
+
+    def _replace(self, number: int) -> None:
+        """A new actor for one that died, which tries the item that was in work once more."""
+        for task in list(self._given[number]):
+            with suppress(ray.exceptions.RayActorError):  # not of a result that came before the actor's end
+                self._settle(number, task)
+        lost = list(self._given[number].values())
+        self._given[number] = {}
+        if lost:
+            first = lost[0]
+            self._deaths[first.file] += 1
+            if self._deaths[first.file] == TRIES:
+                self._fail(first, "its process died each time that it was tried")
+                self._on_done(1)
+                lost = lost[1:]
+        self._waiting.extendleft(reversed(lost))
+        self._actors[number] = self._start()
+        self._give(number)
+
+    def _fail(self, item: Item, reason: str) -> None:
+        self._failures[item.file] = reason
+        logger.warning("%s (seed %d): %s", item.prompt, item.seed, reason)

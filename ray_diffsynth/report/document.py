@@ -59,9 +59,10 @@ def make_report(
     versions: Mapping[str, str] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """What `write_report` writes, as JSON values."""
+    """What `write_report` writes, as JSON values; `job` says of which job, when `config` is one's configuration."""
     report: dict[str, Any] = plain(
         {
+            **({"job": config.job} if isinstance(config, JobConfig) else {}),
             "counts": dict(counts),
             "seconds": seconds,
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from ray_diffsynth.config import PreprocessConfig, TrainConfig
+from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
 from ray_diffsynth.report.charts import bar_chart
 from ray_diffsynth.report.document import plain, write_text
-from ray_diffsynth.report.training import load_lines, training_charts
+from ray_diffsynth.report.load import load_lines
+from ray_diffsynth.report.picture import Picture
+from ray_diffsynth.report.training import training_charts
 
 PAGE = "report.html"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture within the page: encoded bytes, what stands below it, and what is read out in its place."""
-
-    data: bytes
-    caption: str
-    alt: str
-    kind: str = "jpeg"
-
-    @property
-    def url(self) -> str:
-        """The picture as a data URL."""
-        return f"data:image/{self.kind};base64,{base64.b64encode(self.data).decode()}"
+CONFIGS = {config.job: config for config in (PreprocessConfig, TrainConfig, GenerateConfig)}
 
 
 def write_page(
@@ -42,10 +29,10 @@ def write_page(
     metrics: Sequence[Mapping[str, Any]] = (),
     pictures: Sequence[Picture] = (),
 ) -> str:
-    """Write ``<output_path>/report.html`` and return its path. `report` is what `write_report` wrote.
+    """Write ``<output_path>/report.html`` and return its path. `report` is what `make_report` made of a job's config.
 
-    `metrics` are the lines of metrics.jsonl. `pictures` are the contact sheet of stage 1, the sample grids of stage 2.
-    Raises OSError when it cannot be written.
+    `metrics` are the lines of metrics.jsonl. `pictures` are the contact sheet of stage 1, the sample grids of stage 2,
+    the pictures of generate. Raises OSError when it cannot be written.
     """
     return write_text(output_path, PAGE, render(report, metrics=metrics, pictures=pictures, output_path=output_path))
 
@@ -57,9 +44,9 @@ def render(
     pictures: Sequence[Picture] = (),
     output_path: str = "",
 ) -> str:
-    """The page as text; which of the two it is follows from the task."""
+    """The page as text, by the template of the report's job."""
     content: dict[str, Any] = plain(report)
-    training = not str(content["config"].get("task", "")).endswith(":data_process")
+    job = content["job"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -67,18 +54,17 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
-    environment.filters["size"] = size
-    environment.filters["duration"] = duration
-    charts = training_charts(metrics) if training else preprocess_charts(content)
-    return environment.get_template("train.html.j2" if training else "preprocess.html.j2").render(
+    environment.filters.update(number=number, size=size, duration=duration)
+    charts = {"train": lambda: training_charts(metrics), "preprocess": lambda: preprocess_charts(content)}
+    return environment.get_template(f"{job}.html.j2").render(
         report=content,
         at=lambda key: lookup(content, key),
-        charts=charts,
+        charts=charts[job]() if job in charts else [],
         pictures=pictures,
+        grouped=[(heading, list(shown)) for heading, shown in groupby(pictures, key=lambda picture: picture.group)],
         output_path=output_path,
-        options=options(content["config"], TrainConfig if training else PreprocessConfig),
-        load=load_lines(content, output_path) if training else (),
+        options=options(content["config"], CONFIGS[job]),
+        load=load_lines(content, output_path),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -67,20 +66,6 @@ def training_charts(metrics: Sequence[Line]) -> list[Markup]:
         line_chart("Workers", [Series("workers", changed)]),
     ]
     return [chart for chart in charts if chart]
-
-
-def load_lines(report: Mapping[str, Any], output_path: str) -> tuple[str, ...]:
-    """Three lines of Python that show the LoRA in diffusers; none before the first file, or for a model in full."""
-    lora, config = report.get("lora"), report.get("config", {})
-    if not lora:
-        return ()
-    ids = str(config.get("model_id_with_origin_paths") or "")
-    model = config.get("model") or ids.split(":")[0] or "the model's folder"
-    return (
-        "from diffusers import DiffusionPipeline",
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(model)})",
-        f"pipe.load_lora_weights({json.dumps(output_path)}, weight_name={json.dumps(lora['file'])})",
-    )
 
 
 def _with_smooth(points: Points) -> list[Series]:

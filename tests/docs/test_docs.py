@@ -97,7 +97,6 @@ def here(workplace: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> I
     yield workplace
 
 
-@pytest.mark.unproven
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)

@@ -56,7 +56,6 @@ def test_the_guide(
     assert without != with_lora
 
 
-@pytest.mark.unproven
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)

@@ -51,7 +51,6 @@ def check_clean(log: Path, output: Path) -> None:
     assert all(len(line) <= 80 for line in said.splitlines() if line.startswith(("scan", "encode", "train "))), said
 
 
-@pytest.mark.unproven
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)

@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.conftest import LORA
 from tests.s3_server import s3_server
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.unproven, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 

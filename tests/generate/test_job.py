@@ -131,7 +131,11 @@ def test_strengths_failures_and_errors(tiny_qwen: Path, tmp_path: Path, monkeypa
     assert [row["lora_scale"] for row in rows(out)] == ["0.0", "1.0"]
     without, with_lora = (Image.open(out / row["image"]).tobytes() for row in rows(out))
     assert without != with_lora
-    assert json.loads((out / "report.json").read_text())["failures"][0]["reason"] == "RuntimeError: no memory"
+    report = json.loads((out / "report.json").read_text())
+    assert (
+        report["failures"][0]["reason"] == "RuntimeError: no memory" and report["loras"][0]["file"] == Path(lora).name
+    )
+    assert (out / "report.html").read_text().count("data:image/jpeg") == 2
 
     other = tmp_path / "other.safetensors"
     state = {"x.lora_A.weight": torch.ones(2, 4), "x.lora_B.weight": torch.ones(4, 2)}

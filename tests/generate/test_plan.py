@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,30 @@ from PIL import Image
 
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.data.formats import DatasetError
+from ray_diffsynth.data.media import MediaError
+from ray_diffsynth.data.samples import file_list
 from ray_diffsynth.data.video import load_first_frame, probe_video
-from ray_diffsynth.errors import ConfigError
+from ray_diffsynth.errors import ConfigError, UserError
 from ray_diffsynth.generate.grid import columns_of, draw_grid
 from ray_diffsynth.generate.lora import attach_loras, joined, set_lora_scale
 from ray_diffsynth.generate.painter import mp4
 from ray_diffsynth.generate.plan import (
     GenerateError,
     Item,
+    check_sizes,
     family_defaults,
     makes_videos,
     metadata_rows,
     plan_items,
     read_prompts,
 )
+from ray_diffsynth.generate.prompts import picture_params
 from ray_diffsynth.models.lora import add_lora, export_lora, fuse_lora, lora_parameters, lora_state
 from ray_diffsynth.models.lora_file import LoraError
-from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.base import BasePipeline, PipelineError
 from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline
+from ray_diffsynth.pipelines.qwen_image_edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from ray_diffsynth.pipelines.wan_i2v import WanImageToVideoPipeline
 
 IDENTITY = {"weights": "a"}
 
@@ -66,6 +73,7 @@ def test_prompts_from_files(tmp_path: Path) -> None:
         ("p.txt", "\n", "holds no prompt"),
         ("p.md", "a", "supported are .txt"),
         ("absent.txt", None, "does not exist"),
+        ("absent.csv", None, "absent.csv does not exist; check --prompt_path"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_before_anything_is_made(
@@ -75,6 +83,19 @@ def test_a_file_that_cannot_be_used_is_refused_before_anything_is_made(
         (tmp_path / name).write_text(text)
     with pytest.raises(DatasetError, match=message):
         read_prompts(config(prompt_path=str(tmp_path / name)))
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"a cat \xff\xfe")
+    with pytest.raises(DatasetError, match="p.txt is no UTF-8 text"):
+        read_prompts(config(prompt_path=str(tmp_path / "p.txt")))
+
+
+def test_a_size_that_does_not_divide_is_refused_before_ray_starts() -> None:
+    check_sizes(planned(config(height=64, width=32)), QwenImagePipeline)
+    check_sizes(planned(config()), QwenImagePipeline)
+    with pytest.raises(PipelineError, match="height=63 is not a multiple of 16; use 48 or 64"):
+        check_sizes(planned(config(height=63, width=64)), QwenImagePipeline)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +108,7 @@ def test_a_file_that_cannot_be_used_is_refused_before_anything_is_made(
         ({"lora_scale": "0.5"}, "without lora"),
         ({"images_per_prompt": 0}, "at least 1"),
         ({"dtype": "bf16"}, "did you mean bfloat16"),
+        ({"rand_device": "gpu"}, "use cpu or cuda"),
     ],
 )
 def test_what_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -223,3 +245,56 @@ def test_a_lora_of_the_text_encoder(load: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(other.encode_prompts(["a cat"])[0], pipe.encode_prompts(["a cat"])[0])
         set_lora_scale(other, 0.0)
         assert np.array_equal(other.encode_prompts(["a cat"])[0].numpy(), before.numpy())
+
+
+def edits(folder: Path, rows: list[dict[str, Any]]) -> GenerateConfig:
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return config(prompt_path=str(folder / "prompts.jsonl"))
+
+
+def test_pictures_beside_the_prompts(tmp_path: Path) -> None:
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (64, 32), color).save(tmp_path / f"{name}.png")
+    pipe = QwenImageEditPlusPipeline.skeleton()
+    assert picture_params(pipe) == {"input_image": False, "edit_image": True}
+    assert picture_params(WanImageToVideoPipeline.skeleton()) == {"input_image": True}
+    assert picture_params(QwenImagePipeline.skeleton()) == {"input_image": False}
+    rows = [{"prompt": "paint it", "edit_image": "a.png"}, {"prompt": "mix", "edit_image": ["a.png", "b.png"]}]
+    given = edits(tmp_path, rows)
+    prompts = read_prompts(given, picture_params(pipe))
+    one, two = plan_items(given, prompts, pipe, IDENTITY)
+    assert dict(one.pictures) == {"edit_image": str(tmp_path / "a.png")}
+    assert dict(two.pictures) == {"edit_image": (str(tmp_path / "a.png"), str(tmp_path / "b.png"))}
+    found = [row["edit_image"] for row in metadata_rows(given, [one, two], pipe)]
+    assert found[0] == str(tmp_path / "a.png") and file_list(found[1]) == [
+        str(tmp_path / n) for n in ("a.png", "b.png")
+    ]
+
+    # The name follows the content, wherever the file lies.
+    shutil.copy(tmp_path / "a.png", tmp_path / "c.png")
+    again = edits(tmp_path, [{**rows[0], "edit_image": "c.png"}])
+    assert plan_items(again, read_prompts(again, picture_params(pipe)), pipe, IDENTITY)[0].file == one.file
+    Image.new("RGB", (64, 32), "green").save(tmp_path / "c.png")
+    assert plan_items(again, read_prompts(again, picture_params(pipe)), pipe, IDENTITY)[0].file != one.file
+
+
+@pytest.mark.parametrize("family", [QwenImageEditPipeline, WanImageToVideoPipeline])
+def test_a_picture_that_is_missing_is_said_before_anything_is_loaded(family: Any, tmp_path: Path) -> None:
+    needed = picture_params(family.skeleton())
+    name = next(name for name, is_needed in needed.items() if is_needed)
+    with pytest.raises(GenerateError, match=f"has no {name}, which this family needs: give --prompt_path a csv"):
+        read_prompts(config(), needed)
+    given = edits(tmp_path, [{"prompt": "a", name: "absent.png"}])
+    with pytest.raises(MediaError, match="absent.png: no such file"):
+        plan_items(given, read_prompts(given, needed), family, IDENTITY)
+    given = edits(tmp_path, [{"prompt": "a", name: 3}])
+    with pytest.raises(DatasetError, match=f"the column '{name}' holds 3, not the path"):
+        read_prompts(given, needed)
+
+
+def test_settings_of_the_pipeline() -> None:
+    plain, tiled = (planned(config(pipeline_settings=given)) for given in (None, {"tiled": True}))
+    assert dict(tiled[0].arguments)["tiled"] is True and plain[0].file != tiled[0].file
+    for given, message in (({"seed": 3}, "does not sample by 'seed'"), ({"tiled": 1}, "give true or false")):
+        with pytest.raises(UserError, match=message):
+            planned(config(pipeline_settings=given))

@@ -1,0 +1,38 @@
+"""The lines of Python that a page shows: how its LoRA is loaded in diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def load_lines(report: Mapping[str, Any], output_path: str) -> tuple[str, ...]:
+    """Python that shows the LoRA in diffusers: what was trained, or what pictures were made with.
+
+    None before the first file, for a model in full, and for a LoRA on an object store, where diffusers reads none.
+    """
+    config = report.get("config", {})
+    if report.get("lora"):
+        return _lines(config, [(output_path, report["lora"]["file"])])
+    loras = [(lora["folder"], lora["file"]) for lora in report.get("loras", ())]
+    return () if any("://" in folder for folder, _ in loras) else _lines(config, loras)
+
+
+def _lines(config: Mapping[str, Any], loras: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    if not loras:
+        return ()
+    ids = str(config.get("model_id_with_origin_paths") or "")
+    model = config.get("model") or ids.split(":")[0] or "the model's folder"
+    lines = ["from diffusers import DiffusionPipeline", f"pipe = DiffusionPipeline.from_pretrained({_text(model)})"]
+    names = [f"lora_{number}" for number in range(len(loras))] if len(loras) > 1 else [""]
+    for (folder, file), name in zip(loras, names, strict=True):
+        adapter = f", adapter_name={_text(name)}" if name else ""
+        lines.append(f"pipe.load_lora_weights({_text(folder)}, weight_name={_text(file)}{adapter})")
+    if len(loras) > 1:
+        lines.append(f"pipe.set_adapters([{', '.join(map(_text, names))}])")
+    return tuple(lines)
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)
