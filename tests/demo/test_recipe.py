@@ -13,7 +13,7 @@ from torch import nn
 from ray_diffsynth.demo.draw import draw_picture
 from ray_diffsynth.demo.recipe.dit import Batches, DitConfig, build_dit, flow_loss, rate, velocity
 from ray_diffsynth.demo.recipe.encoder import blocks, components, projections
-from ray_diffsynth.demo.recipe.generic import vae_picture
+from ray_diffsynth.demo.recipe.generic import decoder_picture, encoder_picture
 from ray_diffsynth.demo.recipe.latents import Latents
 from ray_diffsynth.demo.recipe.state import TrainingState
 from ray_diffsynth.demo.recipe.vae import build_vae, encode, to_tensor
@@ -49,7 +49,7 @@ def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
 
 
 def test_the_encoder_class_computes_the_principal_components() -> None:
-    pixels = np.stack([vae_picture(0, i) for i in range(40)])
+    pixels = np.stack([encoder_picture(0, i) for i in range(40)])
     vae = build_vae(pixels, seed=0)
     features = pixels[:4].astype(np.float64) / 127.5 - 1
     for matrix in projections(pixels, (8, 16, 16), seed=0):
@@ -99,5 +99,6 @@ def test_the_rate_rises_stays_and_falls() -> None:
 
 
 def test_generic_pictures_are_a_function_of_seed_and_index() -> None:
-    assert all(np.array_equal(vae_picture(1, i), vae_picture(1, i)) for i in range(5))
-    assert draw_picture(0, 0).pixels.shape == vae_picture(0, 0).shape
+    for draw in (encoder_picture, decoder_picture):
+        assert all(np.array_equal(draw(1, i), draw(1, i)) for i in range(8))
+        assert draw_picture(0, 0).pixels.shape == draw(0, 0).shape

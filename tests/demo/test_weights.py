@@ -33,7 +33,7 @@ def test_it_is_small_bf16_and_without_pickle() -> None:
 
 
 def test_the_vae_keeps_shapes_creature_and_style(pipe: QwenImagePipeline) -> None:
-    floors = {"shapes": 28, "creature": 24, "style": 27}  # dB, just below the model card's figures
+    floors = {"shapes": 31.5, "creature": 26.5, "style": 29.5}  # dB, just below the model card's figures
     measured = {kind: psnr(pipe.vae, pictures) for kind, pictures in held_out_pictures(8).items()}
     assert all(measured[kind] >= floor for kind, floor in floors.items()), measured
 
@@ -54,4 +54,4 @@ def test_it_draws_what_it_is_told(pipe: QwenImagePipeline) -> None:
     scenes = [Scene(shape, color, background, "large", 0.7, 0.0, 0.0) for shape, color, background in told]
     result = score(sample(pipe, [canonical(scene) for scene in scenes], steps=12), scenes)
     assert result.background == result.color == 1.0
-    assert result.shape >= 2 / 3
+    assert result.shape == 1.0

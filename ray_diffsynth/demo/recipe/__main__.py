@@ -13,25 +13,21 @@ from pathlib import Path
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from ray_diffsynth.demo.captions import canonical
-from ray_diffsynth.demo.draw import Pixels
 from ray_diffsynth.demo.evaluate import grid, known_scenes, sample, score
 from ray_diffsynth.demo.recipe.decoder import DecoderConfig, train_decoder
 from ray_diffsynth.demo.recipe.dit import DitConfig, train_dit
 from ray_diffsynth.demo.recipe.export import export_model, pipeline
-from ray_diffsynth.demo.recipe.generic import vae_pictures
+from ray_diffsynth.demo.recipe.generic import decoder_picture, encoder_picture, kept_pictures
 from ray_diffsynth.demo.recipe.latents import LatentsConfig, load_latents, prepare_latents
 from ray_diffsynth.demo.recipe.vae import build_vae, decode, encode, held_out_pictures
 
 logger = logging.getLogger("ray_diffsynth.demo.recipe")
 
 
-def _pixels(out: Path) -> Pixels:
-    return vae_pictures(out / "pictures.npy", seed=0, count=6_000)
-
-
 def stage_encoder(out: Path) -> None:
     """Fit the VAE's encoder; writes vae_raw/ with a random decoder."""
-    build_vae(_pixels(out), seed=0).save_pretrained(out / "vae_raw")
+    pixels = kept_pictures(out / "pictures.npy", encoder_picture, seed=0, count=6_000)
+    build_vae(pixels, seed=0).save_pretrained(out / "vae_raw")
 
 
 def stage_latents(out: Path) -> None:
@@ -52,7 +48,8 @@ def stage_decoder(out: Path) -> None:
         ]
         grid([picture for row in rows for picture in row], 12).save(out / f"vae_{step}.png")
 
-    train_decoder(out / "decoder_state", vae, _pixels(out), DecoderConfig(), look)
+    pixels = kept_pictures(out / "decoder_pictures.npy", decoder_picture, seed=1, count=10_000)
+    train_decoder(out / "decoder_state", vae, pixels, DecoderConfig(), look)
 
 
 def stage_dit(out: Path) -> None:

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 
 from ray_diffsynth.demo.draw import Pixels
-from ray_diffsynth.demo.recipe.state import TrainingState
+from ray_diffsynth.demo.recipe.state import TrainingState, scheduled_rate
 from ray_diffsynth.demo.recipe.vae import encode, held_out_pictures, psnr, single_frame, to_tensor
 
 logger = logging.getLogger("ray_diffsynth.demo.recipe")
@@ -22,11 +22,17 @@ logger = logging.getLogger("ray_diffsynth.demo.recipe")
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Training of the decoder: crops of 32×32 pixels, then whole pictures in the last `full_steps` steps."""
+    """Training of the decoder: `crop_steps` steps on crops of 32×32 pixels, then half as many whole pictures a step.
+
+    The rate warms up, stays, and falls in a straight line over the last `cool` steps; over the last `settle` steps the
+    loss goes over from sharp edges to small squares, that is to a high PSNR.
+    """
 
     seed: int = 0
-    steps: int = 2_500
-    full_steps: int = 250
+    steps: int = 7_000
+    crop_steps: int = 2_250
+    cool: int = 2_250
+    settle: int = 1_250
     batch: int = 8
     learning_rate: float = 3e-3
     warmup: int = 50
@@ -34,18 +40,18 @@ class DecoderConfig:
     average_decay: float = 0.99
 
 
-def decoder_loss(decoder: nn.ModuleList, latents: Tensor, x: Tensor) -> Tensor:
-    """L1 + 4·L2 + ½·L1 of the neighbour differences. latents: (B, 16, 1, h, w); x: (B, 3, 1, 8h, 8w) in [−1, 1]."""
+def decoder_loss(decoder: nn.ModuleList, latents: Tensor, x: Tensor, sharp: float = 1.0) -> Tensor:
+    """4·L2 + sharp·(L1 + ½·L1 of neighbour differences). latents: (B, 16, 1, h, w); x: (B, 3, 1, 8h, 8w) in [−1, 1]."""
     d = decoder[1](decoder[0](latents)) - x
     edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
-    loss: Tensor = d.abs().mean() + 4 * d.square().mean() + 0.5 * edges
+    loss: Tensor = 4 * d.square().mean() + sharp * (d.abs().mean() + 0.5 * edges)
     return loss
 
 
 def _batch(pixels: Pixels, latents: Tensor, config: DecoderConfig, step: int) -> tuple[Tensor, Tensor]:
     """Latents and pixels of a step, a function of (seed, step)."""
     rng = np.random.default_rng([config.seed, step, 2])
-    whole = step >= config.steps - config.full_steps
+    whole = step >= config.crop_steps
     side, count = (8, config.batch // 2) if whole else (4, config.batch)
     chosen = rng.integers(0, len(pixels), count)
     corners = rng.integers(0, 9 - side, (count, 2))
@@ -70,11 +76,14 @@ def train_decoder(
     latents, held_out = encode(vae, pixels), held_out_pictures()
     state = TrainingState(folder, decoder, average, {"adamw": optimizer})
     for step in state.steps(config.steps, save_every=250):
-        fall = 0.5 * (1 + np.cos(np.pi * step / config.steps))
+        rate = scheduled_rate(
+            step, peak=config.learning_rate, warmup=config.warmup, steps=config.steps, cool=config.cool
+        )
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / config.warmup) * (0.01 + 0.99 * fall)
+            group["lr"] = rate
+        sharp = max(0.1, min(1.0, (config.steps - step) / config.settle))
         with single_frame():
-            loss = decoder_loss(decoder, *_batch(pixels, latents, config, step))
+            loss = decoder_loss(decoder, *_batch(pixels, latents, config, step), sharp)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)

@@ -17,7 +17,7 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from ray_diffsynth.demo.recipe.latents import Latents
-from ray_diffsynth.demo.recipe.state import TrainingState
+from ray_diffsynth.demo.recipe.state import TrainingState, scheduled_rate
 
 logger = logging.getLogger("ray_diffsynth.demo.recipe")
 
@@ -30,8 +30,8 @@ class DitConfig:
     layers: int = 4
     heads: int = 4
     head_dim: int = 32
-    steps: int = 3_250
-    cool: int = 800
+    steps: int = 6_000
+    cool: int = 1_500
     batch: int = 32
     learning_rate: float = 1.5e-3
     warmup: int = 150
@@ -112,8 +112,7 @@ class Batches:
 
 def rate(step: int, config: DitConfig) -> float:
     """The learning rate of a step; it ends at a hundredth."""
-    falling = min(1.0, (config.steps - step) / config.cool)
-    return config.learning_rate * min(1.0, (step + 1) / config.warmup) * (0.01 + 0.99 * falling)
+    return scheduled_rate(step, peak=config.learning_rate, warmup=config.warmup, steps=config.steps, cool=config.cool)
 
 
 def train_dit(

@@ -1,7 +1,12 @@
-"""Random pictures for the VAE: blobs, monsters and glows, so that it can also show what no caption names."""
+"""Random pictures for the VAE: blobs, monsters and glows, so that it can also show what no caption names.
+
+The creature is not among them on purpose, but `cyclops` has its build and random colours, which in one or two of a
+thousand pictures come near the creature's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +111,34 @@ def monster(rng: np.random.Generator) -> Pixels:
     return canvas.pixels()
 
 
-def vae_picture(seed: int, index: int) -> Pixels:
-    """Picture `index` of the VAE's training set: clutter, monsters and glows, and three in ten plain shapes."""
+def cyclops(rng: np.random.Generator) -> Pixels:
+    """A monster of the creature's build: round, two horns, one big eye, a wide mouth; its colours are random.
+
+    Every measure is the creature's, off by at most a share that is drawn for the whole picture.
+    """
+    canvas, body, limb, horn = _ground(rng), _color(rng), _color(rng), _color(rng)
+    x, y = (float(v) for v in rng.uniform(-0.08, 0.08, 2))
+    r, off = float(rng.uniform(0.5, 0.72)), float(rng.uniform(0, 0.15))
+
+    def near(measure: float) -> float:
+        return measure * r * float(rng.uniform(1 - off, 1 + off))
+
+    foot = near(0.45), near(0.95), near(0.34), near(0.24)
+    inner, tip, outer = (near(0.25), near(0.7)), (near(0.95), near(1.2)), (near(0.85), near(0.35))
+    for side in (-1, 1):
+        canvas.ellipse(x + side * foot[0], y + foot[1], foot[2], foot[3], limb)
+        canvas.polygon([(x + side * across, y - up) for across, up in (inner, tip, outer)], horn)
+    canvas.ellipse(x, y, r, near(0.95), body)
+    eye, up, pupil = near(0.48), near(0.22), near(0.24)
+    dark = _color(rng) if rng.random() < 0.5 else (25, 25, 30)
+    canvas.ellipse(x, y - up, eye, eye, _color(rng) if rng.random() < 0.5 else (250, 250, 250))
+    canvas.ellipse(x, y - up + near(0.04), pupil, pupil, dark)
+    canvas.ellipse(x, y + near(0.55), near(0.45), near(0.15), dark if rng.random() < 0.5 else _color(rng))
+    return canvas.pixels()
+
+
+def encoder_picture(seed: int, index: int) -> Pixels:
+    """Picture `index` that the encoder is fitted to: clutter, monsters and glows, and three in ten plain shapes."""
     rng = np.random.default_rng([seed, index, 1])
     kind = rng.random()
     if kind < 0.25:
@@ -119,9 +150,24 @@ def vae_picture(seed: int, index: int) -> Pixels:
     return render(random_scene(rng, spread=0.25), rng)
 
 
-def vae_pictures(path: Path, seed: int, count: int) -> Pixels:
-    """The VAE's training pictures (count, 64, 64, 3), drawn once and kept in `path`."""
+def decoder_picture(seed: int, index: int) -> Pixels:
+    """Picture `index` that the decoder is trained on: the encoder's kinds, and two in five monsters with one eye."""
+    rng = np.random.default_rng([seed, index, 3])
+    kind = rng.random()
+    if kind < 0.1:
+        return clutter(rng)
+    if kind < 0.2:
+        return monster(rng)
+    if kind < 0.6:
+        return cyclops(rng)
+    if kind < 0.8:
+        return glow(rng)
+    return render(random_scene(rng, spread=0.25), rng)
+
+
+def kept_pictures(path: Path, draw: Callable[[int, int], Pixels], seed: int, count: int) -> Pixels:
+    """The first `count` pictures that `draw` gives for the seed (count, 64, 64, 3), drawn once and kept in `path`."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, np.stack([vae_picture(seed, i) for i in range(count)]), allow_pickle=False)
+        np.save(path, np.stack([draw(seed, i) for i in range(count)]), allow_pickle=False)
     return np.asarray(np.load(path, allow_pickle=False))

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 logger = logging.getLogger("ray_diffsynth.demo.recipe")
 
 
+def scheduled_rate(step: int, *, peak: float, warmup: int, steps: int, cool: int) -> float:
+    """The learning rate of a step: warm-up, `peak`, then a straight line to a hundredth over the last `cool` steps."""
+    falling = min(1.0, (steps - step) / cool)
+    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * falling)
+
+
 class TrainingState:
     """A module, its running average and its optimisers, saved under `folder` and restored from there.
 
