@@ -37,7 +37,6 @@ def check_exactly_once(cache: Path, whole: Path) -> None:
     assert not [finding for finding in verify_cache(str(cache)) if finding.kind != "unfinished"]
 
 
-@pytest.mark.unproven
 @pytest.mark.parametrize("part", [1 / 3, 2 / 3], ids=["a third", "two thirds"])
 def test_the_driver_is_killed(tmp_path: Path, many: Path, whole: Path, stage1: Stage1, job: Job, part: float) -> None:
     model, cache = build_model(tmp_path / "model", sleep=0.01), tmp_path / "cache"
@@ -57,7 +56,6 @@ def test_the_driver_is_killed(tmp_path: Path, many: Path, whole: Path, stage1: S
     assert Counter(calls(model, "vae")).most_common(1)[0][1] <= 2
 
 
-@pytest.mark.unproven
 def test_an_actor_is_killed_in_the_middle_of_a_batch(tmp_path: Path, many: Path, whole: Path, stage1: Stage1) -> None:
     model, cache = build_model(tmp_path / "model", kill_after={"vae": 100}), tmp_path / "cache"
     stage1(model, many, cache)
@@ -96,7 +94,6 @@ def test_a_write_is_killed(tmp_path: Path, moment: str) -> None:
         assert read_shard_header(str(tmp_path), "vae", file, verify=True).keys == ("k",)
 
 
-@pytest.mark.unproven
 def test_a_raylet_is_killed(tmp_path: Path, many: Path, whole: Path, job: Job) -> None:
     """One of two nodes goes down in the middle: its shards are encoded on the other, the job goes on."""
     from ray.cluster_utils import Cluster

@@ -98,7 +98,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_qwen: Path, make_cache:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.unproven
 def test_sample_pictures_are_made_beside_the_training(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -122,7 +121,6 @@ def test_sample_pictures_are_made_beside_the_training(
     assert [event.step for event in events.Images("samples")] == [0, 2, 4]
 
 
-@pytest.mark.unproven
 def test_errors_come_through(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="for trained models 'dit'"):  # before any worker starts
         job.run(make_config(tiny_qwen, make_cache(), tmp_path, trainable_models="text_encoder"))
