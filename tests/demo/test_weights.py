@@ -33,7 +33,7 @@ def test_it_is_small_bf16_and_without_pickle() -> None:
 
 
 def test_the_vae_keeps_shapes_creature_and_style(pipe: QwenImagePipeline) -> None:
-    floors = {"shapes": 31.5, "creature": 26.5, "style": 29.5}  # dB, just below the model card's figures
+    floors = {"shapes": 33, "creature": 28, "style": 30.5}  # dB, just below the model card's figures
     measured = {kind: psnr(pipe.vae, pictures) for kind, pictures in held_out_pictures(8).items()}
     assert all(measured[kind] >= floor for kind, floor in floors.items()), measured
 

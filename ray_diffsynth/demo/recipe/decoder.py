@@ -29,9 +29,9 @@ class DecoderConfig:
     """
 
     seed: int = 0
-    steps: int = 7_000
+    steps: int = 13_500
     crop_steps: int = 2_250
-    cool: int = 2_250
+    cool: int = 3_000
     settle: int = 1_250
     batch: int = 8
     learning_rate: float = 3e-3
