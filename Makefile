@@ -30,11 +30,11 @@ browser: ## Install Chromium for the tests that look at report.html
 	     timeout 300 apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 \
 	|| echo "no chromium: the tests that look at report.html in a browser are skipped"
 
-# One thread a process: the suite runs several processes on few cores. The tests on Ray wait a lot for processes to start, so
-# they run in one process, one after the other, and all others beside them in another.
+# One thread a process: the suite runs several processes on few cores. Tests on Ray wait a lot for processes to start, so two
+# files at a time are run, each by one process with a Ray of its own.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) browser ## Run all tests (those marked gpu are skipped without CUDA)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .

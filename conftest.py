@@ -1,16 +1,12 @@
-"""For all tests: what needs a GPU is skipped without one, and what uses Ray shares one process and its Ray."""
+"""For all tests: those marked gpu are skipped on a machine without CUDA."""
 
 from __future__ import annotations
 
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests on Ray for `--dist loadgroup`; skip what needs a GPU (torch is imported only if something does)."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    """Skip what needs a GPU; torch is imported only if something does."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
