@@ -122,6 +122,7 @@ def _side_by_side(works: Sequence[Work], lines: Sequence[Pipeline]) -> None:
 def encode_group(work: Work, line: Pipeline) -> None:
     """Encode the shards of one group. Raises EncoderError, Stopped when another group cannot go on.
 
+    What was lost with a machine is tried again as it was: the cache is then that of an undisturbed run, byte for byte.
     A shard whose process dies again and again is dropped by Ray Data. The batch that killed is then cut out of it, and
     cut in two until the row that kills its encoder stands alone, which is quarantined; the others are encoded.
     """
@@ -132,6 +133,7 @@ def encode_group(work: Work, line: Pipeline) -> None:
         # Two shards in flight overlap moving one with encoding the one before, but both are lost when an actor dies.
         # A part of a lost shard is not worth as many deaths (each costs loading the models): it is suspect already.
         retries, in_flight = (RETRIES, 2) if first else (1, 1)
+        machines = _machines()
         try:
             results, deaths = run_pass(line, shards, retries=retries, in_flight=in_flight)
         except Exception as error:
@@ -149,13 +151,19 @@ def encode_group(work: Work, line: Pipeline) -> None:
                 "run again: what is written is kept"
             )
         reached: list[End] = ray.get(line.counter.reached.remote([shard.name for shard in lost]))
-        logger.warning(
-            "%s: %d rows were lost with their process; trying them in smaller parts",
-            work.spec.group,
-            sum(len(shard.rows) for shard in lost),
-        )
-        shards = [part for shard, end in zip(lost, reached, strict=True) for part in _again(work, shard, end, tries)]
         first = False
+        rows = sum(len(shard.rows) for shard in lost)
+        if machines - _machines():
+            logger.warning("%s: %d rows were lost with a machine; trying them again", work.spec.group, rows)
+            shards = lost
+            continue
+        logger.warning("%s: %d rows were lost with their process; trying them in smaller parts", work.spec.group, rows)
+        shards = [part for shard, end in zip(lost, reached, strict=True) for part in _again(work, shard, end, tries)]
+
+
+def _machines() -> set[str]:
+    """The ids of the nodes that are alive."""
+    return {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
 
 
 def _again(work: Work, shard: ShardPlan, end: End, tries: Tally[str]) -> list[ShardPlan]:

@@ -41,6 +41,8 @@ class PlayedRay:
         self.batch_size = 1 << 30
         self.batches: dict[str, tuple[str, ...]] = {}
         self.fatal = ""
+        self.nodes = ["a", "b"]
+        self.node_dies_in: int | None = None  # this pass, with all of its shards
         self.counter = SimpleNamespace(
             get=SimpleNamespace(remote=lambda: Counts(fatal=self.fatal)),
             reached=SimpleNamespace(remote=lambda names: [self.end(name) for name in names]),
@@ -49,10 +51,19 @@ class PlayedRay:
     def end(self, name: str) -> End:
         return End(self.stages.get(name), self.batches.get(name, ()))
 
+    def ray(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            get=lambda value: value, nodes=lambda: [{"NodeID": name, "Alive": True} for name in self.nodes]
+        )
+
     def run_pass(
         self, line: Any, shards: Sequence[ShardPlan], *, retries: int, in_flight: int
     ) -> tuple[list[dict[str, Any]], int]:
         self.passes.append([len(shard.rows) for shard in shards])
+        if self.node_dies_in == len(self.passes):
+            self.nodes.remove("b")
+            self.stages.update(dict.fromkeys([shard.name for shard in shards], "encode"))
+            return [], retries + 1
         results, deaths = [], 0
         for shard in shards:
             stages = [self.deadly[key] for key in shard.keys if key in self.deadly]
@@ -77,7 +88,7 @@ class PlayedRay:
 def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlayedRay, int], Work]:
     def call(played: PlayedRay, rows: int) -> Work:
         monkeypatch.setattr(work_module, "run_pass", played.run_pass)
-        monkeypatch.setattr(work_module, "ray", SimpleNamespace(get=lambda value: value))
+        monkeypatch.setattr(work_module, "ray", played.ray())
         shards = list(plan_shards(row(number) for number in range(rows)))
         work = Work(SimpleNamespace(group="vae"), None, shards, GroupCatalog())  # type: ignore[arg-type]
         encode_group(work, SimpleNamespace(counter=played.counter))  # type: ignore[arg-type]
@@ -128,6 +139,14 @@ def test_a_shard_that_waited_behind_a_killer_is_not_cut(play: Callable[[PlayedRa
     played = PlayedRay({row(3).key: "encode"}, innocent=[row(64).key])
     work = play(played, 128)
     assert sorted(played.passes[1]) == [32, 32, 64] and len(work.catalog.locations) == 127
+
+
+def test_what_is_lost_with_a_machine_is_not_cut(play: Callable[[PlayedRay, int], Work]) -> None:
+    """The same files as in an undisturbed run; only a process that dies while its machine lives makes a row suspect."""
+    played = PlayedRay({row(3).key: "encode"})
+    played.node_dies_in = 1
+    work = play(played, 128)
+    assert played.passes[:3] == [[64, 64], [64, 64], [32, 32]] and set(work.catalog.failures) == {row(3).key}
 
 
 def test_what_is_lost_without_a_death_is_nobodys_fault(play: Callable[[PlayedRay, int], Work]) -> None:
