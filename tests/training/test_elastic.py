@@ -60,7 +60,7 @@ work = job._worker
 def slow(arguments):
     class Slow(job.RayContext):
         def stop_requested(self):
-            time.sleep(0.15 if self.world_size > 1 else 0.6)  # one that is alone waits for the other to come back
+            time.sleep(0.15)
             return super().stop_requested()
 
     job.RayContext = Slow
