@@ -85,7 +85,7 @@ def test_a_lease_that_is_given_back_while_it_is_watched(tmp_path: Path, quick: N
     (tmp_path / LEASE).write_bytes(elsewhere(time.time()))
     threading.Timer(0.2, (tmp_path / LEASE).unlink).start()
     with lease(str(tmp_path)):
-        pass
+        assert json.loads((tmp_path / LEASE).read_bytes())["host"] != "elsewhere"
 
 
 def test_a_failed_read_does_not_end_the_heartbeat(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:

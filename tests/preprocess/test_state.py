@@ -23,6 +23,14 @@ from tests.preprocess.conftest import CAPTIONS, PICTURES, SHARD, Stage1, files
 from tests.preprocess.counting import build_model, calls
 
 
+def encoded(root: Path, pictures: Path, inline: Stage1) -> tuple[Path, Path, Path]:
+    """A model, a copy of the pictures, and the cache of both."""
+    model, data, cache = build_model(root / "model"), root / "data", root / "cache"
+    shutil.copytree(pictures, data)
+    inline(model, data, cache)
+    return model, data, cache
+
+
 @pytest.mark.parametrize("damage", ["absent", "cut", "swapped"])
 def test_a_lost_file_is_encoded_again(tmp_path: Path, many: Path, inline: Stage1, damage: str) -> None:
     model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
@@ -46,9 +54,7 @@ def test_a_lost_file_is_encoded_again(tmp_path: Path, many: Path, inline: Stage1
 def test_a_rerun_reads_no_header_of_what_the_index_names(
     tmp_path: Path, few: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, cache, data = build_model(tmp_path / "model"), tmp_path / "cache", tmp_path / "data"
-    shutil.copytree(few, data)
-    inline(model, data, cache)
+    model, data, cache = encoded(tmp_path, few, inline)
     read: list[str] = []
     real = catalog_module.read_shard_header
     monkeypatch.setattr(
@@ -179,9 +185,7 @@ def test_a_reader_that_opens_during_a_commit(
 ) -> None:
     from ray_diffsynth.cache.reader import CacheReader
 
-    model, cache, data = build_model(tmp_path / "model"), tmp_path / "cache", tmp_path / "data"
-    shutil.copytree(few, data)
-    inline(model, data, cache)
+    model, data, cache = encoded(tmp_path, few, inline)
     real = Manifest.load
 
     def slow(path: str) -> Manifest:

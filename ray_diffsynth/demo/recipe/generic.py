@@ -137,32 +137,26 @@ def cyclops(rng: np.random.Generator) -> Pixels:
     return canvas.pixels()
 
 
+Kinds = tuple[tuple[float, Callable[[np.random.Generator], Pixels]], ...]
+ENCODER_KINDS: Kinds = ((0.25, clutter), (0.5, monster), (0.7, glow))
+DECODER_KINDS: Kinds = ((0.1, clutter), (0.2, monster), (0.6, cyclops), (0.8, glow))
+"""Kinds of pictures, each with the share of pictures that it and those before it have; the rest are plain shapes."""
+
+
 def encoder_picture(seed: int, index: int) -> Pixels:
     """Picture `index` that the encoder is fitted to: clutter, monsters and glows, and three in ten plain shapes."""
-    rng = np.random.default_rng([seed, index, 1])
-    kind = rng.random()
-    if kind < 0.25:
-        return clutter(rng)
-    if kind < 0.5:
-        return monster(rng)
-    if kind < 0.7:
-        return glow(rng)
-    return render(random_scene(rng, spread=0.25), rng)
+    return _one_of(ENCODER_KINDS, np.random.default_rng([seed, index, 1]))
 
 
 def decoder_picture(seed: int, index: int) -> Pixels:
     """Picture `index` that the decoder is trained on: the encoder's kinds, and two in five monsters with one eye."""
-    rng = np.random.default_rng([seed, index, 3])
-    kind = rng.random()
-    if kind < 0.1:
-        return clutter(rng)
-    if kind < 0.2:
-        return monster(rng)
-    if kind < 0.6:
-        return cyclops(rng)
-    if kind < 0.8:
-        return glow(rng)
-    return render(random_scene(rng, spread=0.25), rng)
+    return _one_of(DECODER_KINDS, np.random.default_rng([seed, index, 3]))
+
+
+def _one_of(kinds: Kinds, rng: np.random.Generator) -> Pixels:
+    share = rng.random()
+    draw = next((draw for up_to, draw in kinds if share < up_to), None)
+    return render(random_scene(rng, spread=0.25), rng) if draw is None else draw(rng)
 
 
 def kept_pictures(path: Path, draw: Callable[[int, int], Pixels], seed: int, count: int) -> Pixels:
