@@ -16,7 +16,7 @@ from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError, repair_advice
 from ray_diffsynth.cache.local_copy import LocalCopies
 from ray_diffsynth.cache.manifest import bucket_ranges, committed
-from ray_diffsynth.cache.schema import RowView, table_parameters
+from ray_diffsynth.cache.schema import RowView, row_views
 from ray_diffsynth.cache.store import READ_ERRORS, failed_to_read, shard_header, shard_path
 from ray_diffsynth.data import storage
 
@@ -48,8 +48,8 @@ class _Strings(Sequence[str]):
 class _RowGroup:
     """A row group in memory, still encoded; `checked` are the rows whose checksum was found to hold."""
 
-    table: pa.Table
-    parameters: tuple[str, ...]
+    rows: Sequence[RowView]
+    nbytes: int
     codec: str
     checked: set[int] = field(default_factory=set)
 
@@ -151,16 +151,16 @@ class CacheReader:
                     return self._kept[place]
             loaded = self._load(place)
             with self._lock:
-                self.bytes_read += loaded.table.nbytes
-                self.rows_read += loaded.table.num_rows
+                self.bytes_read += loaded.nbytes
+                self.rows_read += len(loaded.rows)
                 if place in self._kept:
                     # Another thread read it too: its lock was dropped with the row group in between.
-                    self._kept_bytes -= self._kept.pop(place).table.nbytes
+                    self._kept_bytes -= self._kept.pop(place).nbytes
                 self._kept[place] = loaded
-                self._kept_bytes += loaded.table.nbytes
+                self._kept_bytes += loaded.nbytes
                 while self._kept_bytes > self.max_cached_bytes and len(self._kept) > self.keep_at_least:
                     gone, dropped = self._kept.popitem(last=False)
-                    self._kept_bytes -= dropped.table.nbytes
+                    self._kept_bytes -= dropped.nbytes
                     self._loading.pop(gone, None)
             return loaded
 
@@ -174,7 +174,7 @@ class CacheReader:
                     raise CacheError(f"has {parquet.num_row_groups} row groups, not the row group {row_group}")
                 table = parquet.read_row_group(row_group, use_threads=False).combine_chunks()
                 # The file's own codec: shards that an earlier run wrote with another one stay in use.
-                return _RowGroup(table, table_parameters(table.schema), header["codec"])
+                return _RowGroup(row_views(table), table.nbytes, header["codec"])
         except FileNotFoundError as error:
             raise self._damage(place, "it is absent") from error
         except VersionError:
@@ -185,9 +185,9 @@ class CacheReader:
             raise self._damage(place, str(error)) from error
 
     def _values(self, place: _Place, loaded: _RowGroup, key: str, at: int) -> dict[str, Any]:
-        if not 0 <= at < loaded.table.num_rows:
-            raise self._damage(place, f"its row group {place[2]} has {loaded.table.num_rows} rows, not the row {at}")
-        view = RowView(loaded.table, at, loaded.parameters)
+        if not 0 <= at < len(loaded.rows):
+            raise self._damage(place, f"its row group {place[2]} has {len(loaded.rows)} rows, not the row {at}")
+        view = loaded.rows[at]
         if view.key != key:
             raise self._damage(place, f"row {at} has the key {view.key}, the index says {key}")
         if self.verify and at not in loaded.checked:

@@ -7,6 +7,7 @@ open them. A parameter that a row does not have (a unit may return less than it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -91,19 +92,16 @@ def table_from_rows(
     return pa.Table.from_pydict(columns, schema=schema)
 
 
+@dataclass(frozen=True, slots=True)
 class RowView:
-    """One row of a table, still encoded; `position` counts from the table's start."""
+    """One row of a table, still encoded.
 
-    def __init__(self, table: pa.Table, position: int, parameters: Sequence[str]) -> None:
-        self.key: str = table.column(KEY)[position].as_py()
-        self.stored_checksum: str = table.column(CHECKSUM)[position].as_py()
-        # name -> (buffer, shape, dtype); the buffer is a view into the table, not a copy
-        self.cells: dict[str, tuple[pa.Buffer, list[int], str]] = {}
-        for name in parameters:
-            dtype = table.column(name + DTYPE_SUFFIX)[position].as_py()
-            if dtype is not None:
-                shape = table.column(name + SHAPE_SUFFIX)[position].as_py()
-                self.cells[name] = (table.column(name)[position].as_buffer(), shape, dtype)
+    cells: parameter -> (its bytes, a view into the table; shape; dtype). A parameter that the row lacks is not there.
+    """
+
+    key: str
+    stored_checksum: str
+    cells: Mapping[str, tuple[pa.Buffer, list[int], str]]
 
     def is_intact(self, codec: str) -> bool:
         """Whether the stored checksum is that of the cells."""
@@ -121,10 +119,19 @@ class RowView:
         return values
 
 
-def row_views(table: pa.Table, parameters: Sequence[str] | None = None) -> list[RowView]:
-    """All rows of a table (or only some parameters of them: then `is_intact` cannot hold)."""
-    names = table_parameters(table.schema) if parameters is None else parameters
-    return [RowView(table, position, names) for position in range(table.num_rows)]
+def row_views(table: pa.Table) -> list[RowView]:
+    """All rows of a table. Raises CacheError for another kind of table."""
+    # Whole columns at once: asking an Arrow table cell by cell took a tenth of the reader's time.
+    columns = []
+    for name in table_parameters(table.schema):
+        data = [cell.as_buffer() for cell in table.column(name)]
+        shapes, dtypes = (table.column(name + suffix).to_pylist() for suffix in (SHAPE_SUFFIX, DTYPE_SUFFIX))
+        columns.append([(name, cell) for cell in zip(data, shapes, dtypes, strict=True)])
+    heads = zip(table.column(KEY).to_pylist(), table.column(CHECKSUM).to_pylist(), strict=True)
+    return [
+        RowView(key, checksum, {name: cell for name, cell in (column[at] for column in columns) if cell[2] is not None})
+        for at, (key, checksum) in enumerate(heads)
+    ]
 
 
 def rows_from_table(table: pa.Table, codec: str, *, verify: bool = True) -> list[tuple[str, dict[str, Any]]]:

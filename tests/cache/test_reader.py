@@ -53,7 +53,7 @@ def test_any_order_and_any_memory(cache: str, sample: Sample, batches: list[list
     for rows in batches:
         check(reader.read(rows), rows, sample)
     assert len(reader._kept) <= 1 or reader._kept_bytes <= memory
-    assert reader._kept_bytes == sum(part.table.nbytes for part in reader._kept.values())
+    assert reader._kept_bytes == sum(part.nbytes for part in reader._kept.values())
 
 
 def test_a_row_group_is_read_once_while_it_is_kept(cache: str) -> None:
@@ -92,7 +92,7 @@ def test_threads_share_the_work(cache: str, sample: Sample, monkeypatch: pytest.
     with ThreadPoolExecutor(4) as pool:
         for rows, values in zip(orders * 5, pool.map(small.read, orders * 5), strict=True):
             check(values, rows, sample)
-    assert small._kept_bytes == sum(part.table.nbytes for part in small._kept.values())
+    assert small._kept_bytes == sum(part.nbytes for part in small._kept.values())
 
 
 def test_the_empty_caption(tmp_path: Path, make_cache: Callable[..., Manifest], sample: Sample) -> None:
