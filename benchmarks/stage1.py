@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +21,13 @@ def local_ray(cpus: int = 2) -> Iterator[None]:
     """A Ray of `cpus` CPUs without a dashboard, one thread a worker."""
     import ray
 
+    from ray_diffsynth.ray_session import LOGGERS
+
     os.environ["OMP_NUM_THREADS"] = "1"
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
     try:
         yield
     finally:
