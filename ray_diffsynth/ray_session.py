@@ -12,6 +12,7 @@ from typing import TextIO
 
 import ray
 from ray.util.annotations import RayDeprecationWarning
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_diffsynth.errors import UserError
 
@@ -134,6 +135,16 @@ def own_device() -> str:
 
     ours = not ray.is_initialized() or bool(ray.get_gpu_ids())
     return "cuda" if ours and torch.cuda.is_available() else "cpu"
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """For an actor that must live as long as the driver: on its node, not on one that may be lost."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def alive_nodes() -> dict[str, dict[str, float]]:
+    """Resources of the machines of the cluster that are alive, by the node's id."""
+    return {str(node["NodeID"]): node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def cluster_devices() -> tuple[float, float]:

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ray
-
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.errors import ConfigError, did_you_mean
-from ray_diffsynth.ray_session import ClusterError, cluster_devices
+from ray_diffsynth.ray_session import ClusterError, alive_nodes, cluster_devices
 
 
 @dataclass(frozen=True)
@@ -97,18 +95,13 @@ def _side_by_side(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, 
     }
 
 
-def cluster_nodes() -> int:
-    """Machines of the cluster that are alive."""
-    return sum(1 for node in ray.nodes() if node["Alive"])
-
-
 def _default_cpus(cpus: float, actors: int) -> float:
     """CPUs of an actor that says nothing of them: half of what there is for all actors.
 
     On several machines a quarter: when half of them are lost, their actors start again on the others, and otherwise
     would leave no CPU for the decode tasks that they wait for.
     """
-    return min(1.0, (0.5 if cluster_nodes() == 1 else 0.25) * cpus / actors)
+    return min(1.0, (0.5 if len(alive_nodes()) == 1 else 0.25) * cpus / actors)
 
 
 def _tasks(free_cpus: float, groups: int) -> tuple[float, float]:

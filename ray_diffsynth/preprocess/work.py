@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_diffsynth.cache.store import Shard
 from ray_diffsynth.preprocess.catalog import GroupCatalog
@@ -21,6 +20,7 @@ from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.scan import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, halves, split
 from ray_diffsynth.progress import Progress
+from ray_diffsynth.ray_session import alive_nodes, on_this_node
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ def encode_all(works: Sequence[Work], *, cache: str, codec: str) -> None:
     works = [work for work in works if work.shards]
     if not works:
         return
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    counters = [Counter.options(scheduling_strategy=here).remote() for _ in works]  # type: ignore[attr-defined]
+    counters = [Counter.options(scheduling_strategy=on_this_node()).remote() for _ in works]  # type: ignore[attr-defined]
     lines = [
         Pipeline(work.spec, work.size, cache, codec, counter) for work, counter in zip(works, counters, strict=True)
     ]
@@ -133,7 +132,7 @@ def encode_group(work: Work, line: Pipeline) -> None:
         # Two shards in flight overlap moving one with encoding the one before, but both are lost when an actor dies.
         # A part of a lost shard is not worth as many deaths (each costs loading the models): it is suspect already.
         retries, in_flight = (RETRIES, 2) if first else (1, 1)
-        machines = _machines()
+        machines = alive_nodes().keys()
         try:
             results, deaths = run_pass(line, shards, retries=retries, in_flight=in_flight)
         except Exception as error:
@@ -153,17 +152,12 @@ def encode_group(work: Work, line: Pipeline) -> None:
         reached: list[End] = ray.get(line.counter.reached.remote([shard.name for shard in lost]))
         first = False
         rows = sum(len(shard.rows) for shard in lost)
-        if machines - _machines():
+        if machines - alive_nodes().keys():
             logger.warning("%s: %d rows were lost with a machine; trying them again", work.spec.group, rows)
             shards = lost
             continue
         logger.warning("%s: %d rows were lost with their process; trying them in smaller parts", work.spec.group, rows)
         shards = [part for shard, end in zip(lost, reached, strict=True) for part in _again(work, shard, end, tries)]
-
-
-def _machines() -> set[str]:
-    """The ids of the nodes that are alive."""
-    return {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
 
 
 def _again(work: Work, shard: ShardPlan, end: End, tries: Tally[str]) -> list[ShardPlan]:

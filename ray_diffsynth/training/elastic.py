@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_diffsynth.ray_session import ClusterError
+from ray_diffsynth.ray_session import ClusterError, alive_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def room(resources: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]
 def nodes() -> dict[str, dict[str, float]]:
     """Resources of the nodes that are alive and are not being drained (preempted)."""
     leaving = draining()
-    return {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving}
+    return {node: resources for node, resources in alive_nodes().items() if node not in leaving}
 
 
 def free(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -26,7 +26,7 @@ from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.storage import absolute, is_remote, join
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.lora_file import lora_prefixes
-from ray_diffsynth.ray_session import ClusterError, cluster_devices, ray_session
+from ray_diffsynth.ray_session import ClusterError, alive_nodes, cluster_devices, on_this_node, ray_session
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import (
     CheckpointError,
@@ -45,7 +45,6 @@ from ray_diffsynth.training.ray_worker import (
     RayContext,
     SamplerActor,
     messages_to_driver,
-    on_this_node,
 )
 from ray_diffsynth.training.result import TrainResult, merged
 from ray_diffsynth.training.sample_grids import Shown, is_drawn
@@ -146,7 +145,7 @@ def worker_group(config: TrainConfig) -> Group:
     if lanes is not None and lanes < most:
         logger.warning("the run was started with %d lanes, so %d workers go on with it, not %d", lanes, lanes, most)
         least, most = min(least, lanes), lanes
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    nodes = [resources.get("CPU", 0.0) for resources in alive_nodes().values()]
     share = max(nodes) // math.ceil(most / len(nodes))
     cpu = wanted.pop("CPU", 1.0 if gpu else max(1.0, share))
     resources = {"CPU": cpu, **({"GPU": gpu} if gpu else {}), **wanted}

@@ -12,7 +12,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_diffsynth.config import TrainConfig
 
@@ -93,11 +92,6 @@ def messages_to_driver(context: RayContext) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.level, log.propagate = before
-
-
-def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """For an actor that must live as long as the driver: on its node, not on one that may be lost."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @ray.remote(num_cpus=0)

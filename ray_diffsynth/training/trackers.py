@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -131,16 +132,11 @@ class CsvFile:
     def close(self) -> None:
         lines = read_metrics(self._output_path)
         columns = list(dict.fromkeys(name for line in lines for name in line))
-        rows: list[str] = []
-
-        class Sink:
-            def write(self, text: str) -> None:
-                rows.append(text)
-
-        table = csv.DictWriter(Sink(), columns)
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, columns)
         table.writeheader()
         table.writerows(lines)
-        write_bytes_atomic(join(self._output_path, CSV_FILE), "".join(rows).encode())
+        write_bytes_atomic(join(self._output_path, CSV_FILE), text.getvalue().encode())
 
 
 class WeightsAndBiases:

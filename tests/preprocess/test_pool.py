@@ -19,7 +19,7 @@ GROUPS = ("vae", "text_encoder")
 def sizes(
     monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float, nodes: int = 1, **options: Any
 ) -> dict[str, PoolSize]:
-    monkeypatch.setattr(pool, "cluster_nodes", lambda: nodes)
+    monkeypatch.setattr(pool, "alive_nodes", lambda: dict.fromkeys(range(nodes), {}))
     monkeypatch.setattr(pool, "cluster_devices", lambda: (cpus, gpus))
     return pool_sizes(PreprocessConfig(model="m", dataset_base_path="d", **options), GROUPS)
 

@@ -51,11 +51,6 @@ class PlayedRay:
     def end(self, name: str) -> End:
         return End(self.stages.get(name), self.batches.get(name, ()))
 
-    def ray(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            get=lambda value: value, nodes=lambda: [{"NodeID": name, "Alive": True} for name in self.nodes]
-        )
-
     def run_pass(
         self, line: Any, shards: Sequence[ShardPlan], *, retries: int, in_flight: int
     ) -> tuple[list[dict[str, Any]], int]:
@@ -88,7 +83,8 @@ class PlayedRay:
 def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlayedRay, int], Work]:
     def call(played: PlayedRay, rows: int) -> Work:
         monkeypatch.setattr(work_module, "run_pass", played.run_pass)
-        monkeypatch.setattr(work_module, "ray", played.ray())
+        monkeypatch.setattr(work_module, "ray", SimpleNamespace(get=lambda value: value))
+        monkeypatch.setattr(work_module, "alive_nodes", lambda: dict.fromkeys(played.nodes))
         shards = list(plan_shards(row(number) for number in range(rows)))
         work = Work(SimpleNamespace(group="vae"), None, shards, GroupCatalog())  # type: ignore[arg-type]
         encode_group(work, SimpleNamespace(counter=played.counter))  # type: ignore[arg-type]
