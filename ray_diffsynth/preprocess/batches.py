@@ -8,6 +8,7 @@ import torch
 
 from ray_diffsynth.cache.codec import CodecError
 from ray_diffsynth.cache.finite import all_finite
+from ray_diffsynth.diffusion.out_of_memory import is_out_of_memory
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.base import BasePipeline, MissingModelError
 from ray_diffsynth.pipelines.graph import UnitGroup
@@ -18,13 +19,6 @@ logger = logging.getLogger(__name__)
 
 THE_RUNS_OWN = (MissingInputError, UnitError, MissingModelError, CodecError)
 """Mistakes in the units or the configuration, which no sample is to blame for."""
-_MEMORY = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-)
 
 
 class NonFiniteError(UserError):
@@ -64,7 +58,7 @@ def encode(
             raise
         except Exception as error:
             # Kept as text: the error itself holds its frames, and with them the batch's tensors.
-            failure, of_memory = Failure(_name(error), str(error)), _is_of_memory(error)
+            failure, of_memory = Failure(_name(error), str(error)), is_out_of_memory(error)
             if not of_memory and _is_of_the_device(error):
                 raise DeviceError(f"{type(error).__name__}: {error}") from error
         if of_memory and torch.cuda.is_available():
@@ -124,12 +118,7 @@ def _on_cpu(value: Any) -> Any:
 
 def _name(error: Exception) -> str:
     """The class of an error as the quarantine shows it: one for all kinds of too little memory."""
-    return "OutOfMemoryError" if _is_of_memory(error) else type(error).__name__
-
-
-def _is_of_memory(error: Exception) -> bool:
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY))
+    return "OutOfMemoryError" if is_out_of_memory(error) else type(error).__name__
 
 
 def _is_of_the_device(error: Exception) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ray_diffsynth.config import TrainConfig, split_names
+from ray_diffsynth.diffusion.out_of_memory import is_out_of_memory
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.graph import model_root
 from ray_diffsynth.training.quantize import castable_bytes
@@ -89,7 +90,7 @@ def explained(
     """An allocation that fails in the block becomes an error that says what to try, ending in `restart`."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(advice(footprint(), config, workers, error) + restart()) from error
@@ -100,14 +101,8 @@ def advice(found: Footprint, config: TrainConfig, workers: int, error: BaseExcep
     ways = savings(found, config, workers)
     held = f"frozen weights {_gb(found.base)}, trained weights with gradients and optimizer {_gb(found.trained)}"
     tries = "; ".join(ways) if ways else "smaller pictures (--max_pixels in preprocess), or a GPU with more memory"
-    return f"out of memory ({str(error).splitlines()[0]}). Held: {held}. Try, with what it would save: {tries}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the CPU allocator, which has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"out of memory ({said}). Held: {held}. Try, with what it would save: {tries}"
 
 
 def _bytes(tensor: torch.Tensor) -> int:
