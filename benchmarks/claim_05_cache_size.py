@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.harness import Row, main
 from benchmarks.stage1 import local_ray, preprocess
 
-PICTURES, SIDE = 96, 256
+PICTURES, SIDE = 96, 128
 
 
 def measure() -> list[Row]:

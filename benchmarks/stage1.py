@@ -20,6 +20,7 @@ from PIL import Image
 def local_ray(cpus: int = 2) -> Iterator[None]:
     """A Ray of `cpus` CPUs without a dashboard, one thread a worker."""
     import ray
+    import ray.data  # sets up its logger when it is imported
 
     from ray_diffsynth.ray_session import LOGGERS
 

@@ -172,7 +172,7 @@ class CacheReader:
                 header = shard_header(parquet, path)
                 if not 0 <= row_group < parquet.num_row_groups:
                     raise CacheError(f"has {parquet.num_row_groups} row groups, not the row group {row_group}")
-                table = parquet.read_row_group(row_group, use_threads=False).combine_chunks()
+                table = parquet.read_row_group(row_group, use_threads=False)
                 # The file's own codec: shards that an earlier run wrote with another one stay in use.
                 return _RowGroup(row_views(table), table.nbytes, header["codec"])
         except FileNotFoundError as error:
