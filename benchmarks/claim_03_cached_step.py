@@ -12,7 +12,7 @@ from benchmarks.harness import Row, in_turn, main
 from benchmarks.stage1 import fresh
 from benchmarks.stage2 import SIDE, config, model, step_seconds
 
-SAMPLES, TIMES = 96, 15
+SAMPLES, TIMES = 96, 9
 
 
 def measure() -> list[Row]:

@@ -158,11 +158,15 @@ class CacheReader:
                     self._kept_bytes -= self._kept.pop(place).nbytes
                 self._kept[place] = loaded
                 self._kept_bytes += loaded.nbytes
-                while self._kept_bytes > self.max_cached_bytes and len(self._kept) > self.keep_at_least:
-                    gone, dropped = self._kept.popitem(last=False)
-                    self._kept_bytes -= dropped.nbytes
-                    self._loading.pop(gone, None)
+                self._let_go(self.keep_at_least)
             return loaded
+
+    def _let_go(self, keep: int, incoming: int = 0) -> None:
+        """Under the lock: drop what was not asked for longest, down to `keep` row groups, until `incoming` fits."""
+        while self._kept_bytes + incoming > self.max_cached_bytes and len(self._kept) > keep:
+            gone, dropped = self._kept.popitem(last=False)
+            self._kept_bytes -= dropped.nbytes
+            self._loading.pop(gone, None)
 
     def _load(self, place: _Place) -> _RowGroup:
         group, file, row_group = place
@@ -172,6 +176,8 @@ class CacheReader:
                 header = shard_header(parquet, path)
                 if not 0 <= row_group < parquet.num_row_groups:
                     raise CacheError(f"has {parquet.num_row_groups} row groups, not the row group {row_group}")
+                with self._lock:  # before it is read: the new one and the old one need not be in memory together
+                    self._let_go(self.keep_at_least - 1, parquet.metadata.row_group(row_group).total_byte_size)
                 table = parquet.read_row_group(row_group, use_threads=False)
                 # The file's own codec: shards that an earlier run wrote with another one stay in use.
                 return _RowGroup(row_views(table), table.nbytes, header["codec"])

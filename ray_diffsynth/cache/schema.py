@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -119,12 +121,24 @@ class RowView:
         return values
 
 
+def _buffers(column: pa.ChunkedArray) -> list[pa.Buffer]:
+    """The bytes of each cell, where they lie: an Arrow scalar would be a copy of them. Empty for null."""
+    found = []
+    for chunk in column.cast(pa.large_binary()).chunks:
+        _, offsets, data = chunk.buffers()
+        bounds = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        found += [(data or _EMPTY).slice(start, end - start) for start, end in pairwise(bounds)]
+    return found
+
+
+_EMPTY = pa.py_buffer(b"")
+
+
 def row_views(table: pa.Table) -> list[RowView]:
     """All rows of a table. Raises CacheError for another kind of table."""
-    # Whole columns at once: asking an Arrow table cell by cell took a tenth of the reader's time.
     columns = []
     for name in table_parameters(table.schema):
-        data = [cell.as_buffer() for cell in table.column(name)]
+        data = _buffers(table.column(name))
         shapes, dtypes = (table.column(name + suffix).to_pylist() for suffix in (SHAPE_SUFFIX, DTYPE_SUFFIX))
         columns.append([(name, cell) for cell in zip(data, shapes, dtypes, strict=True)])
     heads = zip(table.column(KEY).to_pylist(), table.column(CHECKSUM).to_pylist(), strict=True)

@@ -143,6 +143,7 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
                 encoded[work.spec.group] = work.encoded
                 reused[work.spec.group] = work.reused
                 times[work.spec.group] = time.monotonic() - began
+                work.shards = ()  # each holds its rows: of a large dataset much memory, while the next group is planned
             check_quarantine(job, samples, rejected, metadata.total, catalogs)
         if held is not None:
             held.check()
