@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -93,6 +95,25 @@ def test_threads_share_the_work(cache: str, sample: Sample, monkeypatch: pytest.
         for rows, values in zip(orders * 5, pool.map(small.read, orders * 5), strict=True):
             check(values, rows, sample)
     assert small._kept_bytes == sum(part.nbytes for part in small._kept.values())
+
+
+def test_room_is_made_before_a_row_group_is_read(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = CacheReader(cache)
+    everything.read(range(12))
+    sizes = [part.nbytes for part in everything._kept.values()]
+    # The sizes in the files are a little larger, by their headers.
+    reader = CacheReader(cache, max_cached_bytes=2 * max(sizes))
+    held: list[int] = []
+    read = pq.ParquetFile.read_row_group
+
+    def recorded(self: pq.ParquetFile, number: int, **options: Any) -> pa.Table:
+        held.append(reader._kept_bytes)
+        return read(self, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", recorded)
+    for _ in range(2):
+        reader.read(range(12))
+    assert len(held) > len(sizes) and max(held) <= 2 * max(sizes) - min(sizes)
 
 
 def test_the_empty_caption(tmp_path: Path, make_cache: Callable[..., Manifest], sample: Sample) -> None:
