@@ -1,18 +1,43 @@
-"""Claim 3: a step of stage 2 that reads the cache against the same step on samples that are in memory: mean and p99."""
+"""Claim 3: a step of stage 2 that reads the cache against the same step on samples that are in memory: mean and p99.
+
+Two trainings take turns step by step, so that what slows this machine for a while slows both.
+"""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.caches import gaussian_cache
-from benchmarks.harness import Row, in_turn, main
+from benchmarks.harness import Row, main
 from benchmarks.stage1 import fresh
 from benchmarks.stage2 import SIDE, config, model, step_seconds
 
-SAMPLES, TIMES = 96, 9
+SAMPLES, EPOCHS = 128, 7
+NAMES = ("memory", "cache")
+
+
+class Turns:
+    """Lets two threads work in turn, until one of them is done."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._turn = 0
+        self._alone = False
+
+    def wait(self, mine: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._alone or self._turn == mine)
+
+    def pass_on(self, mine: int, *, done: bool = False) -> None:
+        with self._changed:
+            self._turn, self._alone = 1 - mine, self._alone or done
+            self._changed.notify_all()
 
 
 def measure() -> list[Row]:
@@ -26,29 +51,54 @@ def measure() -> list[Row]:
     root = Path(tempfile.mkdtemp(prefix="claim-03-"))
     folder = model(root / "model")
     gaussian_cache(root / "cache", SAMPLES, side=SIDE)
-    opened = Setup.open_data
-    p99: dict[str, list[float]] = {"memory": [], "cache": []}
+    opened, turns = Setup.open_data, Turns()
 
-    def in_memory(setup: Setup) -> Any:
+    class InTurn(LocalContext):
+        """Gives the turn away after each step: what it waits then is between its steps, not in them."""
+
+        def __init__(self, mine: int) -> None:
+            super().__init__("cpu", progress=False)
+            self._mine = mine
+
+        def report(self, metrics: Mapping[str, Any]) -> None:
+            super().report(metrics)
+            turns.pass_on(self._mine)
+            turns.wait(self._mine)
+
+    def open_data(setup: Setup) -> Any:
         source = opened(setup)
-        samples = source.fetch(range(SAMPLES))
-        source.fetch = lambda rows: [dict(samples[row]) for row in rows]  # type: ignore[method-assign]
+        if setup.output_path.endswith(NAMES[0]):
+            samples = source.fetch(range(SAMPLES))
+            source.fetch = lambda rows: [dict(samples[row]) for row in rows]  # type: ignore[method-assign]
         return source
 
-    def run(name: str) -> float:
-        Setup.open_data = in_memory if name == "memory" else opened  # type: ignore[method-assign]
-        output = fresh(root / f"out-{name}")
-        train(config(folder, root / "cache", output), LocalContext("cpu", progress=False))
-        found = sorted(step_seconds(output))
-        p99[name].append(found[int(0.99 * len(found))])
-        return statistics.mean(found)
+    Setup.open_data = open_data  # type: ignore[method-assign]
 
-    found = in_turn(lambda: run("memory"), lambda: run("cache"), TIMES)
-    ratio = statistics.median(b / a for a, b in zip(p99["memory"], p99["cache"], strict=True))
+    def run(mine: int) -> list[float]:
+        output = fresh(root / NAMES[mine])
+        try:
+            train(config(folder, root / "cache", output, num_epochs=EPOCHS), InTurn(mine))
+        finally:
+            turns.pass_on(mine, done=True)
+        return step_seconds(output, skip=5)
+
+    with ThreadPoolExecutor(2) as pool:
+        memory, cache = pool.map(run, (0, 1))
+    size = len(cache) // EPOCHS
+    parts = [(memory[at : at + size], cache[at : at + size]) for at in range(0, EPOCHS * size, size)]
+    means = [statistics.mean(b) / statistics.mean(a) for a, b in parts]
+    p99 = [_p99(b) / _p99(a) for a, b in parts]
+    details = {"ratios": means, "p99_ratios": p99, "steps": len(cache)}
+    details["median_s"] = [statistics.median(memory), statistics.median(cache)]
+    what = "stage-2 step from the cache / on tensors in memory, mean"
     return [
-        Row("3", "stage-2 step from the cache / on tensors in memory, mean", found["ratio"], "<=", 1.02, found),
-        Row("3", "the same, 99th percentile", ratio, "<=", 1.10, {**p99, "steps": SAMPLES}),
+        Row("3", what, statistics.median(means), "<=", 1.02, details),
+        Row("3", "the same, 99th percentile", statistics.median(p99), "<=", 1.10, {}),
     ]
+
+
+def _p99(steps: list[float]) -> float:
+    return sorted(steps)[int(0.99 * len(steps))]
 
 
 if __name__ == "__main__":
