@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import threading
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,34 +14,15 @@ from typing import Any
 from benchmarks.caches import gaussian_cache
 from benchmarks.harness import Row, main
 from benchmarks.stage1 import fresh
-from benchmarks.stage2 import SIDE, config, model, step_seconds
+from benchmarks.stage2 import SIDE, InTurn, Turns, config, model
 
 SAMPLES, EPOCHS = 128, 7
 NAMES = ("memory", "cache")
 
 
-class Turns:
-    """Lets two threads work in turn, until one of them is done."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._turn = 0
-        self._alone = False
-
-    def wait(self, mine: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._alone or self._turn == mine)
-
-    def pass_on(self, mine: int, *, done: bool = False) -> None:
-        with self._changed:
-            self._turn, self._alone = 1 - mine, self._alone or done
-            self._changed.notify_all()
-
-
 def measure() -> list[Row]:
     import torch
 
-    from ray_diffsynth.training.context import LocalContext
     from ray_diffsynth.training.loop import train
     from ray_diffsynth.training.setup import Setup
 
@@ -51,19 +30,7 @@ def measure() -> list[Row]:
     root = Path(tempfile.mkdtemp(prefix="claim-03-"))
     folder = model(root / "model")
     gaussian_cache(root / "cache", SAMPLES, side=SIDE)
-    opened, turns = Setup.open_data, Turns()
-
-    class InTurn(LocalContext):
-        """Gives the turn away after each step: what it waits then is between its steps, not in them."""
-
-        def __init__(self, mine: int) -> None:
-            super().__init__("cpu", progress=False)
-            self._mine = mine
-
-        def report(self, metrics: Mapping[str, Any]) -> None:
-            super().report(metrics)
-            turns.pass_on(self._mine)
-            turns.wait(self._mine)
+    opened, turns = Setup.open_data, Turns(2)
 
     def open_data(setup: Setup) -> Any:
         source = opened(setup)
@@ -75,12 +42,12 @@ def measure() -> list[Row]:
     Setup.open_data = open_data  # type: ignore[method-assign]
 
     def run(mine: int) -> list[float]:
-        output = fresh(root / NAMES[mine])
+        output, context = fresh(root / f"out-{NAMES[mine]}"), InTurn(turns, mine)
         try:
-            train(config(folder, root / "cache", output, num_epochs=EPOCHS), InTurn(mine))
+            train(config(folder, root / "cache", output, num_epochs=EPOCHS), context)
         finally:
-            turns.pass_on(mine, done=True)
-        return step_seconds(output, skip=5)
+            turns.leave(mine)
+        return context.seconds[5:]
 
     with ThreadPoolExecutor(2) as pool:
         memory, cache = pool.map(run, (0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,60 @@ def step_seconds(output: Path, skip: int = 2) -> list[float]:
     from ray_diffsynth.training.metrics import read_metrics
 
     return [line["samples"] / line["samples_per_second"] for line in read_metrics(str(output))][skip:]
+
+
+class Turns:
+    """Lets threads work one at a time, in turn: what slows this machine for a while slows all of them."""
+
+    def __init__(self, members: int) -> None:
+        self._changed = threading.Condition()
+        self._members = list(range(members))
+        self._turn = 0
+
+    def next(self, mine: int) -> None:
+        """Give the turn to the next one, and wait until it comes back."""
+        with self._changed:
+            self._pass_on(mine)
+            self._changed.wait_for(lambda: self._turn == mine)
+
+    def leave(self, mine: int) -> None:
+        """Take no further turns."""
+        with self._changed:
+            self._pass_on(mine)
+            self._members.remove(mine)
+
+    def _pass_on(self, mine: int) -> None:
+        if self._turn == mine:
+            self._turn = self._members[(self._members.index(mine) + 1) % len(self._members)]
+            self._changed.notify_all()
+
+
+class InTurn:
+    """A worker of plain Python whose steps are done in turn with others'; `seconds` of each step but the first.
+
+    A step begins when the turn comes, and ends when its metrics are reported.
+    """
+
+    def __init__(self, turns: Turns, mine: int) -> None:
+        from ray_diffsynth.training.context import LocalContext
+
+        plain = LocalContext("cpu", progress=False)
+        self.world_rank, self.world_size, self.device = 0, 1, plain.device
+        self.seconds: list[float] = []
+        self._turns, self._mine = turns, mine
+        self._began: float | None = None
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        if self._began is not None:
+            self.seconds.append(time.perf_counter() - self._began)
+        self._turns.next(self._mine)
+        self._began = time.perf_counter()
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def draw_samples(self, step: int, weights: Mapping[str, Any]) -> None:
+        raise RuntimeError("benchmarks make no pictures")
 
 
 class Timed:
