@@ -17,13 +17,11 @@ from benchmarks.stage1 import fresh
 from benchmarks.stage2 import SIDE, InTurn, Turns, config, model
 
 SAMPLES, EPOCHS = 128, 7
-NAMES = ("memory", "cache")
 
 
 def measure() -> list[Row]:
     import torch
 
-    from ray_diffsynth.training.loop import train
     from ray_diffsynth.training.setup import Setup
 
     torch.set_num_threads(1)
@@ -34,23 +32,22 @@ def measure() -> list[Row]:
 
     def open_data(setup: Setup) -> Any:
         source = opened(setup)
-        if setup.output_path.endswith(NAMES[0]):
+        if setup.output_path.endswith("memory"):
             samples = source.fetch(range(SAMPLES))
             source.fetch = lambda rows: [dict(samples[row]) for row in rows]  # type: ignore[method-assign]
         return source
 
     Setup.open_data = open_data  # type: ignore[method-assign]
 
-    def run(mine: int) -> list[float]:
-        output, context = fresh(root / f"out-{NAMES[mine]}"), InTurn(turns, mine)
-        try:
-            train(config(folder, root / "cache", output, num_epochs=EPOCHS), context)
-        finally:
-            turns.leave(mine)
-        return context.seconds[5:]
+    first = InTurn(turns, 0)
+    workers = {"memory": first, "cache": InTurn(turns, 1, after=first)}
+
+    def run(name: str) -> list[float]:
+        settings = config(folder, root / "cache", fresh(root / f"out-{name}"), num_epochs=EPOCHS)
+        return workers[name].train(settings)[5:]
 
     with ThreadPoolExecutor(2) as pool:
-        memory, cache = pool.map(run, (0, 1))
+        memory, cache = pool.map(run, workers)
     size = len(cache) // EPOCHS
     parts = [(memory[at : at + size], cache[at : at + size]) for at in range(0, EPOCHS * size, size)]
     means = [statistics.mean(b) / statistics.mean(a) for a, b in parts]

@@ -25,7 +25,6 @@ def measure() -> list[Row]:
 
     from ray_diffsynth.cache.store import GroupRow, write_shard
     from ray_diffsynth.demo.tiny import build_tiny_model
-    from ray_diffsynth.training.loop import train
     from ray_diffsynth.training.setup import Setup
     from tests.training.helpers import write_cache
 
@@ -43,13 +42,13 @@ def measure() -> list[Row]:
         """Seconds of all unsplit steps, of encoding and writing, and of all steps of stage 2."""
         turns = Turns(3)
 
-        def training(mine: int, task: str, base: Path) -> float:
-            context, output = InTurn(turns, mine), fresh(root / f"out-{mine}")
-            try:
-                train(config(folder, base, output, task=task, num_epochs=epochs, **size), context)
-            finally:
-                turns.leave(mine)
-            return statistics.mean(context.seconds) * (len(context.seconds) + 1)
+        unsplit = InTurn(turns, 0)
+        split = InTurn(turns, 2, after=unsplit)
+
+        def training(worker: InTurn, task: str, base: Path) -> float:
+            output = fresh(root / f"out-{task.replace(':', '-')}")
+            steps = worker.train(config(folder, base, output, task=task, num_epochs=epochs, **size))
+            return statistics.mean(steps) * (len(steps) + 1)
 
         def stage1(mine: int) -> float:
             """A sample in every `epochs`-th turn, so that it is spread over the steps; then the files."""
@@ -70,10 +69,10 @@ def measure() -> list[Row]:
                 turns.leave(mine)
 
         with ThreadPoolExecutor(3) as pool:
-            whole = pool.submit(training, 0, "sft", data)
+            whole = pool.submit(training, unsplit, "sft", data)
             encode = pool.submit(stage1, 1)
-            split = pool.submit(training, 2, "sft:train", root / "cache")
-            return whole.result(), encode.result(), split.result()
+            cached = pool.submit(training, split, "sft:train", root / "cache")
+            return whole.result(), encode.result(), cached.result()
 
     rows: list[Row] = []
     for epochs in EPOCHS:

@@ -83,10 +83,11 @@ class Turns:
 class InTurn:
     """A worker of plain Python whose steps are done in turn with others'; `seconds` of each step but the first.
 
-    A step begins when the turn comes, and ends when its metrics are reported.
+    A step begins when the turn comes, and ends when its metrics are reported. after: the worker that must have done its
+    first step before this one starts, since transformers cannot load two models at a time in one process.
     """
 
-    def __init__(self, turns: Turns, mine: int) -> None:
+    def __init__(self, turns: Turns, mine: int, after: InTurn | None = None) -> None:
         from ray_diffsynth.training.context import LocalContext
 
         plain = LocalContext("cpu", progress=False)
@@ -94,8 +95,23 @@ class InTurn:
         self.seconds: list[float] = []
         self._turns, self._mine = turns, mine
         self._began: float | None = None
+        self._started, self._after = threading.Event(), after
+
+    def train(self, config: Any) -> list[float]:
+        """Train as configured; the seconds of the steps."""
+        from ray_diffsynth.training.loop import train
+
+        if self._after is not None:
+            self._after._started.wait()
+        try:
+            train(config, self)
+        finally:
+            self._started.set()
+            self._turns.leave(self._mine)
+        return self.seconds
 
     def report(self, metrics: Mapping[str, Any]) -> None:
+        self._started.set()
         if self._began is not None:
             self.seconds.append(time.perf_counter() - self._began)
         self._turns.next(self._mine)
