@@ -70,7 +70,7 @@ def slow(arguments):
                 time.sleep(0.1)
             return super().stop_requested()
 
-    job.RayContext = Slow
+    work.__globals__["RayContext"] = Slow  # not job's: a function whose name is taken is sent with globals of its own
     work(arguments)
 
 job._worker = slow
