@@ -14,7 +14,8 @@ from typing import Any
 from benchmarks.caches import gaussian_cache
 from benchmarks.harness import Row, main
 from benchmarks.stage1 import fresh
-from benchmarks.stage2 import SIDE, InTurn, Turns, config, model
+from benchmarks.stage2 import SIDE, config, model, train_in_turn
+from benchmarks.turns import Turns
 
 SAMPLES, EPOCHS = 128, 7
 
@@ -28,7 +29,7 @@ def measure() -> list[Row]:
     root = Path(tempfile.mkdtemp(prefix="claim-03-"))
     folder = model(root / "model")
     gaussian_cache(root / "cache", SAMPLES, side=SIDE)
-    opened, turns = Setup.open_data, Turns(2)
+    opened, turns = Setup.open_data, Turns({"memory": 1, "cache": 1})
 
     def open_data(setup: Setup) -> Any:
         source = opened(setup)
@@ -39,15 +40,14 @@ def measure() -> list[Row]:
 
     Setup.open_data = open_data  # type: ignore[method-assign]
 
-    first = InTurn(turns, 0)
-    workers = {"memory": first, "cache": InTurn(turns, 1, after=first)}
-
-    def run(name: str) -> list[float]:
+    def run(name: str) -> None:
         settings = config(folder, root / "cache", fresh(root / f"out-{name}"), num_epochs=EPOCHS)
-        return workers[name].train(settings)[5:]
+        train_in_turn(settings, turns, name, after="memory" if name == "cache" else None)
 
     with ThreadPoolExecutor(2) as pool:
-        memory, cache = pool.map(run, workers)
+        list(pool.map(run, turns.seconds))
+    turns.join()
+    memory, cache = (seconds[5:] for seconds in turns.seconds.values())
     size = len(cache) // EPOCHS
     parts = [(memory[at : at + size], cache[at : at + size]) for at in range(0, EPOCHS * size, size)]
     means = [statistics.mean(b) / statistics.mean(a) for a, b in parts]

@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.harness import Row, main
 from benchmarks.stage1 import draw, fresh
-from benchmarks.stage2 import InTurn, Turns, config
+from benchmarks.stage2 import config, train_in_turn
+from benchmarks.turns import Turn, Turns
 
 PICTURES, SIDE, EPOCHS = 32, 128, (1, 2, 5, 10)
 
@@ -40,39 +41,40 @@ def measure() -> list[Row]:
 
     def measured(epochs: int) -> tuple[float, float, float]:
         """Seconds of all unsplit steps, of encoding and writing, and of all steps of stage 2."""
-        turns = Turns(3)
+        turns = Turns({"unsplit": 1, "stage1": 1, "split": 1})
 
-        unsplit = InTurn(turns, 0)
-        split = InTurn(turns, 2, after=unsplit)
+        def training(member: str, task: str, base: Path, after: str | None = None) -> None:
+            output = fresh(root / f"out-{member}")
+            train_in_turn(config(folder, base, output, task=task, num_epochs=epochs, **size), turns, member, after)
 
-        def training(worker: InTurn, task: str, base: Path) -> float:
-            output = fresh(root / f"out-{task.replace(':', '-')}")
-            steps = worker.train(config(folder, base, output, task=task, num_epochs=epochs, **size))
-            return statistics.mean(steps) * (len(steps) + 1)
-
-        def stage1(mine: int) -> float:
+        def stage1() -> float:
             """A sample in every `epochs`-th turn, so that it is spread over the steps; then the files."""
-            spent, encoded = 0.0, []
-            try:
-                for turn in range(PICTURES * epochs):
-                    turns.next(mine)
-                    if turn % epochs == 0:
-                        began = time.perf_counter()
-                        encoded += [module.encode(sample) for sample in source.fetch([turn // epochs])]
-                        spent += time.perf_counter() - began
-                scratch, began = fresh(root / "scratch"), time.perf_counter()
-                for group in module.stages.groups:
-                    found = [GroupRow(f"{n}", {p: s[p] for p in group.parameters}) for n, s in enumerate(encoded)]
-                    write_shard(str(scratch), group.name, "shard", "all", found, codec="planes-zstd")
-                return spent + time.perf_counter() - began
-            finally:
-                turns.leave(mine)
+            place, spent, encoded = Turn(turns.port, "stage1"), 0.0, []
+            for turn in range(PICTURES * epochs):
+                place.next()
+                if turn % epochs == 0:
+                    began = time.perf_counter()
+                    encoded += [module.encode(sample) for sample in source.fetch([turn // epochs])]
+                    spent += time.perf_counter() - began
+            scratch, began = fresh(root / "scratch"), time.perf_counter()
+            for group in module.stages.groups:
+                found = [GroupRow(f"{n}", {p: s[p] for p in group.parameters}) for n, s in enumerate(encoded)]
+                write_shard(str(scratch), group.name, "shard", "all", found, codec="planes-zstd")
+            spent += time.perf_counter() - began
+            place.leave()
+            return spent
+
+        def steps(member: str) -> float:
+            """Seconds of all its steps: the first warms up, the last is not among the turns."""
+            return statistics.mean(turns.seconds[member][1:]) * PICTURES * epochs
 
         with ThreadPoolExecutor(3) as pool:
-            whole = pool.submit(training, unsplit, "sft", data)
-            encode = pool.submit(stage1, 1)
-            cached = pool.submit(training, split, "sft:train", root / "cache")
-            return whole.result(), encode.result(), cached.result()
+            whole = pool.submit(training, "unsplit", "sft", data)
+            encode = pool.submit(stage1)
+            cached = pool.submit(training, "split", "sft:train", root / "cache", after="unsplit")
+            whole.result(), cached.result()
+        turns.join()
+        return steps("unsplit"), encode.result(), steps("split")
 
     rows: list[Row] = []
     for epochs in EPOCHS:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,10 @@ def preprocess(model: Path, data: Path, cache: Path, **options: Any) -> dict[str
 
 
 def steady_rate(cache: Path, group: str, workers: int = 1) -> float:
-    """Rows a second of a run without its start-up and its end: from the first `workers` files to the last ones.
+    """Rows a second of a run without its start-up and its end.
 
-    Files carry the time when they were written. What lies between the time when each actor had written its first file
-    and the time when the first of them had nothing left is a stretch in which all worked.
+    Files carry the time when they were written. The rows but those of each actor's first file, over the time from the
+    mean of the actors' first files to the mean of their last ones: the same whether they keep step or alternate.
     """
     import pyarrow.parquet as pq
 
@@ -73,8 +74,8 @@ def steady_rate(cache: Path, group: str, workers: int = 1) -> float:
     )
     if len(files) < 2 * workers + 1:
         raise ValueError(f"{len(files)} files are too few to tell the rate of {workers} actors")
-    start, end = files[workers - 1][0], files[-workers][0]
-    return sum(rows for _, rows in files[workers : len(files) - workers + 1]) / (end - start)
+    start, end = (mean(time for time, _ in part) for part in (files[:workers], files[-workers:]))
+    return sum(rows for _, rows in files[workers:]) / (end - start)
 
 
 def fresh(folder: Path) -> Path:

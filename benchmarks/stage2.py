@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks.turns import Turns, in_turn
 
 SIDE, TOKENS, WIDTH = 256, 60, 3584
 
@@ -54,74 +55,19 @@ def step_seconds(output: Path, skip: int = 2) -> list[float]:
     return [line["samples"] / line["samples_per_second"] for line in read_metrics(str(output))][skip:]
 
 
-class Turns:
-    """Lets threads work one at a time, in turn: what slows this machine for a while slows all of them."""
+def train_in_turn(config: Any, turns: Turns, member: str, after: str | None = None) -> None:
+    """Train here, in plain Python, one step a turn.
 
-    def __init__(self, members: int) -> None:
-        self._changed = threading.Condition()
-        self._members = list(range(members))
-        self._turn = 0
-
-    def next(self, mine: int) -> None:
-        """Give the turn to the next one, and wait until it comes back."""
-        with self._changed:
-            self._pass_on(mine)
-            self._changed.wait_for(lambda: self._turn == mine)
-
-    def leave(self, mine: int) -> None:
-        """Take no further turns."""
-        with self._changed:
-            self._pass_on(mine)
-            self._members.remove(mine)
-
-    def _pass_on(self, mine: int) -> None:
-        if self._turn == mine:
-            self._turn = self._members[(self._members.index(mine) + 1) % len(self._members)]
-            self._changed.notify_all()
-
-
-class InTurn:
-    """A worker of plain Python whose steps are done in turn with others'; `seconds` of each step but the first.
-
-    A step begins when the turn comes, and ends when its metrics are reported. after: the worker that must have done its
-    first step before this one starts, since transformers cannot load two models at a time in one process.
+    after: the member that must be ready before this one starts: transformers loads one model at a time in a process.
     """
+    from ray_diffsynth.training.context import LocalContext
+    from ray_diffsynth.training.loop import train
 
-    def __init__(self, turns: Turns, mine: int, after: InTurn | None = None) -> None:
-        from ray_diffsynth.training.context import LocalContext
-
-        plain = LocalContext("cpu", progress=False)
-        self.world_rank, self.world_size, self.device = 0, 1, plain.device
-        self.seconds: list[float] = []
-        self._turns, self._mine = turns, mine
-        self._began: float | None = None
-        self._started, self._after = threading.Event(), after
-
-    def train(self, config: Any) -> list[float]:
-        """Train as configured; the seconds of the steps."""
-        from ray_diffsynth.training.loop import train
-
-        if self._after is not None:
-            self._after._started.wait()
-        try:
-            train(config, self)
-        finally:
-            self._started.set()
-            self._turns.leave(self._mine)
-        return self.seconds
-
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        self._started.set()
-        if self._began is not None:
-            self.seconds.append(time.perf_counter() - self._began)
-        self._turns.next(self._mine)
-        self._began = time.perf_counter()
-
-    def stop_requested(self) -> bool:
-        return False
-
-    def draw_samples(self, step: int, weights: Mapping[str, Any]) -> None:
-        raise RuntimeError("benchmarks make no pictures")
+    if after is not None:
+        turns.wait_for(after)
+    context = in_turn(LocalContext, turns.port, member)("cpu", progress=False)
+    train(config, context)
+    context.turn.leave()
 
 
 class Timed:

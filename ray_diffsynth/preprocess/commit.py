@@ -14,7 +14,7 @@ from ray_diffsynth.cache.store import shard_path
 from ray_diffsynth.data.metadata import DUPLICATE, Quarantined
 from ray_diffsynth.data.storage import file_sizes, join
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.preprocess.catalog import GroupCatalog, Location
+from ray_diffsynth.preprocess.catalog import GroupCatalog
 from ray_diffsynth.preprocess.keys import GroupPlan
 from ray_diffsynth.preprocess.scan import Failure, Sample
 
@@ -70,7 +70,7 @@ def commit_cache(
     good: list[Sample] = []
     groups = [(group, catalogs[group.name]) for group in job.groups]
     failing = _failing(job, catalogs)
-    rows: dict[str, list[tuple[str, Location]]] = {group.name: [] for group in job.groups}
+    keys: dict[str, list[str]] = {group.name: [] for group in job.groups}
     bad = [{"sample_id": q.sample_id, "source": q.source, "error": q.error, "message": q.message} for q in rejected]
     for sample in samples:
         entry = _quarantined(sample, failing)
@@ -82,7 +82,7 @@ def commit_cache(
             key = group.key(sample.inputs)
             if key not in catalog.locations:
                 raise CacheError(f"{sample.sample_id} was neither encoded nor did it fail in {group.name}; run again")
-            rows[group.name].append((key, catalog.locations[key]))
+            keys[group.name].append(key)
     if len(good) + len(bad) != total:
         raise CacheError(f"{total} rows came in, {len(good)} are cached and {len(bad)} quarantined: a sample was lost")
     if not good:
@@ -93,12 +93,13 @@ def commit_cache(
         "bucket": [s.bucket.name for s in good],
     }
     columns: dict[str, pa.Array] = {name: pa.array(values, pa.string()) for name, values in index.items()}
-    for name, located in rows.items():
-        columns[f"{name}_key"] = pa.array([key for key, _ in located], pa.string())
-        columns[f"{name}_file"] = pa.array([place.file for _, place in located], pa.string())
-        columns[f"{name}_row_group"] = pa.array([place.row_group for _, place in located], pa.int32())
-        columns[f"{name}_row"] = pa.array([place.row for _, place in located], pa.int32())
-    draft = _manifest(job, good, len(bad), total, catalogs)
+    for name, of_group in keys.items():
+        places = [catalogs[name].locations[key] for key in of_group]
+        columns[f"{name}_key"] = pa.array(of_group, pa.string())
+        columns[f"{name}_file"] = pa.array([place.file for place in places], pa.string())
+        columns[f"{name}_row_group"] = pa.array([place.row_group for place in places], pa.int32())
+        columns[f"{name}_row"] = pa.array([place.row for place in places], pa.int32())
+    draft = _manifest(job, keys, Counter(index["bucket"]), len(bad), total, catalogs)
     caption = job.sample.columns.get("prompt")
     captions = [_text(sample.row.get(caption)) for sample in good] if caption is not None else None
     quarantine = pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA)
@@ -171,12 +172,14 @@ def _nothing_left(bad: Sequence[Mapping[str, str]], total: int) -> str:
 
 
 def _manifest(
-    job: "Job", good: Sequence[Sample], bad: int, total: int, catalogs: Mapping[str, GroupCatalog]
+    job: "Job",
+    keys: Mapping[str, Sequence[str]],
+    buckets: Mapping[str, int],
+    bad: int,
+    total: int,
+    catalogs: Mapping[str, GroupCatalog],
 ) -> Manifest:
-    buckets: dict[str, int] = {}
-    for sample in good:
-        buckets[sample.bucket.name] = buckets.get(sample.bucket.name, 0) + 1
-    groups = tuple(_group_spec(job, group, good, catalogs[group.name]) for group in job.groups)
+    groups = tuple(_group_spec(job, group, set(keys[group.name]), catalogs[group.name]) for group in job.groups)
     texts = sum(spec.rows for spec, group in zip(groups, job.groups, strict=True) if group.caption_only)
     return Manifest(
         family=job.family,
@@ -184,15 +187,14 @@ def _manifest(
         trainable=job.config.trained,
         parameters=job.stages.parameters,
         groups=groups,
-        buckets=buckets,
-        counts={"samples": len(good), "quarantined": bad, "total": total, "texts": texts},
+        buckets=dict(buckets),
+        counts={"samples": sum(buckets.values()), "quarantined": bad, "total": total, "texts": texts},
         codec=job.config.cache_codec,
         dtype=job.config.dtype,
     )
 
 
-def _group_spec(job: "Job", group: GroupPlan, good: Sequence[Sample], catalog: GroupCatalog) -> GroupSpec:
-    keys = {group.key(sample.inputs) for sample in good}
+def _group_spec(job: "Job", group: GroupPlan, keys: set[str], catalog: GroupCatalog) -> GroupSpec:
     empty = group.key({"prompt": ""}) if group.caption_only else None
     if empty is not None and empty not in catalog.locations:
         reason = catalog.failure(empty) or Failure("CacheError", "it was not encoded")

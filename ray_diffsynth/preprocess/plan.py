@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -37,6 +37,13 @@ def open_shards(
     return recover(committed.cache, group.name, plan_shards(wanted), catalog, retry=retry), catalog
 
 
+def _inputs(group: GroupPlan, wanted: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
+    """The inputs of each wanted row of a group, with those of the empty caption."""
+    if group.caption_only:
+        yield {"prompt": ""}
+    yield from (sample.inputs for sample in wanted)
+
+
 def plan_works(
     job: "Job", committed: Committed, samples: Sequence[Sample], sizes: Mapping[str, PoolSize]
 ) -> Iterator[list[Work]]:
@@ -49,11 +56,9 @@ def plan_works(
     def work(group: GroupPlan, wanted: Sequence[Sample]) -> Work:
         shards, catalog = open_shards(job, committed, group, wanted)
         size = sizes[group.name]
-        keys = {group.key(sample.inputs) for sample in wanted}
-        keys |= {group.key({"prompt": ""})} if group.caption_only else set()
-        return Work(
-            job.encoder(group, size.batch_size), size, shards, catalog, reused=len(keys & catalog.locations.keys())
-        )
+        keys = (group.key(inputs) for inputs in _inputs(group, wanted))  # one at a time: most are not to be kept
+        reused = len({key for key in keys if key in catalog.locations})
+        return Work(job.encoder(group, size.batch_size), size, shards, catalog, reused=reused)
 
     if job.config.pools is not None:
         yield [work(group, samples) for group in job.groups]

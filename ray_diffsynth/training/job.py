@@ -41,6 +41,7 @@ from ray_diffsynth.training.loop import train
 from ray_diffsynth.training.metrics import TrainingProgress
 from ray_diffsynth.training.optim import optimizer_class
 from ray_diffsynth.training.ray_worker import (
+    POLL_SECONDS,
     Collector,
     RayContext,
     SamplerActor,
@@ -290,13 +291,14 @@ def _worker(arguments: dict[str, Any]) -> None:
     with messages_to_driver(context):
         result = train(arguments["config"], context)
     if context.world_rank == 0:
+        context.send_metrics()
         if result.finished:
             context.wait_for_samples()
         ray.get(context.collector.finish.remote(result.to_dict()))
 
 
 @contextmanager
-def _shown(collector: Any, interval: float = 0.5) -> Iterator[None]:
+def _shown(collector: Any, interval: float = POLL_SECONDS) -> Iterator[None]:
     """A progress line from what `collector` gets, while the block runs."""
     progress, ended = TrainingProgress(), threading.Event()
 

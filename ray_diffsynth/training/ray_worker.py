@@ -30,14 +30,24 @@ class RayContext:
         # Without a GPU of its own Ray Train would name the first of the machine's.
         self.device: torch.device = ray.train.torch.get_device() if ray.get_gpu_ids() else torch.device("cpu")
         self.collector, self.sampler = collector, sampler
+        self._unsent: dict[str, Any] | None = None
+        self._sent_at = 0.0
         self._drawing: list[Any] = []
         self._asked: Any = None
         self._asked_at = 0.0
         self._stop = False
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        # Not ray.train.report: it makes all the workers wait for each other.
-        self.collector.add.remote(dict(metrics))
+        # Not ray.train.report: it makes all the workers wait for each other. No oftener than the driver looks.
+        self._unsent = dict(metrics)
+        if time.monotonic() - self._sent_at >= POLL_SECONDS:
+            self.send_metrics()
+
+    def send_metrics(self) -> None:
+        """Send the newest metrics now, if they are not sent yet."""
+        if self._unsent is not None:
+            self.collector.add.remote(self._unsent)
+            self._unsent, self._sent_at = None, time.monotonic()
 
     def stop_requested(self) -> bool:
         """What the driver wants, as rank 0 heard it last: never waits for the answer."""

@@ -95,11 +95,8 @@ class CountingPipeline(BasePipeline):
             time.sleep(how.get("sleep", 0))
             with open(how["log"], "a") as log:
                 log.write(f"{group} {name}\n")
-            mark = Path(how["log"] + ".killed")
-            if (
-                len(calls(self.control.parent, group)) >= how.get("kill_after", {}).get(group, 1 << 40)
-                and not mark.exists()
-            ):
+            after, mark = how.get("kill_after", {}).get(group), Path(how["log"] + ".killed")
+            if after is not None and len(calls(self.control.parent, group)) >= after and not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -42,8 +42,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Nodes, Nodes
     monkeypatch.setattr(elastic, "answering", lambda found: found)
     monkeypatch.setattr(elastic, "free", lambda found: current[0][1])
     monkeypatch.setattr(elastic, "draining", lambda: set())
-    monkeypatch.setattr(elastic, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(elastic, "SETTLE_SECONDS", 0.05)
+    now = [0.0]  # seconds pass only while it sleeps
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(elastic, "time", clock)
     yield looks
 
 
@@ -56,7 +57,7 @@ def test_a_fixed_group_waits_for_what_is_free_and_says_what_is_missing(
 ) -> None:
     group = Group(2, 2, {"CPU": 1.0, "GPU": 1.0}, lanes=2)
     lost = {"a": TWO["a"]}
-    cluster += [*[(lost, lost)] * 20, (TWO, TWO)]
+    cluster += [*[(lost, lost)] * 40, (TWO, TWO)]
     assert wait_for_room(group, never) == 2 and not cluster
     said = (
         "waiting for room for 2 workers of {'CPU': 1.0, 'GPU': 1.0}: 1 would fit; free are 2 of 2 CPU, 1 of 1 GPU on 1"
@@ -66,7 +67,7 @@ def test_a_fixed_group_waits_for_what_is_free_and_says_what_is_missing(
     with pytest.raises(
         ClusterError, match="no room for 2 workers .* 1 would fit; free are 4 of 4 CPU, 1 of 2 GPU on 2"
     ):
-        wait_for_room(group, never, seconds=0.2)
+        wait_for_room(group, never, seconds=100)
     cluster += [(TWO, ONE_HELD)]
     stop = iter([False, False, True])
     assert wait_for_room(group, lambda: next(stop)) == 0
@@ -226,6 +227,24 @@ def test_the_messages_of_rank_0_go_to_the_driver() -> None:
     log.warning("after")
     assert said == [("going on from step 4", logging.INFO), ("damaged", logging.WARNING)]
     assert logging.getLogger("ray_diffsynth").level == before
+
+
+def test_metrics_are_sent_no_oftener_than_the_driver_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray, "get_gpu_ids", list)
+    now, sent = [100.0], list[int]()
+    monkeypatch.setattr(ray_worker.time, "monotonic", lambda: now[0])
+    collector = SimpleNamespace(add=SimpleNamespace(remote=lambda metrics: sent.append(metrics["step"])))
+    worker = ray_worker.RayContext(collector)
+    for step in range(1, 8):
+        worker.report({"step": step})
+        now[0] += 0.2
+    assert sent == [1, 4, 7]
+    worker.report({"step": 8})
+    for _ in range(2):
+        worker.send_metrics()  # at the end
+    assert sent == [1, 4, 7, 8]
 
 
 def test_a_sampler_says_at_once_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
