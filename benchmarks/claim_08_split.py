@@ -1,7 +1,7 @@
 """Claim 8: the speed-up of split over unsplit training at E epochs, against S(E) = (1 + r) / (1 + r / E).
 
 r is the time to encode a sample over the time to train on it. Start-up apart: the unsplit run's and stage 2's times are
-those of their steps, stage 1's is its encoding and writing. The three take turns, step by step and sample by sample.
+those of their steps, stage 1's is its encoding and writing. The three take turns of a few steps or samples each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from benchmarks.stage1 import draw, fresh
 from benchmarks.stage2 import config, train_in_turn
 from benchmarks.turns import Turn, Turns
 
-PICTURES, SIDE, EPOCHS = 32, 128, (1, 2, 5, 10)
+PICTURES, SIDE, TURN = 32, 128, 4
+TIMES = {1: 5, 2: 5, 5: 3, 10: 3}
+"""Epochs: how often it is measured; the fewer steps, the oftener."""
 
 
 def measure() -> list[Row]:
@@ -45,16 +47,18 @@ def measure() -> list[Row]:
 
         def training(member: str, task: str, base: Path, after: str | None = None) -> None:
             output = fresh(root / f"out-{member}")
-            train_in_turn(config(folder, base, output, task=task, num_epochs=epochs, **size), turns, member, after)
+            settings = config(folder, base, output, task=task, num_epochs=epochs, **size)
+            train_in_turn(settings, turns, member, after, TURN)
 
         def stage1() -> float:
-            """A sample in every `epochs`-th turn, so that it is spread over the steps; then the files."""
+            """Some samples in every `epochs`-th turn, so that they are spread over the steps; then the files."""
             place, spent, encoded = Turn(turns.port, "stage1"), 0.0, []
-            for turn in range(PICTURES * epochs):
+            for turn in range(PICTURES * epochs // TURN):
                 place.next()
                 if turn % epochs == 0:
                     began = time.perf_counter()
-                    encoded += [module.encode(sample) for sample in source.fetch([turn // epochs])]
+                    for row in range(TURN):  # one at a time, as the unsplit run does
+                        encoded += [module.encode(sample) for sample in source.fetch([turn // epochs * TURN + row])]
                     spent += time.perf_counter() - began
             scratch, began = fresh(root / "scratch"), time.perf_counter()
             for group in module.stages.groups:
@@ -65,8 +69,8 @@ def measure() -> list[Row]:
             return spent
 
         def steps(member: str) -> float:
-            """Seconds of all its steps: the first warms up, the last is not among the turns."""
-            return statistics.mean(turns.seconds[member][1:]) * PICTURES * epochs
+            """Seconds of all its steps: the first turn, which warms up, counts like the others."""
+            return statistics.mean(turns.seconds[member][1:]) * PICTURES * epochs / TURN
 
         with ThreadPoolExecutor(3) as pool:
             whole = pool.submit(training, "unsplit", "sft", data)
@@ -77,14 +81,18 @@ def measure() -> list[Row]:
         return steps("unsplit"), encode.result(), steps("split")
 
     rows: list[Row] = []
-    for epochs in EPOCHS:
-        whole, encode, train_all = measured(epochs)
-        ratio = encode / (train_all / epochs)
-        ideal = (1 + ratio) / (1 + ratio / epochs)
-        speedup = whole / (encode + train_all)
-        details = {"unsplit": whole, "stage1": encode, "stage2": train_all}
-        details |= {"r": ratio, "S(E)": ideal, "speedup": speedup}
-        rows.append(Row("8", f"split speed-up / S(E) at {epochs} epochs", speedup / ideal, ">=", 0.97, details))
+    for epochs, times in TIMES.items():
+        found = []
+        for _ in range(times):
+            whole, encode, train_all = measured(epochs)
+            ratio = encode / (train_all / epochs)
+            ideal = (1 + ratio) / (1 + ratio / epochs)
+            speedup = whole / (encode + train_all)
+            seconds = {"unsplit": whole, "stage1": encode, "stage2": train_all}
+            found.append({**seconds, "r": ratio, "S(E)": ideal, "speedup": speedup, "share": speedup / ideal})
+        share = statistics.median(one["share"] for one in found)
+        what = f"split speed-up / S(E) at {epochs} epochs"
+        rows.append(Row("8", what, share, ">=", 0.97, {"runs": found}))
     return rows
 
 

@@ -55,19 +55,24 @@ def step_seconds(output: Path, skip: int = 2) -> list[float]:
     return [line["samples"] / line["samples_per_second"] for line in read_metrics(str(output))][skip:]
 
 
-def train_in_turn(config: Any, turns: Turns, member: str, after: str | None = None) -> None:
-    """Train here, in plain Python, one step a turn.
+def train_in_turn(config: Any, turns: Turns, member: str, after: str | None = None, steps: int = 1) -> None:
+    """Train here, in plain Python, so many steps a turn.
 
     after: the member that must be ready before this one starts: transformers loads one model at a time in a process.
     """
     from ray_diffsynth.training.context import LocalContext
     from ray_diffsynth.training.loop import train
 
+    class Worker(in_turn(LocalContext, turns.port, member, steps)):  # type: ignore[misc]
+        def report(self, metrics: Mapping[str, Any]) -> None:
+            if metrics["step"] == metrics["steps"]:  # the others need accelerate's state, which this one's end undoes
+                self.turn.next()
+
     if after is not None:
         turns.wait_for(after)
-    context = in_turn(LocalContext, turns.port, member)("cpu", progress=False)
-    train(config, context)
-    context.turn.leave()
+    worker = Worker("cpu", progress=False)
+    train(config, worker)
+    worker.turn.leave()
 
 
 class Timed:
