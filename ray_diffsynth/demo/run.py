@@ -53,7 +53,7 @@ def generate(model: Path, lora: Path | None, prompts: Sequence[str]) -> list[Pix
     import torch
 
     diffusers.utils.logging.disable_progress_bar()
-    pipe = diffusers.QwenImagePipeline.from_pretrained(str(model), torch_dtype=torch.float32)
+    pipe = diffusers.QwenImagePipeline.from_pretrained(str(model), dtype=torch.float32)
     if lora is not None:
         pipe.load_lora_weights(str(lora.parent), weight_name=lora.name)
     return sample(pipe, prompts, seed=SEED)

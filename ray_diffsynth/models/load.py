@@ -38,8 +38,7 @@ def load_part(
     if library == "diffusers" and held != name:
         raise ModelFolderError(f"{folder} holds a {held}, but {subfolder} must be a {name}; name the right model")
     files = source.weight_files(subfolder)
-    dtype_name = "dtype" if library == "transformers" else "torch_dtype"
-    options = {dtype_name: torch_dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    options = {"dtype": torch_dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     with _standard_folder(folder, files, library) as place:
         try:
             module, info = model_class.from_pretrained(str(place), **options)
