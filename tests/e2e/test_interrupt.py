@@ -26,7 +26,13 @@ def job(name: str, arguments: Sequence[str | Path], log: Path) -> Iterator[subpr
     command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+            # What runs in the background of a script, these tests too perhaps, has SIGINT ignored and hands that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         yield process

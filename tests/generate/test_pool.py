@@ -93,8 +93,10 @@ def test_two_actors_share_the_work_and_one_item_that_kills_costs_no_other(
     }
     assert len(done) == 9 and painted.seconds > 0
     tries = {number: (tmp_path / f"{number}.tries").read_text().split() for number in range(9)}
-    # What was done just before the process died may be done again: its result may be lost with the process.
-    assert all(len(tries[n]) <= 3 for n in (2, 5)) and all(len(tries[n]) <= 2 for n in (0, 1, 3, 4, 6, 7, 8))
+    # What was done just before the process died may be done again: its result may be lost with the process. It is then
+    # the one to suspect, so that what killed has a try more: with each of the first two actors, which hold two items.
+    most = {2: pool.TRIES + 2, 5: 3}
+    assert all(len(tries[n]) <= most.get(n, 2) for n in range(9)), tries
     assert set(tries[0]).isdisjoint(tries[1]), "two processes work at the same time"
 
 
