@@ -34,6 +34,8 @@ JSON, PNG, PIXELS, TREE = "json", "png", "pixels:", "tree"
 _DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
 }
+_PART = 1 << 17
+"""Words of which the planes are merged at a time."""
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _PIXEL_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 
@@ -172,15 +174,28 @@ def _decode_tensor(view: memoryview, shape: tuple[int, ...], name: str, codec: s
     # Arrow's pool keeps freed memory. malloc gives blocks of this size back to the system, and a new page for each
     # 4 KiB costs more than the rest of the decoding.
     if _has_planes(dtype, codec):
-        data = pa.allocate_buffer(size)
-        words = np.frombuffer(data, dtype="<u2")
-        words[...] = flat[size // 2 :]
-        words <<= 8
-        words |= flat[: size // 2]
+        data = _merged(flat[: size // 2], flat[size // 2 :])
     elif codec == "none":  # the caller may write to its tensor, not to a shared buffer
         data = pa.allocate_buffer(size)
         np.frombuffer(data, dtype=np.uint8)[...] = flat
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape)
+    return torch.frombuffer(data, dtype=torch.uint8, count=size).view(dtype).reshape(shape)
+
+
+def _merged(low: np.ndarray[Any, Any], high: np.ndarray[Any, Any]) -> pa.Buffer:
+    """The little-endian words of these bytes, and one byte more.
+
+    Widening stores a byte and a zero behind it: from the second byte on, that puts each high byte in its place and
+    clears the low ones. In parts, so that the second pass finds them in the processor's cache.
+    """
+    count = len(low)
+    data = pa.allocate_buffer(2 * count + 1)
+    words, shifted = (np.ndarray(count, "<u2", data, offset) for offset in (0, 1))
+    np.frombuffer(data, np.uint8)[0] = 0
+    for start in range(0, count, _PART):
+        part = slice(start, start + _PART)
+        shifted[part] = high[part]
+        words[part] |= low[part]
+    return data
 
 
 def _encode_picture(picture: Image.Image, codec: str) -> Encoded:

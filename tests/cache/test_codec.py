@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ray_diffsynth.cache.codec import CODECS, CodecError, Encoded, decode_value, encode_value
+from ray_diffsynth.cache.codec import _PART, CODECS, CodecError, Encoded, decode_value, encode_value
 from ray_diffsynth.errors import UserError
 
 DTYPES = [
@@ -45,6 +45,12 @@ def test_tensors_of_every_dtype_to_the_bit(dtype: torch.dtype, shape: list[int],
                         generator=torch.Generator().manual_seed(seed))  # fmt: skip
     tensor = raw.view(dtype).reshape(shape)
     assert_same(back(tensor, codec), tensor)
+
+
+def test_planes_are_merged_in_parts() -> None:
+    for count in (_PART - 1, _PART, _PART + 1, 2 * _PART + 3):
+        words = torch.randint(-(2**15), 2**15, (count,), dtype=torch.int16)
+        assert_same(back(words, "planes-zstd"), words)
 
 
 @pytest.mark.parametrize("codec", CODECS)
