@@ -10,13 +10,13 @@ from typing import Any
 def load_lines(report: Mapping[str, Any], output_path: str) -> tuple[str, ...]:
     """Python that shows the LoRA in diffusers: what was trained, or what pictures were made with.
 
-    None before the first file, for a model in full, and for a LoRA on an object store, where diffusers reads none.
+    None before the first file, and for a model in full. A LoRA on an object store, where diffusers reads none, is first
+    copied into the working folder.
     """
     config = report.get("config", {})
     if report.get("lora"):
         return _lines(config, [(output_path, report["lora"]["file"])])
-    loras = [(lora["folder"], lora["file"]) for lora in report.get("loras", ())]
-    return () if any("://" in folder for folder, _ in loras) else _lines(config, loras)
+    return _lines(config, [(lora["folder"], lora["file"]) for lora in report.get("loras", ())])
 
 
 def _lines(config: Mapping[str, Any], loras: Sequence[tuple[str, str]]) -> tuple[str, ...]:
@@ -27,6 +27,11 @@ def _lines(config: Mapping[str, Any], loras: Sequence[tuple[str, str]]) -> tuple
     lines = ["from diffusers import DiffusionPipeline", f"pipe = DiffusionPipeline.from_pretrained({_text(model)})"]
     names = [f"lora_{number}" for number in range(len(loras))] if len(loras) > 1 else [""]
     for (folder, file), name in zip(loras, names, strict=True):
+        if "://" in folder:
+            lines[0:0] = ["import fsspec"] if lines[0] != "import fsspec" else []
+            protocol, url = folder.partition("://")[0], f"{folder.rstrip('/')}/{file}"
+            folder, file = ".", f"{name}.safetensors" if name else file
+            lines.append(f"fsspec.filesystem({_text(protocol)}).get({_text(url)}, {_text(file)})")
         adapter = f", adapter_name={_text(name)}" if name else ""
         lines.append(f"pipe.load_lora_weights({_text(folder)}, weight_name={_text(file)}{adapter})")
     if len(loras) > 1:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -15,6 +16,7 @@ from ray_diffsynth.generate.grid import LIMIT
 from ray_diffsynth.generate.plan import Item, plan_items, read_prompts
 from ray_diffsynth.generate.summary import Made, finish
 from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline
+from ray_diffsynth.report.load import load_lines
 from ray_diffsynth.report.page import lookup
 from tests.report.browser import Dom
 
@@ -80,6 +82,22 @@ def test_several_loras_are_loaded_side_by_side(tmp_path: Path) -> None:
     made(tmp_path / "out", loras=loras)
     lines = code((tmp_path / "out/report.html").read_text(encoding="utf-8"))
     assert 'weight_name="b.safetensors", adapter_name="lora_1") pipe.set_adapters(["lora_0", "lora_1"])' in lines
+
+
+def test_a_lora_on_an_object_store_is_copied_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loras = [{"folder": f"memory://runs/{name}/", "file": "epoch-0.safetensors"} for name in ("a", "b")]
+    for number, lora in enumerate(loras):
+        fsspec.filesystem("memory").pipe(lora["folder"] + lora["file"], bytes([number]))
+    one = load_lines({"lora": loras[0]}, "memory://runs/a")
+    several = load_lines({"loras": [*loras, {"folder": "here", "file": "c.safetensors"}]}, "out")
+    for lines, names in ((one, ["epoch-0"]), (several, ["lora_0", "lora_1"])):
+        exec("\n".join(line for line in lines if "fsspec" in line), {})
+        for number, name in enumerate(names):
+            assert (tmp_path / f"{name}.safetensors").read_bytes() == bytes([number])
+            assert any(f'load_lora_weights(".", weight_name="{name}.safetensors"' in line for line in lines)
+    assert several.count("import fsspec") == 1 and "import fsspec" not in load_lines({"lora": loras[0]}, "out")
+    assert 'pipe.load_lora_weights("here", weight_name="c.safetensors", adapter_name="lora_2")' in several
 
 
 def test_many_pictures_and_none(tmp_path: Path) -> None:
