@@ -36,6 +36,11 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _PART = 1 << 17
 """Words of which the planes are merged at a time."""
+_DAMAGED = (
+    *(ValueError, OSError, LookupError, TypeError, AttributeError, ArithmeticError, SyntaxError, RuntimeError),
+    pa.ArrowException,
+)
+"""Damaged bytes show as whatever the decoder of the kind raises: JSONDecodeError, ArrowInvalid, OverflowError …"""
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _PIXEL_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 
@@ -120,8 +125,7 @@ def decode_value(data: Buffer, shape: tuple[int, ...] | list[int], dtype: str, c
         return _decode_tensor(view, tuple(shape), dtype, codec)
     except CodecError:
         raise
-    # Damaged bytes show as whatever the decoder of the kind raises: JSONDecodeError, ArrowInvalid, OSError …
-    except (ValueError, OSError, LookupError, TypeError, SyntaxError, RuntimeError, pa.ArrowException) as error:
+    except _DAMAGED as error:
         raise CodecError(f"{len(view)} bytes do not decode as {dtype} {list(shape)} ({codec}): {error}") from error
 
 

@@ -157,6 +157,32 @@ def test_unknown_codec_and_dtype() -> None:
         decode_value(b"1234", (4,), "float3", "none")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(
+            '"leaf"',
+            "1",
+            "null",
+            "[]",
+            "{}",
+            '{"list": 1}',
+            '{"list": ["leaf"]}',
+            '{"dict": [1]}',
+            '{"dict": {"a": 1}}',
+        ),
+        *('{"leaf": []}', '{"leaf": [1, 2, 3]}', '{"leaf": ["int8", "ab", 2]}', '{"leaf": ["int8", [1.5], 2]}'),
+        *('{"leaf": ["int8", [-2], 2]}', f'{{"leaf": ["int8", [{2**70}], 2]}}', f'{{"leaf": ["int16", [2], {2**70}]}}'),
+        *('{"leaf": ["int8", [2], -9]}', '{"leaf": ["tree", [], 2]}', '{"other": []}', "[" * 9000),
+    ],
+)
+def test_a_damaged_header_of_a_nesting(header: str) -> None:
+    data = len(header).to_bytes(8, "little") + header.encode() + b"ab"
+    for codec in CODECS:
+        with pytest.raises(CodecError):
+            decode_value(data, (), "tree", codec)
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_damage_raises_nothing_but_codec_error(data: st.DataObject) -> None:
