@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 from benchmarks.caches import gaussian_cache
-from benchmarks.harness import Row, main
+from benchmarks.harness import ROOT, Row, main
 from benchmarks.stage1 import draw, fresh
 
 SMALL, FACTOR, TIMES = 64, 64, 1  # the same run again differs by a megabyte
 BUDGET = 64 << 20
-ROOT = Path(__file__).resolve().parents[1]
 
 READER = """
 import sys

@@ -15,10 +15,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.caches import gaussian_cache
-from benchmarks.harness import Row, main
+from benchmarks.harness import ROOT, Row, main
 from benchmarks.stage1 import local_ray
-from benchmarks.stage2 import SIDE, config, model
-from benchmarks.turns import ROOT, Turns, in_turn
+from benchmarks.stage2 import OPTIONS, SIDE, config, model
+from benchmarks.turns import Turns, in_turn
 
 SAMPLES, STEPS, TURN = 64, 320, 16
 
@@ -32,6 +32,7 @@ def measure() -> list[Row]:
     gaussian_cache(cache, SAMPLES, side=SIDE)
     turns = Turns({"torchrun": 1, "ray-1": 1, "ray-2": 2})
     work, port = job._worker, turns.port
+    options = {"num_epochs": 2 * STEPS // SAMPLES + 1, "max_steps": STEPS}
 
     def worker(arguments: dict[str, Any]) -> None:
         member = f"ray-{arguments['config'].num_workers}"
@@ -46,15 +47,14 @@ def measure() -> list[Row]:
 
     def torchrun() -> None:
         output = root / "torchrun"
-        flags = {"model": folder, "dataset_base_path": cache, "output_path": output, "task": "sft:train", **options}
-        flags |= {"dtype": "float32", "lora_rank": 8, "save_steps": 10**6, "log_with": "none"}
+        flags = {"model": folder, "dataset_base_path": cache, "output_path": output, "task": "sft:train"}
+        flags |= {**OPTIONS, **options}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         member = ["benchmarks.turns", str(port), "torchrun", str(TURN)]
         subprocess.run([*launcher, *member, *words], check=True, env=environment, capture_output=True)
 
-    options = {"num_epochs": 2 * STEPS // SAMPLES + 1, "max_steps": STEPS}
     # Three workers are alive, but no more than two at work.
     with local_ray(cpus=3), ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(torchrun), pool.submit(ray, 1), pool.submit(ray, 2)]
@@ -62,6 +62,7 @@ def measure() -> list[Row]:
             run.result()
     turns.join()
     plain, one, two = (seconds[1:] for seconds in turns.seconds.values())
+    # Without Ray a worker is asked once more at its end, and so has a turn more.
     same = [b / a for a, b in zip(plain, one, strict=False)]
     weak = [a / b for a, b in zip(one, two, strict=False)]
     details = {"ratios": same, "scaling": weak, "median_s": [median(found) / TURN for found in (plain, one, two)]}

@@ -13,13 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import Row, main
+from benchmarks.harness import ROOT, Row, main
 from benchmarks.stage1 import draw, fresh
 
 PICTURES, SLEEP, TIMES = 640, 0.03, 3
 SHARD, IN_FLIGHT = 64, 3
 """Rows of a file at this size; files under way with one actor: encoded, waiting for the actor, being written."""
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def measure() -> list[Row]:

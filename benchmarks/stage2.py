@@ -10,6 +10,8 @@ from typing import Any
 from benchmarks.turns import Turns, in_turn
 
 SIDE, TOKENS, WIDTH = 256, 60, 3584
+OPTIONS: dict[str, Any] = {"dtype": "float32", "lora_rank": 8, "save_steps": 10**6, "log_with": "none"}
+"""A LoRA of rank 8 in fp32 (which CPUs compute well); no checkpoint but the last."""
 
 
 def model(folder: Path, layers: int = 4) -> Path:
@@ -35,10 +37,10 @@ def model(folder: Path, layers: int = 4) -> Path:
 
 
 def config(model_folder: Path, data: Path, output: Path, **options: Any) -> Any:
-    """A LoRA of rank 8 in fp32 (which CPUs compute well); no checkpoint but the last."""
+    """A run with `OPTIONS`, and these instead of or beside them."""
     from ray_diffsynth.config import TrainConfig
 
-    values = {"dtype": "float32", "lora_rank": 8, "save_steps": 10**6, "log_with": "none", **options}
+    values = {**OPTIONS, **options}
     return TrainConfig(
         model=str(model_folder),
         dataset_base_path=str(data),
@@ -46,13 +48,6 @@ def config(model_folder: Path, data: Path, output: Path, **options: Any) -> Any:
         task=values.pop("task", "sft:train"),
         **values,
     )
-
-
-def step_seconds(output: Path, skip: int = 2) -> list[float]:
-    """Seconds of each logged step but the first ones."""
-    from ray_diffsynth.training.metrics import read_metrics
-
-    return [line["samples"] / line["samples_per_second"] for line in read_metrics(str(output))][skip:]
 
 
 def train_in_turn(config: Any, turns: Turns, member: str, after: str | None = None, steps: int = 1) -> None:

@@ -11,11 +11,11 @@ import threading
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Client, Connection, Listener
-from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import ROOT
+
 HOST = "127.0.0.1"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Turns:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -37,13 +37,6 @@ def open_shards(
     return recover(committed.cache, group.name, plan_shards(wanted), catalog, retry=retry), catalog
 
 
-def _inputs(group: GroupPlan, wanted: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
-    """The inputs of each wanted row of a group, with those of the empty caption."""
-    if group.caption_only:
-        yield {"prompt": ""}
-    yield from (sample.inputs for sample in wanted)
-
-
 def plan_works(
     job: "Job", committed: Committed, samples: Sequence[Sample], sizes: Mapping[str, PoolSize]
 ) -> Iterator[list[Work]]:
@@ -56,8 +49,8 @@ def plan_works(
     def work(group: GroupPlan, wanted: Sequence[Sample]) -> Work:
         shards, catalog = open_shards(job, committed, group, wanted)
         size = sizes[group.name]
-        keys = (group.key(inputs) for inputs in _inputs(group, wanted))  # one at a time: most are not to be kept
-        reused = len({key for key in keys if key in catalog.locations})
+        rows = wanted_rows(group, wanted, job.sample)  # one at a time: of those that are to be encoded no key is kept
+        reused = len({row.key for row in rows if row.key in catalog.locations})
         return Work(job.encoder(group, size.batch_size), size, shards, catalog, reused=reused)
 
     if job.config.pools is not None:

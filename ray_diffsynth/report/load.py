@@ -24,11 +24,11 @@ def _lines(config: Mapping[str, Any], loras: Sequence[tuple[str, str]]) -> tuple
         return ()
     ids = str(config.get("model_id_with_origin_paths") or "")
     model = config.get("model") or ids.split(":")[0] or "the model's folder"
-    lines = ["from diffusers import DiffusionPipeline", f"pipe = DiffusionPipeline.from_pretrained({_text(model)})"]
+    lines = ["import fsspec"] if any("://" in folder for folder, _ in loras) else []
+    lines += ["from diffusers import DiffusionPipeline", f"pipe = DiffusionPipeline.from_pretrained({_text(model)})"]
     names = [f"lora_{number}" for number in range(len(loras))] if len(loras) > 1 else [""]
     for (folder, file), name in zip(loras, names, strict=True):
         if "://" in folder:
-            lines[0:0] = ["import fsspec"] if lines[0] != "import fsspec" else []
             protocol, url = folder.partition("://")[0], f"{folder.rstrip('/')}/{file}"
             folder, file = ".", f"{name}.safetensors" if name else file
             lines.append(f"fsspec.filesystem({_text(protocol)}).get({_text(url)}, {_text(file)})")

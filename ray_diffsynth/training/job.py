@@ -298,14 +298,14 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _shown(collector: Any, interval: float = POLL_SECONDS) -> Iterator[None]:
+def _shown(collector: Any) -> Iterator[None]:
     """A progress line from what `collector` gets, while the block runs."""
     progress, ended = TrainingProgress(), threading.Event()
 
     def show() -> None:
         over = False
         while not over:
-            over = ended.wait(interval)
+            over = ended.wait(POLL_SECONDS)
             metrics, messages = ray.get(collector.take.remote())
             if metrics is not None:
                 progress.update(metrics)
