@@ -204,10 +204,10 @@ class TrainConfig(TrainOptions, CommonConfig):
     """How often every sample is seen in one epoch."""
     learning_rate: float = 1e-4
     """Learning rate of AdamW."""
-    num_epochs: int = 1
-    """Passes over the data, each dataset_repeat times as long as the data."""
+    num_epochs: int | None = None
+    """Passes over the data, each dataset_repeat times as long as the data; 1 when max_steps is not given either."""
     max_steps: int | None = None
-    """End after this many optimizer steps, even within an epoch."""
+    """Optimizer steps, in as many passes as they take; with num_epochs the smaller of the two ends the run."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0

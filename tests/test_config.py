@@ -16,7 +16,7 @@ GIVEN: dict[str, Any] = {"dataset_base_path": "data", "model": "tiny"}
 
 def test_defaults_are_diffsynths() -> None:
     config = TrainConfig(**GIVEN)
-    assert (config.learning_rate, config.weight_decay, config.lora_rank, config.num_epochs) == (1e-4, 0.01, 32, 1)
+    assert (config.learning_rate, config.weight_decay, config.lora_rank, config.num_epochs) == (1e-4, 0.01, 32, None)
     assert (config.max_pixels, config.data_file_keys, config.dataset_repeat) == (1024 * 1024, "image,video", 1)
     assert PreprocessConfig(**GIVEN).task == "sft:data_process" and config.task == "sft:train"
 

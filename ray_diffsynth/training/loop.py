@@ -30,6 +30,7 @@ from ray_diffsynth.training.engine import accelerator, distribute, same_everywhe
 from ray_diffsynth.training.export import Trained, describe, export_trained, newest_file
 from ray_diffsynth.training.feed import Feed, Microbatch
 from ray_diffsynth.training.held_out import HeldOut, choose_rows
+from ray_diffsynth.training.length import describe_length, total_steps
 from ray_diffsynth.training.metrics import MetricsLog
 from ray_diffsynth.training.module import DiffusionTrainingModule, fix_unused, freeze
 from ray_diffsynth.training.nonfinite import Seen, dump_not_finite
@@ -114,8 +115,9 @@ class _Run:
         if config.caption_dropout:
             self.data.empty_caption()  # raises now if there is none
         self.per_epoch = self.feed.steps_per_epoch
-        every = config.num_epochs * self.per_epoch
-        self.total = every if config.max_steps is None else min(every, config.max_steps)
+        self.total = total_steps(config.num_epochs, config.max_steps, self.per_epoch)
+        if config.num_epochs is not None and config.max_steps is not None:
+            self._say(describe_length(config.num_epochs, config.max_steps, self.per_epoch))
         if depends_on_length(config):
             self.identity["lr_total_steps"] = self.total
         if checkpoint:

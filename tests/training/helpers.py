@@ -35,7 +35,7 @@ def make_config(model: Path, base: Path, output: Path, **changes: Any) -> TrainC
         "lora_target_modules": LORA,
         "learning_rate": 1e-2,
         "task": "sft:train",
-        "num_epochs": 4,
+        **({} if "max_steps" in changes else {"num_epochs": 4}),
         **changes,
     }
     return TrainConfig(**values)
