@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray_diffsynth.cache.inspection import histogram
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.metadata import Quarantined
+from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.models.fingerprint import SKETCH
 from ray_diffsynth.preprocess.keys import GroupPlan
 from ray_diffsynth.preprocess.plan import Committed, open_shards
@@ -24,9 +25,17 @@ _TEXT_ROW_BYTES = 200_000
 
 
 def dry_run(
-    job: "Job", committed: Committed, samples: Sequence[Sample], rejected: Sequence[Quarantined], total: int
+    job: "Job",
+    committed: Committed,
+    samples: Sequence[Sample],
+    rejected: Sequence[Quarantined],
+    total: int,
+    warnings: DataWarnings,
 ) -> dict[str, Any]:
-    """Print the plan; returns its figures: samples, quarantined, buckets, and per group rows, reasons and bytes."""
+    """Print the plan; returns its figures: samples, quarantined, buckets, warnings, per group rows, reasons and bytes.
+
+    `warnings`: of what metadata and headers tell; what the encoders would say is not known.
+    """
     buckets = Counter(sample.bucket.name for sample in samples)
     groups = {group.name: _group_plan(job, committed, group, samples) for group in job.groups}
     now = {sample.sample_id for sample in samples}
@@ -38,6 +47,7 @@ def dry_run(
         "removed": len(before - now),
         "buckets": dict(buckets),
         "groups": groups,
+        "warnings": warnings.to_json(),
     }
     print(
         f"{total} rows: {len(samples)} samples, {len(rejected)} for quarantine; "
@@ -46,6 +56,8 @@ def dry_run(
     print("\n".join(histogram(buckets)))
     for item in rejected[:10]:
         print(f"quarantine   {item.sample_id}: {item.error}: {item.message}")
+    for line in warnings.lines():
+        print(f"warning      {line}")
     for name, group in groups.items():
         print(
             f"group        {name}: {group['reused']} rows reused, {group['encode']} to encode, "

@@ -18,6 +18,7 @@ from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import read_metadata
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.data.storage import absolute, join
+from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.models.locate import ModelSource, locate_configured
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
 from ray_diffsynth.pipelines.stages import Stages, check_columns, dataset_spec, plan_stages, settings_of
@@ -97,8 +98,14 @@ class Job:
 
 def run(config: PreprocessConfig) -> dict[str, Any]:
     """Encode the dataset into `config.output_path`; returns the counts that report.json there holds too."""
-    started = time.monotonic()
     job = Job.of(config)
+    with collecting() as warnings:
+        return _run(job, warnings)
+
+
+def _run(job: Job, warnings: DataWarnings) -> dict[str, Any]:
+    """`warnings` takes in what is said of the data while it runs."""
+    started, config = time.monotonic(), job.config
     columns = job.sample.columns
     metadata = read_metadata(
         config.dataset_base_path,
@@ -128,7 +135,7 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
         samples.sort(key=lambda sample: sample.bucket.sort_key)  # stable: dataset order within a bucket
         rejected = [*metadata.rejected, *bad]
         if config.dry_run:
-            return dry_run(job, committed, samples, rejected, metadata.total)
+            return dry_run(job, committed, samples, rejected, metadata.total, warnings)
         print("\n".join(histogram(Counter(sample.bucket.name for sample in samples))), file=sys.stderr)
         catalogs: dict[str, GroupCatalog] = {}
         check_quarantine(job, samples, rejected, metadata.total, catalogs)
@@ -148,7 +155,7 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
         if held is not None:
             held.check()
         outcome = commit_cache(job, samples, rejected, metadata.total, catalogs)
-    return _report(job, outcome, samples, encoded, reused, times, time.monotonic() - started)
+    return _report(job, outcome, samples, encoded, reused, times, warnings, time.monotonic() - started)
 
 
 def _report(
@@ -158,6 +165,7 @@ def _report(
     encoded: dict[str, int],
     reused: dict[str, int],
     times: dict[str, float],
+    warnings: DataWarnings,
     seconds: float,
 ) -> dict[str, Any]:
     """Write report.json and report.html and print the last line: what is where, and the counts."""
@@ -177,6 +185,7 @@ def _report(
     more: dict[str, Any] = {
         "groups": group_numbers(manifest.groups, encoded, reused, times),
         "quarantine": quarantine_numbers(outcome.quarantine),
+        "warnings": warnings.to_json(),
     }
     report = make_report(counts=counts, seconds=round(seconds, 3), config=job.config, **summary, **more)
     write_json(job.cache, report)
@@ -187,6 +196,8 @@ def _report(
         logger.warning("quarantined %s: %s: %s", entry.sample_id, entry.error, entry.message)
     if len(outcome.quarantine) > 10:
         logger.warning("... and %d more; see %s/quarantine", len(outcome.quarantine) - 10, job.cache)
+    for line in warnings.lines():
+        logger.warning("%s", line)
     work = ", ".join(
         f"{name} {count['encoded']} encoded {count['reused']} reused" for name, count in parameters.items()
     )

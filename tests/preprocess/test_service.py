@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +18,10 @@ from PIL import Image
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import PreprocessConfig
+from ray_diffsynth.data.metadata import Metadata
+from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.errors import ConfigError, UserError
+from ray_diffsynth.preprocess import job
 from ray_diffsynth.preprocess.passes import StopOnRequest
 from tests.preprocess.conftest import CAPTIONS, PICTURES, Stage1, files
 from tests.preprocess.counting import behave, build_model, calls, digest
@@ -43,6 +48,32 @@ def test_what_failed_is_left_alone_until_it_is_asked_for(tmp_path: Path, few: Pa
     report = inline(model, few, cache, retry_quarantined=True)
     assert (report["samples"], report["quarantined"]) == (12, 0)
     assert calls(model, "vae")[11:] == [pixels(few, 5)] and len(CacheReader(str(cache)).read(range(12))) == 12
+
+
+def test_what_is_said_of_the_data_is_printed_once_and_stands_in_the_report(
+    tmp_path: Path,
+    few: Path,
+    inline: Stage1,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    read = job.read_metadata
+
+    def telling(*args: Any, **options: Any) -> Metadata:
+        warn("caption_cut", "0003.png", "600 tokens cut to 512")
+        return read(*args, **options)
+
+    monkeypatch.setattr(job, "read_metadata", telling)
+    model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
+    expected = [{"sample_id": "0003.png", "detail": "600 tokens cut to 512"}]
+    plan = inline(model, few, cache, dry_run=True)
+    assert plan["warnings"]["caption_cut"]["samples"] == expected
+    assert capsys.readouterr().out.count("0003.png: 600 tokens cut to 512") == 1
+    inline(model, few, cache)
+    report = json.loads((cache / "report.json").read_text())
+    assert report["warnings"]["caption_cut"]["samples"] == expected
+    assert caplog.text.count("0003.png: 600 tokens cut to 512") == 1
 
 
 @pytest.mark.ray

@@ -71,6 +71,15 @@ def test_the_page_of_stage_2() -> None:
     )
 
 
+def test_warnings_are_counted_and_the_first_are_named() -> None:
+    samples = [{"sample_id": f"{i}{NASTY}", "detail": "600 tokens cut to 512"} for i in range(12)]
+    _, page = train_page(warnings={"caption_cut": {"what": "captions that are cut", "count": 12, "samples": samples}})
+    dom = Dom(page)
+    assert dom.values["warnings.caption_cut.count"] == "12" and "captions that are cut" in dom.text
+    assert f"9{NASTY}: 600 tokens cut to 512" in dom.text and f"10{NASTY}" not in dom.text
+    assert "Warnings" not in Dom(train_page(warnings={})[1]).text
+
+
 def test_a_run_without_steps_or_lora_has_a_page() -> None:
     report = make_report(
         counts={"steps": 0, "steps_total": 4},
