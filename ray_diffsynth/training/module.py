@@ -74,9 +74,13 @@ class DiffusionTrainingModule(nn.Module):
 
     @torch.no_grad()
     def encode(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        """Stage 1 of one sample: exactly the parameters that a cache row would hold."""
+        """Stage 1 of one sample: exactly the parameters that a cache row would hold.
+
+        Outside the loop's autocast, as stage 1 knows none: its rules on a GPU would change what encoders return.
+        """
         state = make_state(self._stage1, {**self.settings, **sample})
-        (state,) = run_units(self._stage1, self.pipe, [state])
+        with torch.autocast(self.pipe.device.type, enabled=False):
+            (state,) = run_units(self._stage1, self.pipe, [state])
         values = state.flat()
         return {name: values[name] for name in self.stages.parameters if name in values}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ray_diffsynth.pipelines.unit import make_state, run_units
 from ray_diffsynth.tasks import SFT
 from ray_diffsynth.training.export import Trained, export_trained
 from ray_diffsynth.training.module import DiffusionTrainingModule
+from tests.cuda_autocast import CudaAutocast, runs_under_autocast
 from tests.families.cases import FamilyCase, Sampling
 
 ROWS = 3
@@ -48,12 +50,14 @@ def through_the_cache(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: decode_value(e.data, e.shape, e.dtype, "planes-zstd") for name, e in stored.items()}
 
 
-def with_lora(case: FamilyCase, root: Path, encoders: BasePipeline | None = None) -> tuple[BasePipeline, LoraInfo]:
+def with_lora(
+    case: FamilyCase, root: Path, encoders: BasePipeline | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[BasePipeline, LoraInfo]:
     """A dit of its own under the family's default LoRA, whose B is not zero, so that A has a gradient.
 
     encoders: whose other models it uses; None: it has none.
     """
-    pipe = get_pipeline_class(case.family).from_pretrained(root, models=["dit"], torch_dtype=torch.float32)
+    pipe = get_pipeline_class(case.family).from_pretrained(root, models=["dit"], torch_dtype=dtype)
     for name in [] if encoders is None else [*pipe.parts, *pipe.companions]:
         if name != "dit":
             setattr(pipe, name, getattr(encoders, name))
@@ -173,6 +177,27 @@ def test_split_equals_unsplit_bit_for_bit(case: FamilyCase, root: Path, pipe: Ba
     whole, _ = with_lora(case, root, pipe)
     loss, split = gradients(module_of(case, lean, split=True), cached)
     loss_whole, unsplit = gradients(module_of(case, whole), [case.inputs(index) for index in range(ROWS)])
+    assert loss == loss_whole
+    assert split.keys() == unsplit.keys() and split
+    for name in split:
+        assert torch.equal(split[name], unsplit[name]), name
+
+
+def test_split_equals_unsplit_under_cudas_autocast(case: FamilyCase, root: Path, loaded: BasePipeline) -> None:
+    """The encoders run as in stage 1 within the loop's autocast too, which would change their values on a GPU."""
+    encoders = copy.deepcopy(loaded).to(torch.bfloat16)
+    encoders.scheduler.set_timesteps(training=True)
+    encoder = module_of(case, encoders)
+    cached = [through_the_cache(encoder.encode(case.inputs(index))) for index in range(ROWS)]
+    lean, _ = with_lora(case, root, dtype=torch.bfloat16)
+    whole, _ = with_lora(case, root, encoders, dtype=torch.bfloat16)
+    names = [name for name in whole.parts if name != "dit"]
+    with CudaAutocast(), torch.autocast("cpu", torch.bfloat16), ExitStack() as watched:
+        seen = {name: watched.enter_context(runs_under_autocast(getattr(whole, name))) for name in names}
+        dit = watched.enter_context(runs_under_autocast(whole.dit))
+        loss, split = gradients(module_of(case, lean, split=True), cached)
+        loss_whole, unsplit = gradients(module_of(case, whole), [case.inputs(index) for index in range(ROWS)])
+    assert seen == dict.fromkeys(names, {False}) and dit == {True}
     assert loss == loss_whole
     assert split.keys() == unsplit.keys() and split
     for name in split:
