@@ -4,6 +4,7 @@ Kinds, told apart by the `dtype` string:
 
 - a torch dtype's name (`bfloat16`, `float8_e4m3fn`, `bool` …): a tensor, little-endian, compressed as the codec says;
 - `json`: None, bool, int, float, str, and lists and dicts (string keys) of these;
+- `array:<numpy dtype>` (`array:<f4`): a numpy array; `scalar:<numpy dtype>`: a numpy number; bytes compressed likewise;
 - `png`: a picture; `pixels:<mode>`: a picture uncompressed, with codec `none` (between processes);
 - `tree`: lists, tuples and dicts that hold tensors or pictures: a JSON header, then the leaves one after another.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,7 +31,7 @@ from ray_diffsynth.errors import UserError
 
 CODECS = ("planes-zstd", "zstd", "none")
 ZSTD_LEVEL = 1
-JSON, PNG, PIXELS, TREE = "json", "png", "pixels:", "tree"
+JSON, PNG, PIXELS, TREE, ARRAY, SCALAR = "json", "png", "pixels:", "tree", "array:", "scalar:"
 
 _DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
@@ -41,6 +43,8 @@ _DAMAGED = (
     pa.ArrowException,
 )
 """Damaged bytes show as whatever the decoder of the kind raises: JSONDecodeError, ArrowInvalid, OverflowError …"""
+_NUMPY_DTYPE = re.compile(r"[|<>](b1|[iuf][1248]|c8|c16|[SU][1-9][0-9]{0,5})")
+"""Of arrays: truth values, numbers and text; no objects, no records, nothing whose size is the machine's."""
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _PIXEL_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 
@@ -80,19 +84,17 @@ def _is_plain(value: Any) -> bool:
 
 
 def encode_value(value: Any, codec: str = "planes-zstd") -> Encoded:
-    """Store a tensor (comes back on the CPU), numpy array (comes back as a tensor), plain value, picture or nesting.
+    """Store a tensor (comes back on the CPU), numpy array or number, plain value, picture or nesting of these.
 
     Raises CodecError naming the type that cannot be stored.
     """
     check_codec(codec)
     if isinstance(value, torch.Tensor):
         return _encode_tensor(value, codec)
-    if isinstance(value, np.ndarray):
-        return _encode_tensor(_tensor_of(value), codec)
+    if type(value) is np.ndarray or isinstance(value, np.generic):
+        return _encode_array(value, codec)
     if isinstance(value, Image.Image):
         return _encode_picture(value, codec)
-    if isinstance(value, np.generic):
-        value = value.item()
     if _is_plain(value):
         try:
             return Encoded(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), (), JSON)
@@ -122,6 +124,8 @@ def decode_value(data: Buffer, shape: tuple[int, ...] | list[int], dtype: str, c
                 return picture.copy()
         if dtype.startswith(PIXELS):
             return Image.frombytes(dtype.removeprefix(PIXELS), (shape[1], shape[0]), bytes(view))
+        if dtype.startswith((ARRAY, SCALAR)):
+            return _decode_array(view, tuple(shape), dtype, codec)
         return _decode_tensor(view, tuple(shape), dtype, codec)
     except CodecError:
         raise
@@ -129,13 +133,24 @@ def decode_value(data: Buffer, shape: tuple[int, ...] | list[int], dtype: str, c
         raise CodecError(f"{len(view)} bytes do not decode as {dtype} {list(shape)} ({codec}): {error}") from error
 
 
-def _tensor_of(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    try:
-        # A copy: torch shares no memory with a read-only or negatively strided array.
-        return torch.from_numpy(native.copy(order="C"))
-    except TypeError as error:
-        raise CodecError(f"a numpy array of dtype {array.dtype} cannot be cached; only numbers can") from error
+def _encode_array(value: np.ndarray[Any, Any] | np.generic, codec: str) -> Encoded:
+    """As the tensor of its bytes."""
+    if not _NUMPY_DTYPE.fullmatch(value.dtype.str):
+        what = "numpy array" if isinstance(value, np.ndarray) else "numpy scalar"
+        raise CodecError(f"a {what} of dtype {value.dtype} cannot be cached; only numbers and text can")
+    kind = ARRAY if isinstance(value, np.ndarray) else SCALAR
+    raw = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.nbytes else torch.empty(0)
+    return Encoded(_encode_tensor(raw, codec).data, tuple(value.shape), kind + value.dtype.str)
+
+
+def _decode_array(view: memoryview, shape: tuple[int, ...], name: str, codec: str) -> Any:
+    kind, _, dtype = name.partition(":")
+    if not _NUMPY_DTYPE.fullmatch(dtype):
+        raise CodecError(f"dtype {name!r} is unknown; the cache was written by a newer version, or is damaged")
+    found = np.dtype(dtype)
+    raw = _decode_tensor(view, (math.prod(shape) * found.itemsize,), "uint8", codec)
+    array = raw.numpy().view(found).reshape(shape)
+    return array if f"{kind}:" == ARRAY else array[()]
 
 
 def _has_planes(dtype: torch.dtype, codec: str) -> bool:

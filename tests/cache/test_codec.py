@@ -65,13 +65,71 @@ def test_layouts_of_a_tensor(codec: str) -> None:
     assert not decoded.requires_grad
 
 
+ARRAYS = [
+    np.arange(12, dtype=">f4").reshape(3, 4)[::-1],
+    np.asfortranarray(np.arange(6, dtype=np.int16).reshape(2, 3)),
+    np.array(7.5, dtype=np.float16),
+    np.array([True, False]),
+    np.zeros((0, 3), dtype=np.complex64),
+    np.array([2**64 - 1], dtype=np.uint64),
+    np.array(["a", "öß\U0001f600"]),
+    np.array([b"a", b"bc"]),
+    np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8),
+]
+SCALARS = [np.float32(0.1), np.float64(0.1), np.int64(3), np.uint8(255), np.bool_(True), np.str_("a"), np.complex64(1j)]
+
+
 @pytest.mark.parametrize("codec", CODECS)
-def test_numpy(codec: str) -> None:
-    array = np.arange(12, dtype=">f4").reshape(3, 4)[::-1]
-    assert back(array, codec).tolist() == array.tolist()
-    assert back(np.float32(0.5), codec) == 0.5 and back(np.int64(3), codec) == 3 and back(np.bool_(True), codec) is True
-    with pytest.raises(CodecError, match="numpy array of dtype object"):
-        encode_value(np.array([object()]), codec)
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype.str}{array.shape}")
+def test_a_numpy_array_stays_one(array: np.ndarray[Any, Any], codec: str) -> None:
+    for found in (back(array, codec), back([array], codec)[0]):
+        assert type(found) is np.ndarray
+        assert found.dtype == array.dtype and found.dtype.str == array.dtype.str and found.shape == array.shape
+        assert found.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("scalar", SCALARS, ids=lambda scalar: type(scalar).__name__)
+def test_a_numpy_scalar_stays_one(scalar: np.generic, codec: str) -> None:
+    for found in (back(scalar, codec), back({"a": (scalar,)}, codec)["a"][0]):
+        assert type(found) is type(scalar) and found == scalar
+
+
+def test_an_array_is_the_readers_own() -> None:
+    for codec in CODECS:
+        found = back(np.arange(4), codec)
+        found += 1  # writable
+        assert found.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.array([object()]), "numpy array of dtype object"),
+        (np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]), "numpy array of dtype .*'a'"),
+        (np.array(["2024-01-01"], dtype="datetime64[D]"), "numpy array of dtype datetime64"),
+        (np.datetime64("2024-01-01"), "numpy scalar of dtype datetime64"),
+        (np.ma.masked_array([1, 2], [True, False]), "numpy.ma.*MaskedArray cannot be cached"),
+        ({1, 2}, "builtins.set cannot be cached"),
+        (b"bytes", "builtins.bytes cannot be cached"),
+        (torch.Size([1]), "a Size cannot be cached"),
+        (torch.float32, "dtype cannot be cached"),
+        ({1: "a"}, "text keys"),
+    ],
+)
+def test_what_would_not_come_back_as_it_is_is_refused(value: Any, message: str) -> None:
+    for nested in (value, [value], {"a": (1, value)}):
+        with pytest.raises(CodecError, match=message):
+            encode_value(nested)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2,), "array:<f4"), ((3,), "array:O"), ((), "array:|V4"), ((-1,), "array:<f4"), ((2,), "scalar:x")],
+)
+def test_a_damaged_array(shape: tuple[int, ...], dtype: str) -> None:
+    with pytest.raises(CodecError):
+        decode_value(b"1234", shape, dtype, "none")
 
 
 plain = st.recursive(
