@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
+from ray_diffsynth.diffusion.flow_match import NUM_TRAIN_TIMESTEPS, FlowMatchScheduler
 from ray_diffsynth.models.load import load_companion, load_part
 from ray_diffsynth.models.locate import ModelSource, locate_model
 from ray_diffsynth.pipelines.batch import PipelineError as PipelineError
@@ -261,6 +261,13 @@ class BasePipeline(torch.nn.Module):
         schedule = FlowMatchScheduler(self.schedule, config=self.scheduler.config)
         schedule.set_timesteps(num_inference_steps)
         return schedule
+
+    def shifted_schedule(self, latents: Tensor) -> FlowMatchScheduler:
+        """The 1000 timesteps that `--timestep_sampling shift` draws from: those at which `latents` are sampled.
+
+        A family whose shift depends on the number of steps overrides it, with the number that it samples in.
+        """
+        return self.sampling_schedule(latents, NUM_TRAIN_TIMESTEPS)
 
     def check_resize_height_width(self, height: int, width: int, num_frames: int | None = None) -> tuple[int, ...]:
         """Return the size if the family can make it. DiffSynth-Studio's name; here nothing is rounded.

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
+from ray_diffsynth.diffusion.flow_match import NUM_TRAIN_TIMESTEPS, FlowMatchScheduler
 from ray_diffsynth.pipelines.base import BasePipeline, PipelineError
 from ray_diffsynth.pipelines.initial_latents import FlowMatchUnit_InitialLatents
 from ray_diffsynth.pipelines.unit import PipelineUnit, UnitState, missing_input, run_units
@@ -78,17 +78,28 @@ class ImagePipeline(BasePipeline, ABC):
 
     def sampling_schedule(self, latents: Tensor, num_inference_steps: int) -> FlowMatchScheduler:
         """As the base class; the number of tokens of `latents` (B, C, h, w) decides the shift of some families."""
-        height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
         schedule = FlowMatchScheduler(self.schedule, config=self.scheduler.config)
-        self._set_timesteps(schedule, height, width, num_inference_steps)
+        tokens = self._latent_tokens(latents)
+        schedule.set_timesteps(
+            num_inference_steps, mu=self.time_shift(tokens, num_inference_steps), image_seq_len=tokens
+        )
         return schedule
 
-    def _set_timesteps(
-        self, schedule: FlowMatchScheduler, height: int, width: int, steps: int, denoising_strength: float = 1.0
-    ) -> None:
-        tokens = height // self.height_division_factor * (width // self.width_division_factor)
-        mu = self.time_shift(tokens, steps)
-        schedule.set_timesteps(steps, denoising_strength, mu=mu, image_seq_len=tokens)
+    def shifted_schedule(self, latents: Tensor) -> FlowMatchScheduler:
+        """As the base class; a shift by the number of steps is that of the family's `defaults`, not of 1000 steps."""
+        schedule = FlowMatchScheduler(self.schedule, config=self.scheduler.config)
+        tokens = self._latent_tokens(latents)
+        mu = self.time_shift(tokens, self.defaults.num_inference_steps)
+        schedule.set_timesteps(NUM_TRAIN_TIMESTEPS, mu=mu, image_seq_len=tokens)
+        return schedule
+
+    def _latent_tokens(self, latents: Tensor) -> int:
+        height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
+        return self._tokens(height, width)
+
+    def _tokens(self, height: int, width: int) -> int:
+        """Image tokens that the transformer sees of a picture of so many pixels."""
+        return height // self.height_division_factor * (width // self.width_division_factor)
 
     @torch.no_grad()
     def __call__(
@@ -158,7 +169,9 @@ class ImagePipeline(BasePipeline, ABC):
             raise PipelineError(f"output_type={output_type!r} is unknown; use 'pil' or 'latent'")
         shared = start.shared
         height, width = self.check_resize_height_width(shared["height"], shared["width"])
-        self._set_timesteps(self.scheduler, height, width, num_inference_steps, denoising_strength)
+        tokens = self._tokens(height, width)
+        mu = self.time_shift(tokens, num_inference_steps)
+        self.scheduler.set_timesteps(num_inference_steps, denoising_strength, mu=mu, image_seq_len=tokens)
         (state,) = run_units(self.units, self, [start])
         posi, nega = self.collate([state.flat()]), self.collate([state.flat_nega()])
         latents: Tensor = posi["latents"]

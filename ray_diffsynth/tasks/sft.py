@@ -23,7 +23,7 @@ class SFT:
     end, as in DiffSynth-Studio), and noise from N(0, 1); both are functions of the sample's key alone.
 
     timestep_sampling: see ``TimestepSampling``; "shift" draws uniformly from the schedule by which the family samples
-    a picture of the sample's size (in 1000 steps), or from the unshifted one shifted by ``timestep_shift``.
+    a picture of the sample's size, 1000 points of it, or from the unshifted one shifted by ``timestep_shift``.
 
     weighting: "bell" multiplies by DiffSynth-Studio's bell-shaped weight (mean 1), "none" by 1.
     """
@@ -73,7 +73,7 @@ class SFT:
         if self.timestep_shift is None:
             if x0 is None:
                 raise ValueError("the timesteps of shift depend on the size of the latents; give x0")
-            return pipe.sampling_schedule(x0, 1000).timesteps
+            return pipe.shifted_schedule(x0).timesteps
         return 1000 * shifted(torch.linspace(1, 1 / 1000, 1000), self.timestep_shift)
 
     def loss(self, pipe: TrainablePipeline, batch: Mapping[str, Any], keys: Sequence[SampleKey]) -> LossOutput:
