@@ -59,7 +59,8 @@ class TrainOptions:
     gradient_checkpointing_every: int = 1
     """Of the model's blocks, every how many-th is computed again with use_gradient_checkpointing."""
     fp8_base: bool = False
-    """Keep the frozen model's linear layers in 8 bits, with a scale for each output: half the memory of bfloat16."""
+    """Keep the frozen model's linear layers in 8 bits, with a scale for each output: half the memory of bfloat16. What
+    diffusers' layerwise casting leaves out of the family's model keeps its precision; the log says what."""
     shard_base: bool = False
     """Share the frozen base out among the workers, block by block (FSDP2), for models that one GPU cannot hold."""
 

@@ -43,6 +43,7 @@ from ray_diffsynth.training.optim import (
     set_learning_rate,
 )
 from ray_diffsynth.training.plan import lanes_of
+from ray_diffsynth.training.quantize import describe_packed
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.shard import check_equal_work, shard_base
@@ -138,6 +139,8 @@ class _Run:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what loading took is not what a step takes
         self._say(describe(self.trained, list(self.state.parameters.values())))
+        for name in self.module.pipe.in_iteration_models if config.fp8_base else ():
+            self._say(describe_packed(name, getattr(self.module.pipe, name)))
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         """From the loaded module to one that can be trained."""

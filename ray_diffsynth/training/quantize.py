@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +13,6 @@ from torch.nn import functional
 
 STORAGE = torch.float8_e4m3fn
 _LARGEST = torch.finfo(STORAGE).max
-# As diffusers' layerwise casting leaves them out: small, and what they see or give is not normalised.
-KEPT = ("patch_embed", "pos_embed", "time_embed", "time_text_embed", "norm", "img_in", "txt_in", "proj_in", "proj_out")
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -65,15 +66,33 @@ def _unpacked(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight.to(torch.float32) * scale).to(dtype)
 
 
+def kept_patterns(module: nn.Module) -> tuple[str, ...]:
+    """Regular expressions of the layers that keep their precision: diffusers' defaults and those of the model's class.
+
+    As `ModelMixin.enable_layerwise_casting` puts them together; a model of one's own may set the same attributes.
+    """
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+
+    own = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_skip_layerwise_casting_patterns")
+    found = [pattern for name in own for pattern in sorted(getattr(module, name, None) or ())]
+    return tuple(dict.fromkeys([*DEFAULT_SKIP_MODULES_PATTERN, *found]))
+
+
+def keeping_pattern(path: str, patterns: Iterable[str]) -> str | None:
+    """The first of `patterns` that is found in a layer's path, or in that of a module around it; None: it is packed.
+
+    diffusers' rule (`apply_layerwise_casting`): `re.search` on the whole path of each module from the root down, so
+    that "^proj_out$" is the model's last layer alone, and "norm" whatever lies in a module with norm in its name.
+    """
+    names = path.split(".")
+    around = [".".join(names[:count]) for count in range(1, len(names) + 1)]
+    return next((pattern for pattern in patterns if any(re.search(pattern, outer) for outer in around)), None)
+
+
 def castable(module: nn.Module) -> dict[str, nn.Linear]:
-    """The frozen linear layers that may be kept in 8 bits, by path."""
-    return {
-        path: layer
-        for path, layer in module.named_modules()
-        if type(layer) is nn.Linear
-        and not layer.weight.requires_grad
-        and not any(part.startswith(KEPT) for part in path.split("."))
-    }
+    """The frozen linear layers that may be kept in 8 bits, by path. `module`: a whole model."""
+    patterns = kept_patterns(module)
+    return {path: layer for path, layer in _frozen_linears(module) if keeping_pattern(path, patterns) is None}
 
 
 def castable_bytes(module: nn.Module) -> int:
@@ -92,3 +111,18 @@ def quantize(module: nn.Module, device: torch.device | None = None) -> int:
         parent, _, name = path.rpartition(".")
         setattr(module.get_submodule(parent), name, ScaledLinear(layer, device))
     return len(found)
+
+
+def describe_packed(name: str, module: nn.Module) -> str:
+    """One line for the log about a model after `quantize`: how many layers are packed, and what keeps the others."""
+    packed = sum(isinstance(layer, ScaledLinear) for layer in module.modules())
+    patterns = kept_patterns(module)
+    kept = Counter(keeping_pattern(path, patterns) for path, _ in _frozen_linears(module))
+    reasons = ", ".join(f"{count} by {pattern!r}" for pattern, count in sorted(kept.items(), key=str))
+    line = f"8 bits: {packed} linear layers of {name} are packed, {sum(kept.values())} keep their precision"
+    return f"{line} ({reasons})" if reasons else line
+
+
+def _frozen_linears(module: nn.Module) -> Sequence[tuple[str, nn.Linear]]:
+    layers = [(path, layer) for path, layer in module.named_modules() if type(layer) is nn.Linear]
+    return [(path, layer) for path, layer in layers if not layer.weight.requires_grad]
