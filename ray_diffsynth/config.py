@@ -240,7 +240,8 @@ class TrainConfig(TrainOptions, CommonConfig):
     max_timestep_boundary: float = 1.0
     """End of the part of the schedule that is trained, as a fraction; 1 is the clean picture."""
     resume: str = "auto"
-    """auto goes on from the newest checkpoint in output_path, never starts anew, or the folder of one checkpoint."""
+    """auto goes on from the newest checkpoint in output_path; never starts anew, and sets what lies there aside; or the
+    folder of one checkpoint. After a kill the same command goes on, whichever it is."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept (the LoRA files all are)."""
     log_every: int = 1

@@ -52,6 +52,7 @@ DECIDED_BY_CACHE: dict[str, str] = {
     "fps": "the cache holds encoded videos, whose frames are fixed",
     "max_pixels": "the cache holds encoded pictures, whose size is fixed",
     "num_frames": "the cache holds encoded videos, whose frames are fixed",
+    "resolution": "the cache holds encoded pictures, whose size is fixed",
     "width": "the cache holds encoded pictures, whose size is fixed",
 }
 

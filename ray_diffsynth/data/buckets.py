@@ -106,6 +106,8 @@ class SizeRule:
         if self.time_division is None:
             if self.num_frames != 1:
                 raise BucketError(f"num_frames={self.num_frames}, but the model makes pictures; leave num_frames out")
+            if self.fps is not None:
+                raise BucketError(f"fps={self.fps:g}, but the model makes pictures; leave fps out")
         elif self.num_frames < 1 or self.num_frames % self.time_division != self.time_remainder % self.time_division:
             lower = max((self.num_frames - self.time_remainder) // self.time_division, 0)
             near = [n * self.time_division + self.time_remainder for n in (lower, lower + 1)]

@@ -24,7 +24,7 @@ import fsspec
 import torch
 from safetensors.torch import load, save
 
-from ray_diffsynth.data.storage import exists, is_remote, join, list_files, read_bytes, write_bytes_atomic
+from ray_diffsynth.data.storage import is_remote, join, list_files, read_bytes, write_bytes_atomic
 from ray_diffsynth.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class CheckpointError(UserError):
 class Checkpoint:
     """The full state of a run after optimizer step `step`.
 
-    identity: what must be equal for the run to go on from here (see `check_identity`), JSON values.
-    position: where the run is, JSON values; the next batch follows from it.
+    identity: what must be equal for the run to go on from here (see `identity.check_identity`), JSON values.
+    position: where the run is, JSON values; the next batch follows from it, or a message counts with it.
     numbers: state that is no tensor (hyperparameters of the optimizer, a gradient scaler, …), JSON values by part.
     tensors: `<part>/<name>` -> tensor, parts being `trainable`, `optimizer`, later `ema`.
     """
@@ -163,65 +163,12 @@ def newest_checkpoint(output_path: str) -> Checkpoint | None:
     return None
 
 
-def check_identity(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None
-) -> None:
-    """Raise CheckpointError naming every entry in which a checkpoint and the run that wants to go on from it differ.
-
-    An entry that the checkpoint's version did not have yet was as `defaults` says, or None; one that is no more decides
-    nothing.
-    """
-    there = {**dict.fromkeys(wanted), **(defaults or {}), **found}
-    differences = [
-        f"{name}: {_short(there[name])} there, {_short(wanted[name])} here"
-        for name in sorted(wanted)
-        if there[name] != wanted[name]
-    ]
-    if differences:
-        raise CheckpointError(
-            f"the checkpoint {where} is of another run ({'; '.join(differences)}); make them equal to go on, or start "
-            "anew: with another --output_path (and from these weights with --lora_checkpoint <its newest "
-            ".safetensors file>), or with --resume never"
-        )
-
-
-def prepare_resume(output_path: str, resume: str) -> None:
-    """Make `output_path` hold exactly the checkpoints that the run may go on from; every attempt then takes the newest.
-
-    auto: as it is. never: existing ones are set aside (renamed, not deleted). A folder: it becomes the newest one.
-    Call it once when a run starts, not when it recovers from a crash.
-    """
-    if resume == "auto":
-        return
-    folder = checkpoints_folder(output_path)
-    chosen = None if resume == "never" else read_checkpoint(resume)
-    if not list_checkpoints(output_path) and chosen is None:
-        return
-    if is_remote(folder):
-        raise CheckpointError(
-            f"--resume {resume} cannot set {folder} aside on an object store; give another --output_path"
-        )
-    if exists(folder):
-        number = 1
-        while exists(aside := f"{folder}-{number}"):
-            number += 1
-        os.rename(folder, aside)
-        logger.warning("set the earlier checkpoints aside: %s", aside)
-    if chosen is not None:
-        save_checkpoint(output_path, chosen, keep=1)
-
-
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
     return _digest(json.dumps(body, sort_keys=True).encode())
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:

@@ -61,13 +61,19 @@ def export_trained(
     return written
 
 
-def newest_file(output_path: str, steps_per_epoch: int) -> str | None:
-    """Path of the LoRA or model with the most steps that a run has written; None if there is none."""
+def newest_file(output_path: str, steps_per_epoch: int, until: int) -> str | None:
+    """Path of the LoRA or model that a run wrote last, in its first `until` steps; None if there is none.
+
+    `epoch-4.safetensors` was written after five epochs, wherever that is among the `step-…` files: --save_steps may
+    have changed when the run went on.
+    """
     steps: dict[int, str] = {}
     for name in list_files(output_path, suffix=".safetensors"):
         if found := re.fullmatch(r"(step|epoch)-(\d+)\.safetensors", name):
-            steps[int(found[2]) if found[1] == "step" else (int(found[2]) + 1) * steps_per_epoch] = name
-    return join(output_path, steps[max(steps)]) if steps else None
+            number = int(found[2])
+            steps[number if found[1] == "step" else (number + 1) * steps_per_epoch] = name
+    written = [step for step in steps if step <= until]
+    return join(output_path, steps[max(written)]) if written else None
 
 
 def _plain(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

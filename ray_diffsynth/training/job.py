@@ -32,7 +32,6 @@ from ray_diffsynth.training.checkpoint import (
     CheckpointError,
     checkpoints_folder,
     list_checkpoints,
-    prepare_resume,
     read_state,
 )
 from ray_diffsynth.training.elastic import Group, Watch, room, wait_for_room
@@ -51,6 +50,7 @@ from ray_diffsynth.training.result import TrainResult, merged
 from ray_diffsynth.training.sample_grids import Shown, is_drawn
 from ray_diffsynth.training.sampler import check_models, read_prompts
 from ray_diffsynth.training.setup import Setup
+from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.summary import finish
 from ray_diffsynth.training.trackers import check_trackers
 
@@ -77,9 +77,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
     prompts = read_prompts(config.validation_prompts) if config.validation_prompts else []
     if prompts:
         check_models(setup)
-    check_files(config)
+    start = Start.of(config)
+    check_files(config, going_on=start.goes_on or start.chosen is not None)
     setup.check_data()
-    prepare_resume(config.output_path, config.resume)
+    start.begin()
     config = replace(config, resume="auto")
     # In this order: Ray sets a handler of its own when it starts.
     with ray_session(config.ray_address, verbose=config.verbose), sigterm() as terminated:
@@ -120,10 +121,12 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, **changes)
 
 
-def check_files(config: TrainConfig) -> None:
-    """Raise the UserErrors of LoRA files, trackers and an optimizer that a worker would raise after Ray has started."""
-    going_on = config.resume != "never" and (config.resume != "auto" or bool(list_checkpoints(config.output_path)))
-    start = () if going_on else config.lora_checkpoints.values()  # a run that goes on has left its start behind
+def check_files(config: TrainConfig, *, going_on: bool) -> None:
+    """Raise the UserErrors of LoRA files, trackers and an optimizer that a worker would raise after Ray has started.
+
+    A run that is `going_on` may have left the LoRA that it started from behind.
+    """
+    start = () if going_on else config.lora_checkpoints.values()
     for path in filter(None, (config.preset_lora_path, *start)):
         lora_prefixes(path)
     check_trackers(config)

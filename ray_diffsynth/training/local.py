@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.data.storage import absolute
-from ray_diffsynth.training.checkpoint import prepare_resume
 from ray_diffsynth.training.context import LocalContext
 from ray_diffsynth.training.loop import train
 from ray_diffsynth.training.setup import TrainingError
+from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.summary import finish
 
 
@@ -26,14 +25,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
     context = LocalContext()
     if threading.current_thread() is threading.main_thread():
         context.catch_sigterm()
-    if config.resume != "auto":
-        if context.world_size > 1:
-            raise TrainingError(
-                f"--resume {config.resume} does not work under torchrun, where every process starts alike; use "
-                "--resume auto, and a new --output_path to start anew"
-            )
-        prepare_resume(absolute(config.output_path), config.resume)
-        config = replace(config, resume="auto")
+    if config.resume != "auto" and context.world_size > 1:
+        raise TrainingError(
+            f"--resume {config.resume} does not work under torchrun, where every process starts alike; use "
+            "--resume auto, and a new --output_path to start anew"
+        )
+    if context.world_rank == 0:  # the others read nothing that it moves
+        Start.of(config).begin()
+    config = replace(config, resume="auto")
     try:
         result = train(config, context)
     finally:

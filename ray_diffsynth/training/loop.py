@@ -19,7 +19,7 @@ from ray_diffsynth.tasks import LossOutput
 from ray_diffsynth.training import memory
 from ray_diffsynth.training.checkpoint import (
     Checkpoint,
-    check_identity,
+    CheckpointError,
     list_checkpoints,
     newest_checkpoint,
     save_checkpoint,
@@ -30,6 +30,7 @@ from ray_diffsynth.training.engine import accelerator, distribute, same_everywhe
 from ray_diffsynth.training.export import Trained, describe, export_trained, newest_file
 from ray_diffsynth.training.feed import Feed, Microbatch
 from ray_diffsynth.training.held_out import HeldOut, choose_rows
+from ray_diffsynth.training.identity import check_identity
 from ray_diffsynth.training.length import describe_length, total_steps
 from ray_diffsynth.training.metrics import MetricsLog
 from ray_diffsynth.training.module import DiffusionTrainingModule, fix_unused, freeze
@@ -123,7 +124,19 @@ class _Run:
             self.identity["lr_total_steps"] = self.total
         if checkpoint:
             where = f"{self.setup.output_path}/checkpoints/{checkpoint.name}"
-            check_identity(checkpoint.identity, self.identity, where, self.setup.identity_defaults())
+            check_identity(
+                checkpoint.identity,
+                self.identity,
+                where,
+                self.setup.identity_defaults(),
+                positions=(checkpoint.position, self._counts()),
+            )
+            if checkpoint.step > self.total:
+                raise CheckpointError(
+                    f"the checkpoint {where} is beyond the {self.total} steps that this command asks for; raise "
+                    "max_steps or num_epochs, go back with --resume <an earlier checkpoint>, or start anew with "
+                    "another --output_path"
+                )
         if isinstance(self.data, CacheSource):
             self.data.serve(len(lanes_of(context.world_rank, context.world_size, lanes)))
 
@@ -241,7 +254,7 @@ class _Run:
         """How to go on with other options, which a checkpoint refuses; nothing before there is one."""
         if not list_checkpoints(self.setup.output_path):
             return ""
-        file = newest_file(self.setup.output_path, self.per_epoch) if self.config.lora_models else None
+        file = newest_file(self.setup.output_path, self.per_epoch, self.total) if self.config.lora_models else None
         weights = f" and --lora_checkpoint {file}" if file else ""
         return f". Other options make another run: start it with another --output_path{weights}"
 
@@ -364,9 +377,14 @@ class _Run:
             if self.state.ema is not None:
                 with self.state.ema.applied():
                     self.files += self._export(f"{name}.ema")
-        position = {"lanes": self.feed.lanes, "epoch": done // self.per_epoch, "unused": self.unused}
+        position = {"lanes": self.feed.lanes, "epoch": done // self.per_epoch, "unused": self.unused, **self._counts()}
         checkpoint = self.state.checkpoint(done, self.identity, position)
         self.saved = save_checkpoint(self.setup.output_path, checkpoint, self.config.keep_checkpoints)
+
+    def _counts(self) -> dict[str, Any]:
+        """What a message says of two runs that differ."""
+        config = self.config
+        return {"samples": len(self.data.sample_ids), "num_epochs": config.num_epochs, "max_steps": config.max_steps}
 
     def _export(self, name: str) -> list[str]:
         return export_trained(

@@ -88,21 +88,25 @@ def grid(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def sample_grids(output_path: str) -> tuple[list[dict[str, Any]], list[Picture]]:
-    """The grids of a run for its report, as JSON values and as pictures; evenly chosen when there are many.
+def _step(name: str) -> int | None:
+    number = name.removesuffix(".png").rpartition("-")[2]
+    return int(number) if number.isdigit() else None
+
+
+def sample_grids(output_path: str, until: int) -> tuple[list[dict[str, Any]], list[Picture]]:
+    """The grids of a run's first `until` steps for its report, as JSON values and as pictures; evenly chosen when many.
 
     The first and the last are among them: what the training started from, and where it came to.
     """
     folder = join(output_path, SAMPLES_FOLDER)
-    names = list_files(folder, suffix=".png")
+    names = [name for name in list_files(folder, suffix=".png") if (_step(name) or 0) <= until]
     if len(names) > MAX_PICTURES:
         names = [names[round(i * (len(names) - 1) / (MAX_PICTURES - 1))] for i in range(MAX_PICTURES)]
     values: list[dict[str, Any]] = []
     pictures: list[Picture] = []
     for name in names:
         data = read_bytes(join(folder, name))
-        number = name.removesuffix(".png").rpartition("-")[2]
-        step = int(number) if number.isdigit() else None
+        step = _step(name)
         shown = shown_by(data) or Shown(name.removesuffix(".png") if step is None else f"Step {step}", [], {})
         values.append({"file": f"{SAMPLES_FOLDER}/{name}", "step": step, **asdict(shown)})
         alt = f"Sample pictures, {shown.title}" + "".join(f"; {prompt}" for prompt in shown.prompts)

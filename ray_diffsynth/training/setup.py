@@ -15,6 +15,7 @@ from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig, split_names
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.data.storage import absolute, read_bytes
+from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, DECIDED_BY_STUDENT
 from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import part_sketch
@@ -146,7 +147,12 @@ class Setup:
 
     def identity(self, data: SampleSource) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must share, as JSON values."""
-        settings = {name: value for name, value in self.config.to_dict().items() if name not in FREE_FIELDS}
+        without = set(FREE_FIELDS)
+        if self.config.reads_cache:  # it decides these, whatever is given
+            without |= DECIDED_BY_CACHE.keys()
+        if self.task.as_sampled:
+            without |= DECIDED_BY_STUDENT.keys()
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in without}
         settings["task"] = task_family(self.config.task)
         if preset := self.config.preset_lora_path:  # what is in it counts, not where it lies
             settings["preset_lora_path"] = f"content {hashlib.blake2b(read_bytes(preset), digest_size=8).hexdigest()}"

@@ -7,11 +7,13 @@ import math
 from typing import Any
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.data.storage import absolute, file_size, join, list_files, open_input
+from ray_diffsynth.data.storage import absolute, file_size, join, open_input
 from ray_diffsynth.report import make_report, training_numbers, write_json, write_page
+from ray_diffsynth.training.export import newest_file
 from ray_diffsynth.training.metrics import read_metrics
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.sample_grids import sample_grids
+from ray_diffsynth.training.start import mark_finished
 
 
 def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: float) -> dict[str, Any]:
@@ -29,18 +31,20 @@ def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: f
     output_path = absolute(config.output_path)
     times = {"total": seconds, "training": result.seconds}
     metrics = read_metrics(output_path)
-    grids, pictures = sample_grids(output_path)
+    grids, pictures = sample_grids(output_path, result.steps)
     report = make_report(
         counts=counts,
         seconds=times,
         config=config,
         result=result.to_dict(),
         training=training_numbers(metrics),
-        lora=newest_lora(output_path),
+        lora=newest_lora(output_path, result),
         samples=grids,
     )
     write_json(output_path, report)
     write_page(output_path, report, metrics=metrics, pictures=pictures)
+    if result.finished:
+        mark_finished(output_path)
     print(last_line(result, output_path), flush=True)
     return {"counts": counts, "result": result.to_dict()}
 
@@ -57,23 +61,19 @@ def last_line(result: TrainResult, output_path: str) -> str:
     return f"{state}{loss}; {files}, checkpoint {result.checkpoint}; see {join(output_path, 'report.html')}"
 
 
-def newest_lora(output_path: str) -> dict[str, Any] | None:
-    """File, bytes, number of values and rank of the LoRA with the most steps; None if there is none.
+def newest_lora(output_path: str, result: TrainResult) -> dict[str, Any] | None:
+    """File, bytes, number of values and rank of the LoRA that the run wrote last; None if there is none.
 
     Only the file's header is read.
     """
-    found = [name for name in list_files(output_path, suffix=".safetensors") if name.split("-")[0] in ("epoch", "step")]
-    found = [name for name in found if name.count(".") == 1]  # not the further models of the same step
-    by_steps = sorted(
-        found, key=lambda name: [int(part) for part in name.split(".")[0].split("-")[1:] if part.isdigit()]
-    )
-    for name in reversed(by_steps):
-        path = join(output_path, name)
-        with open_input(path) as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes = {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
-        ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key or ".lora_down." in key}
-        if ranks:
-            values = sum(math.prod(shape) for shape in shapes.values())
-            return {"file": name, "bytes": file_size(path), "parameters": values, "rank": max(ranks)}
-    return None
+    path = newest_file(output_path, result.steps_per_epoch, result.steps)
+    if path is None:
+        return None
+    with open_input(path) as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    shapes = {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
+    ranks = {shape[0] for key, shape in shapes.items() if ".lora_A." in key or ".lora_down." in key}
+    if not ranks:  # a model that was trained in full
+        return None
+    values = sum(math.prod(shape) for shape in shapes.values())
+    return {"file": path.rpartition("/")[2], "bytes": file_size(path), "parameters": values, "rank": max(ranks)}

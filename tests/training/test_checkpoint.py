@@ -13,11 +13,9 @@ import torch
 from ray_diffsynth.training.checkpoint import (
     Checkpoint,
     CheckpointError,
-    check_identity,
     checkpoints_folder,
     list_checkpoints,
     newest_checkpoint,
-    prepare_resume,
     read_checkpoint,
     save_checkpoint,
 )
@@ -106,17 +104,6 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         read_checkpoint(str(folder))
 
 
-def test_differences_are_named() -> None:
-    check_identity({"seed": 0}, {"seed": 0}, "x")
-    check_identity({"seed": 0, "no_more": 1}, {"seed": 0, "new": 2}, "x", {"new": 2})
-    with pytest.raises(CheckpointError, match=r"\(new: 2 there, 3 here\)"):
-        check_identity({"seed": 0}, {"seed": 0, "new": 3}, "x", {"new": 2})
-    with pytest.raises(
-        CheckpointError, match=r"lora_rank: nothing there, 4 here; seed: 0 there, 1 here.*--resume never"
-    ):
-        check_identity({"seed": 0}, {"seed": 1, "lora_rank": 4}, "x")
-
-
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_what_is_written_stays_and_a_past_that_did_not_happen_goes(tmp_path: Path, keep: int) -> None:
     """A run that goes on from step 10, as 100 is damaged, must not lose its new checkpoints for that one."""
@@ -138,23 +125,6 @@ def test_none_that_can_be_read_is_an_error(tmp_path: Path) -> None:
         (Path(folder) / "tensors.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints.*step-00000002.*--resume never"):
         newest_checkpoint(out)
-    prepare_resume(out, "never")
-    assert newest_checkpoint(out) is None
-
-
-def test_prepare_resume(tmp_path: Path) -> None:
-    out = str(tmp_path / "run")
-    for step in (5, 10):
-        save_checkpoint(out, at(step), keep=3)
-    prepare_resume(out, "auto")
-    assert list_checkpoints(out) == ["step-00000005", "step-00000010"]
-    prepare_resume(out, f"{out}/checkpoints/step-00000005")
-    assert list_checkpoints(out) == ["step-00000005"]
-    prepare_resume(out, "never")
-    assert newest_checkpoint(out) is None
-    assert len(list((tmp_path / "run").glob("checkpoints-*/step-*"))) == 3
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        prepare_resume(out, str(tmp_path / "nothing"))
 
 
 def test_object_store() -> None:

@@ -113,6 +113,41 @@ def test_a_truncated_checkpoint_is_said_and_the_one_before_used(
     assert (tmp_path / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
+@pytest.mark.parametrize("kill", [{"step": 1}, {"step": 6}, {"fsync": 6}], ids=str)
+def test_never_goes_on_after_a_kill_and_starts_anew_when_it_has_finished(
+    runs: Runs, whole: Path, tmp_path: Path, kill: dict[str, int]
+) -> None:
+    """The very command that was killed goes on from its own checkpoints; what lay there before is not mixed in."""
+    assert go(runs, tmp_path, max_steps=2, seed=3, lr_scheduler="constant") == 0
+    (tmp_path / "samples").mkdir()
+    assert go(runs, tmp_path, kill, resume="never") == -9
+    found = newest_checkpoint(str(tmp_path))
+    assert go(runs, tmp_path, resume="never") == 0
+    assert_same(tmp_path, whole)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["result"]["started_at"] == (found.step if found else 0)
+    assert report["lora"]["file"] == "step-8.safetensors" and report["training"]["logged_steps"] == 8
+    assert (tmp_path / "previous-1/step-2.safetensors").exists() and (tmp_path / "previous-1/samples").exists()
+    if "step" in kill:
+        return
+    assert go(runs, tmp_path, resume="never") == 0  # finished: the same command is another run
+    assert_same(tmp_path, whole)
+    assert_same(tmp_path / "previous-2", whole)
+
+
+def test_a_chosen_checkpoint_is_started_from_once(runs: Runs, whole: Path, tmp_path: Path) -> None:
+    assert go(runs, tmp_path) == 0
+    chosen = str(tmp_path / "checkpoints/step-00000004")
+    assert go(runs, tmp_path, {"step": 3}, resume=chosen) == -9
+    assert newest_checkpoint(str(tmp_path)).step == 6  # type: ignore[union-attr]
+    assert not (tmp_path / "step-8.safetensors").exists()
+    assert go(runs, tmp_path, resume=chosen) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["result"]["started_at"] == 6 and report["training"]["logged_steps"] == 8
+    for name in ("step-8.safetensors", "checkpoints/step-00000008/tensors.safetensors"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_going_on_from_a_chosen_checkpoint(runs: Runs, whole: Path, tmp_path: Path) -> None:
     """--resume <path>: the run goes on from there, in its own folder; the earlier checkpoints are set aside."""
     chosen = whole / "checkpoints/step-00000004"
@@ -129,5 +164,5 @@ def test_another_length_of_a_falling_learning_rate_is_refused(
     from ray_diffsynth.training.loop import train
 
     config = make_config(tiny_qwen, make_cache(), whole, **{**OPTIONS, "max_steps": 9})
-    with pytest.raises(CheckpointError, match="lr_total_steps: 8 there, 9 here"):
+    with pytest.raises(CheckpointError, match=r"\(max_steps: 8 there, 9 here\)"):
         train(config, LocalContext("cpu", progress=False))

@@ -93,7 +93,7 @@ def test_step_0_is_the_base_model_or_the_lora_that_it_starts_from(
     preset = make_config(tiny_qwen, make_cache(), tmp_path / "preset", preset_lora_path=lora, **size)
     other = Image.open(Sampler(preset, ["a cat"], torch.device("cpu")).draw(0, {}))
     assert not np.array_equal(np.asarray(base), np.asarray(other))
-    (values, _), (started, _) = sample_grids(str(tmp_path / "new")), sample_grids(str(tmp_path / "preset"))
+    (values, _), (started, _) = sample_grids(str(tmp_path / "new"), 99), sample_grids(str(tmp_path / "preset"), 99)
     assert (values[0]["title"], started[0]["title"]) == ("Base model", "Start, with zorp.safetensors")
 
 
@@ -145,7 +145,7 @@ def test_the_report_shows_the_steps_beside_the_base_model(tmp_path: Path) -> Non
     sheet = Image.new("RGB", (8, 4))
     for step in range(0, 40, 2):
         (tmp_path / f"samples/step-{step:08d}.png").write_bytes(encode(sheet, Shown.of(config, ["ein <Bär>"], step)))
-    values, pictures = sample_grids(str(tmp_path))
+    values, pictures = sample_grids(str(tmp_path), 10**9)
     assert len(values) == len(pictures) == MAX_PICTURES
     assert [(v["step"], v["title"]) for v in (values[0], values[-1])] == [(0, "Base model"), (38, "Step 38")]
     report = make_report(counts={"steps": 38, "steps_total": 38}, seconds={"total": 1.0}, config=config, samples=values)
@@ -163,7 +163,7 @@ def test_a_grid_that_someone_else_left_does_not_end_a_run(tmp_path: Path) -> Non
     (tmp_path / "samples/step-00000007.png").write_bytes(data.getvalue())
     (tmp_path / "samples/step-00000000.png").write_bytes(b"cut")
     assert not is_drawn(str(tmp_path), 0, Shown.of(config, ["a"], 0))
-    values, pictures = sample_grids(str(tmp_path))
+    values, pictures = sample_grids(str(tmp_path), 10**9)
     assert [v["title"] for v in values] == ["Step 0", "Step 7"] and pictures[1].alt == "Sample pictures, Step 7"
 
 
