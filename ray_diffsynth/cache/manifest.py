@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError, repair_advice
+from ray_diffsynth.cache.tables import read_table, table_bytes, table_hash
 from ray_diffsynth.data import storage
 
 MANIFEST_VERSION = 2
@@ -140,20 +140,25 @@ class Manifest:
 
     def read_index(self, cache: str) -> pa.Table:
         """The index, a row per sample in training order. Raises CacheError if it is absent or not the committed one."""
-        table = _read_table(cache, self.index_file, index_schema(g.name for g in self.groups), self.index_hash)
+        schema = index_schema(group.name for group in self.groups)
+        whole = schema.append(pa.field(CAPTION, pa.string()))
+        table = read_table(cache, self.index_file, self.index_hash, whole, schema.names)
         if {name: len(rows) for name, rows in bucket_ranges(table).items()} != self.buckets:
             raise CacheError(f"the index {self.index_file} of {cache} has other buckets than its manifest")
         return table
 
     def read_captions(self, cache: str) -> list[str | None]:
         """The caption of each index row. Raises CacheError."""
-        table = _read_table(cache, self.index_file, pa.schema([(CAPTION, pa.string())]), self.index_hash)
+        schema = index_schema(group.name for group in self.groups).append(pa.field(CAPTION, pa.string()))
+        table = read_table(cache, self.index_file, self.index_hash, schema, [CAPTION])
         captions: list[str | None] = table.column(CAPTION).to_pylist()
         return captions
 
     def read_quarantine(self, cache: str) -> pa.Table:
         """The samples that were left out, with their reasons. Raises CacheError."""
-        return _read_table(cache, self.quarantine_file, QUARANTINE_SCHEMA, None)
+        # The name is the hash as well, so that the quarantine needs no field of its own for it.
+        digest = self.quarantine_file.rpartition("/")[2].removesuffix(".parquet")
+        return read_table(cache, self.quarantine_file, digest, QUARANTINE_SCHEMA)
 
 
 CAPTION = "caption"
@@ -185,12 +190,6 @@ def bucket_ranges(index: pa.Table) -> dict[str, range]:
     return ranges
 
 
-def _table_bytes(table: pa.Table) -> pa.Buffer:
-    out = pa.BufferOutputStream()
-    pq.write_table(table, out, compression="zstd")
-    return out.getvalue()
-
-
 def _add_strings(digest: Any, column: pa.ChunkedArray) -> None:
     """Add the lengths of a column's strings, then the strings."""
     chunks = [chunk for chunk in column.chunks if len(chunk)]
@@ -199,27 +198,6 @@ def _add_strings(digest: Any, column: pa.ChunkedArray) -> None:
     for chunk in chunks:
         ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
         digest.update(memoryview(chunk.buffers()[2] or b"")[ends[0] : ends[-1]])
-
-
-def _hash(data: bytes | pa.Buffer) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _read_table(cache: str, file: str, schema: pa.Schema, digest: str | None) -> pa.Table:
-    path = storage.join(cache, file)
-    try:
-        data = storage.read_bytes(path)
-    except FileNotFoundError as error:
-        raise CacheError(f"{path} is absent; {repair_advice(cache)}") from error
-    except OSError as error:
-        raise UnreadableError(path, error) from error
-    try:
-        # The name is the hash as well, so that the quarantine needs no field of its own for it.
-        if _hash(data) != (digest or file.rpartition("/")[2].removesuffix(".parquet")):
-            raise ValueError("its content does not match its hash in the manifest")
-        return pq.read_table(pa.BufferReader(data), columns=schema.names).select(schema.names).cast(schema)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise CacheError(f"{path} cannot be used: {error}; {repair_advice(cache)}") from error
 
 
 def committed(cache: str) -> tuple[Manifest, pa.Table]:
@@ -291,14 +269,14 @@ def commit(
     quarantine = quarantine.select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA).combine_chunks()
     _check(manifest, index, quarantine)
     texts = pa.nulls(index.num_rows, pa.string()) if captions is None else pa.array(captions, pa.string())
-    index_data, quarantine_data = _table_bytes(index.append_column(CAPTION, texts)), _table_bytes(quarantine)
-    digest = _hash(index_data)
+    index_data, quarantine_data = table_bytes(index.append_column(CAPTION, texts)), table_bytes(quarantine)
+    digest = table_hash(index_data)
     whole = replace(
         manifest,
         groups=tuple(_with_empty_location(group, index) for group in manifest.groups),
         index_file=f"{INDEX_FOLDER}/{digest}.parquet",
         index_hash=digest,
-        quarantine_file=f"{QUARANTINE_FOLDER}/{_hash(quarantine_data)}.parquet",
+        quarantine_file=f"{QUARANTINE_FOLDER}/{table_hash(quarantine_data)}.parquet",
     )
     before = _named_files(cache)
     storage.write_bytes_atomic(storage.join(cache, whole.index_file), index_data)

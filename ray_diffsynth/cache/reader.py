@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, overload
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_diffsynth.cache.codec import CodecError
 from ray_diffsynth.cache.errors import CacheError as CacheError
@@ -17,7 +16,7 @@ from ray_diffsynth.cache.errors import UnreadableError, VersionError, repair_adv
 from ray_diffsynth.cache.local_copy import LocalCopies
 from ray_diffsynth.cache.manifest import bucket_ranges, committed
 from ray_diffsynth.cache.schema import RowView, row_views
-from ray_diffsynth.cache.store import READ_ERRORS, failed_to_read, shard_header, shard_path
+from ray_diffsynth.cache.store import READ_ERRORS, as_shard, failed_to_read, shard_path
 from ray_diffsynth.data import storage
 
 
@@ -172,8 +171,8 @@ class CacheReader:
         group, file, row_group = place
         path = shard_path(self.cache, group, file)
         try:
-            with self._open_file(path) as source, pq.ParquetFile(source) as parquet:
-                header = shard_header(parquet, path)
+            parameters = self.manifest.group(group).parameters
+            with self._open_file(path) as source, as_shard(source, path, parameters) as (parquet, header):
                 if not 0 <= row_group < parquet.num_row_groups:
                     raise CacheError(f"has {parquet.num_row_groups} row groups, not the row group {row_group}")
                 with self._lock:  # before it is read: the new one and the old one need not be in memory together

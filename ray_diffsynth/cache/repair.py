@@ -30,7 +30,6 @@ from ray_diffsynth.cache.store import (
     list_shards,
     open_shard,
     read_shard_header,
-    shard_header,
     shard_name,
     shard_path,
     write_shard,
@@ -211,8 +210,7 @@ def _old_tables(cache: str, manifest: Manifest) -> Iterator[str]:
 def _compact(cache: str, spec: GroupSpec, file: str, places: list[Place]) -> tuple[str, dict[tuple[int, int], Place]]:
     """A file with only the rows at `places`: its name, and where each row went. The file itself if it has no others."""
     path = shard_path(cache, spec.name, file)
-    with open_shard(path) as (parquet, _):
-        header = shard_header(parquet, path)
+    with open_shard(path) as (parquet, header, _):
         if parquet.metadata.num_rows == len(places):
             return file, {}
         table = parquet.read()

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,14 +19,15 @@ from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError
 from ray_diffsynth.cache.schema import KEY, row_views, table_from_rows, table_parameters, table_schema
 from ray_diffsynth.data import storage
+from ray_diffsynth.data.parquet import check_columns, open_parquet
 
 SHARD_VERSION = 2
 """2: checksums are XXH3-64 (1: CRC-32)."""
 _METADATA = b"ray_diffsynth"
 HEADER_BYTES = 64 << 10
 """What is fetched at once of a remote shard for its header: an object store's usual read-ahead is the whole shard."""
-READ_ERRORS = (OSError, pa.ArrowException, ValueError, LookupError, TypeError)
-"""What reading a damaged Parquet file raises."""
+READ_ERRORS = (OSError, pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged Parquet file and its header raises."""
 
 
 def failed_to_read(error: Exception) -> bool:
@@ -146,25 +147,47 @@ class ForeignFileError(CacheError):
     """A Parquet file of another program."""
 
 
-def shard_header(file: pq.ParquetFile, path: str) -> dict[str, Any]:
-    """`version`, `group`, `bucket`, `codec` and `rows_per_group` of the open shard at `path`.
-
-    Raises ForeignFileError, VersionError, and KeyError or ValueError for a damaged one.
-    """
+def _header(file: pq.ParquetFile, path: str) -> dict[str, Any]:
     text = (file.schema_arrow.metadata or {}).get(_METADATA)
     if text is None:
         raise ForeignFileError(f"{path} is a Parquet file of another program, not a shard of a cache")
     header: dict[str, Any] = json.loads(text)
     if header["version"] != SHARD_VERSION:
         raise VersionError(path, header["version"], SHARD_VERSION)
+    check_codec(header["codec"])
+    if not (type(header["rows_per_group"]) is int and header["rows_per_group"] > 0):
+        raise ValueError(f"its header has {header['rows_per_group']!r} rows in a row group")
+    if not all(isinstance(header[name], str) for name in ("group", "bucket")):
+        raise ValueError("its header has a group or a bucket that is no text")
     return header
 
 
 @contextmanager
-def open_shard(path: str, *, whole: bool = False) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """The open Parquet file and its size; `whole` fetches it in one piece, else only what is asked for is read.
+def as_shard(
+    source: pa.NativeFile, path: str, parameters: Collection[str] | None = None
+) -> Iterator[tuple[pq.ParquetFile, dict[str, Any]]]:
+    """The Parquet file in `source`, whose columns are exactly those of a shard (of these parameters), and its header.
 
-    Raises FileNotFoundError, UnreadableError for any other failure to read, and READ_ERRORS for a damaged file.
+    The header has `version`, `group`, `bucket`, `codec`, `rows_per_group` and `failed`. Raises ForeignFileError,
+    VersionError, and CacheError or READ_ERRORS (ColumnError among them) for a damaged file.
+    """
+    with open_parquet(source, path) as parquet:
+        header = _header(parquet, path)
+        schema = parquet.schema_arrow
+        held = table_parameters(schema)
+        check_columns(schema, table_schema(held), path)
+        if parameters is not None and set(held) != set(parameters):
+            raise CacheError(f"it holds the parameters {', '.join(held)}, not {', '.join(parameters)}")
+        yield parquet, header
+
+
+@contextmanager
+def open_shard(
+    path: str, parameters: Collection[str] | None = None, *, whole: bool = False
+) -> Iterator[tuple[pq.ParquetFile, dict[str, Any], int]]:
+    """`as_shard` of a file, and its size; `whole` fetches it in one piece, else only what is asked for is read.
+
+    Raises also FileNotFoundError, and UnreadableError for any other failure to read.
     """
     try:
         if whole:
@@ -175,8 +198,8 @@ def open_shard(path: str, *, whole: bool = False) -> Iterator[tuple[pq.ParquetFi
         raise
     except OSError as error:
         raise UnreadableError(path, error) from error
-    with source, pq.ParquetFile(source) as parquet:
-        yield parquet, source.size()
+    with source, as_shard(source, path, parameters) as (parquet, header):
+        yield parquet, header, source.size()
 
 
 def read_shard_header(cache: str, group: str, file: str, *, verify: bool = False) -> Shard:
@@ -187,8 +210,7 @@ def read_shard_header(cache: str, group: str, file: str, *, verify: bool = False
     """
     path = shard_path(cache, group, file)
     try:
-        with open_shard(path, whole=verify) as (parquet, nbytes):
-            header = shard_header(parquet, path)
+        with open_shard(path, whole=verify) as (parquet, header, nbytes):
             if header["group"] != group:
                 raise CacheError(f"belongs to the group {header['group']}, not {group}")
             table = parquet.read(None if verify else [KEY])

@@ -12,7 +12,7 @@ from ray_diffsynth.cache.finite import is_finite as is_finite
 from ray_diffsynth.cache.inspection import Place, named_rows, orphans
 from ray_diffsynth.cache.manifest import GroupSpec, committed
 from ray_diffsynth.cache.schema import row_views
-from ray_diffsynth.cache.store import READ_ERRORS, open_shard, shard_header, shard_path
+from ray_diffsynth.cache.store import READ_ERRORS, open_shard, shard_path
 from ray_diffsynth.data import storage
 
 
@@ -55,8 +55,7 @@ def file_problem(cache: str, spec: GroupSpec, file: str, places: list[Place]) ->
     """The first thing wrong with a file of the cache, in words. Raises UnreadableError, VersionError."""
     path = shard_path(cache, spec.name, file)
     try:
-        with open_shard(path, whole=True) as (parquet, _):
-            header = shard_header(parquet, path)
+        with open_shard(path, spec.parameters, whole=True) as (parquet, header, _):
             if header["group"] != spec.name:
                 return f"it belongs to the group {header['group']}"
             keys = {}

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_diffsynth.data import storage
+from ray_diffsynth.data.parquet import open_parquet
 from ray_diffsynth.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
@@ -154,16 +154,22 @@ def read_json(path: str) -> RawTable:
 
 
 def read_parquet(path: str) -> RawTable:
-    """One row a sample."""
+    """One row a sample, of plain columns. Raises ColumnError for an extension type, before any value is read."""
     try:
-        with storage.open_input(path) as file:
-            table = pq.read_table(file)
+        with storage.open_input(path) as file, open_parquet(file, path) as parquet:
+            columns: list[str] = parquet.schema_arrow.names
+            if repeated := sorted({name for name in columns if columns.count(name) > 1}):
+                raise DatasetError(f"{path}: the column {repeated[0]!r} appears twice; rename one")
+            values = parquet.read().to_pylist()
     except FileNotFoundError as error:
         raise DatasetError(f"the metadata file {path} does not exist; check --dataset_metadata_path") from error
-    except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"{path} is not a readable Parquet file: {error}") from error
-    rows = (RawRow(n, f"{path}#{n}", values) for n, values in enumerate(table.to_pylist(), 1))
-    return RawTable(tuple(table.column_names), tuple(rows))
+    except UserError:
+        raise
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
+        # ValueError: bytes that are no text, a date that Python has none for
+        raise DatasetError(f"{path} is not a readable Parquet file: {error}; write it again") from error
+    rows = (RawRow(n, f"{path}#{n}", row) for n, row in enumerate(values, 1))
+    return RawTable(tuple(columns), tuple(rows))
 
 
 def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
