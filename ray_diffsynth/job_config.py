@@ -29,7 +29,7 @@ class JobConfig:
     processor_path: str | None = None
     """Folder of the processor, when it is not the model's own."""
     family: str | None = None
-    """Pipeline family or your own module:Class; read from the model when not given."""
+    """Pipeline family, or your own by its module, my_module[:Class]; read from the model when not given."""
     output_path: str = "./models"
     """Folder or URL for the results: the cache of preprocess, the LoRA and checkpoints of train."""
     pipeline_settings: dict[str, Any] | None = None

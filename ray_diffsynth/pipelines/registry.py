@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_diffsynth.errors import UserError
+from ray_diffsynth.pipelines.own_module import FamilyError as FamilyError
+from ray_diffsynth.pipelines.own_module import import_own_module
 
 if TYPE_CHECKING:
     from ray_diffsynth.models.locate import ModelSource
@@ -50,28 +50,15 @@ PART_CLASSES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-class FamilyError(UserError, ValueError):
-    """No such family, or a model folder whose family cannot be told."""
-
-
 def get_pipeline_class(family: str) -> type[BasePipeline]:
-    """The pipeline class of a family: a name of FAMILIES, or your own as `my_package.my_module[:Class]`.
+    """The pipeline class of a family: a name of FAMILIES, or your own as `my_module[:Class]`, `my_package.my_module`.
 
     Raises:
-        FamilyError: unknown name (lists the nearest), or a module without one BasePipeline subclass of its own.
+        FamilyError: unknown name (lists the nearest), a module that cannot be imported, or one without one
+            BasePipeline subclass of its own.
     """
-    if family not in FAMILIES and "." not in family and ":" not in family:
-        near = difflib.get_close_matches(family, FAMILIES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise FamilyError(
-            f"unknown family {family!r}: {hint}known: {', '.join(sorted(FAMILIES))}; "
-            f"your own pipeline is named by its module, my_package.my_module[:Class]"
-        )
     module_name, _, class_name = FAMILIES.get(family, family).partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as err:
-        raise FamilyError(f"the family {family!r} is not importable: {err}; is its folder on PYTHONPATH?") from err
+    module = importlib.import_module(module_name) if family in FAMILIES else import_own_module(family, FAMILIES)
     from ray_diffsynth.pipelines.base import BasePipeline
 
     own = {
@@ -82,9 +69,11 @@ def get_pipeline_class(family: str) -> type[BasePipeline]:
     if class_name and class_name not in own:
         raise FamilyError(f"{module_name} defines no pipeline {class_name!r}; it defines {', '.join(own) or 'none'}")
     if not class_name and len(own) != 1:
+        where = getattr(module, "__file__", None) or "built in, or a folder without __init__.py"
         raise FamilyError(
-            f"{module_name} defines {', '.join(own) or 'no pipeline'}; "
+            f"{module_name} ({where}) defines {', '.join(own) or 'no pipeline'}; "
             f"name one BasePipeline subclass: {module_name}:Class"
+            + ("" if own else f"; known families: {', '.join(sorted(FAMILIES))}")
         )
     return own[class_name] if class_name else next(iter(own.values()))
 

@@ -155,8 +155,21 @@ def _answers(address: str) -> bool:
     return True
 
 
-def test_ray_job_submit(head: Head, tiny_qwen: Path, tmp_path: Path) -> None:
-    """Both jobs on a cluster that is there already, from the checkout's working directory."""
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A working folder: what a checkout has for a job, and a family of one's own in a module beside it."""
+    folder = tmp_path / "checkout"
+    for name in ("jobs", "ray_diffsynth"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, folder)
+    source = "from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline\nclass Mine(QwenImagePipeline): ...\n"
+    (folder / "my_submitted_family.py").write_text(source)
+    return folder
+
+
+def test_ray_job_submit(head: Head, tiny_qwen: Path, checkout: Path, tmp_path: Path) -> None:
+    """Both jobs on a cluster that is there already, from the checkout's working directory, with a module of its own."""
     draw_dataset(tmp_path / "data", 4)
     submit = [
         str(Path(sys.executable).with_name("ray")),
@@ -168,6 +181,8 @@ def test_ray_job_submit(head: Head, tiny_qwen: Path, tmp_path: Path) -> None:
         ".",
     ]
     first = [
+        "--family",
+        "my_submitted_family",
         "--model",
         str(tiny_qwen),
         "--dataset_base_path",
@@ -175,9 +190,10 @@ def test_ray_job_submit(head: Head, tiny_qwen: Path, tmp_path: Path) -> None:
         "--output_path",
         str(tmp_path / "cache"),
     ]
-    said = run([*submit, "--", "python", "jobs/preprocess.py", *first], ROOT, head.environment)
+    said = run([*submit, "--", "python", "jobs/preprocess.py", *first], checkout, head.environment)
     assert "cache of 4 samples" in said and "succeeded" in said
     second = ["--model", str(tiny_qwen), "--dataset_base_path", str(tmp_path / "cache"), "--max_steps", "2"]
     second += ["--output_path", str(tmp_path / "lora"), "--lora_target_modules", "to_q,to_k", "--lora_rank", "4"]
-    said = run([*submit, "--", "python", "jobs/train.py", *second], ROOT, head.environment)
+    second += ["--family", "my_submitted_family"]
+    said = run([*submit, "--", "python", "jobs/train.py", *second], checkout, head.environment)
     assert "succeeded" in said and load_file(next((tmp_path / "lora").glob("*.safetensors")))
