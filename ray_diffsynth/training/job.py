@@ -36,6 +36,7 @@ from ray_diffsynth.training.checkpoint import (
 )
 from ray_diffsynth.training.elastic import Group, Watch, room, wait_for_room
 from ray_diffsynth.training.elastic import nodes as machines
+from ray_diffsynth.training.failure import WorkerError, is_lost_connection, reason
 from ray_diffsynth.training.loop import train
 from ray_diffsynth.training.metrics import TrainingProgress
 from ray_diffsynth.training.optim import optimizer_class
@@ -197,8 +198,8 @@ def _fit_until_done(
                 try:
                     _fit(arguments, group, workers)
                 except ray.train.TrainingFailedError as error:
-                    if (known := _user_error(error)) is not None:
-                        raise known from error
+                    if (told := reason(getattr(error, "worker_failures", None) or {})) is not None:
+                        raise told from error
                     failures = failures + 1 if list_checkpoints(config.output_path) == before else 1
                     if failures >= MAX_FAILURES:
                         raise
@@ -291,8 +292,15 @@ def _worker(arguments: dict[str, Any]) -> None:
     for name, value in ray.get(arguments["collector"].environment.remote()).items():
         os.environ.setdefault(name, value)
     context = RayContext(arguments["collector"], arguments["sampler"])
-    with messages_to_driver(context):
-        result = train(arguments["config"], context)
+    try:
+        with messages_to_driver(context):
+            result = train(arguments["config"], context)
+    except (UserError, ray.exceptions.RayError):
+        raise
+    except Exception as error:
+        if context.world_size > 1 and is_lost_connection(error):
+            raise
+        raise WorkerError.of(error, context.world_rank, context.world_size) from None
     if context.world_rank == 0:
         context.send_metrics()
         if result.finished:
@@ -323,16 +331,6 @@ def _shown(collector: Any) -> Iterator[None]:
         ended.set()
         thread.join()
         progress.close()
-
-
-def _user_error(error: BaseException) -> UserError | None:
-    """The UserError that a worker raised, out of Ray's wrappers."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        for candidate in (failure, getattr(failure, "cause", None)):
-            if isinstance(candidate, UserError):
-                return candidate
-    return None
 
 
 def _first_line(error: BaseException) -> str:

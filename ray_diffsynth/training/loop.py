@@ -37,12 +37,14 @@ from ray_diffsynth.training.module import DiffusionTrainingModule, fix_unused, f
 from ray_diffsynth.training.nonfinite import Seen, dump_not_finite
 from ray_diffsynth.training.observe import SIGMA_BUCKETS, StepOutcome, StepSums, Window
 from ray_diffsynth.training.optim import (
+    OptimizerError,
     depends_on_length,
     learning_rate,
     make_optimizer,
     optimizer_state,
     set_learning_rate,
 )
+from ray_diffsynth.training.optimizer_modes import evaluated, has_modes, to_training
 from ray_diffsynth.training.plan import lanes_of
 from ray_diffsynth.training.quantize import describe_packed
 from ray_diffsynth.training.result import TrainResult
@@ -169,8 +171,14 @@ class _Run:
         optimizer = make_optimizer(parameters.values(), config)
         ema = Ema(parameters, config.ema_decay) if config.ema_decay else None
         self.state = TrainingState(parameters, optimizer, getattr(self.engine, "scaler", None), ema)
+        if ema is not None and has_modes(optimizer):
+            raise OptimizerError(
+                f"--ema_decay and {type(optimizer).__name__} both average the weights: what that one writes is its own "
+                "average already; leave --ema_decay out"
+            )
         if checkpoint:
             self.state.restore(checkpoint)
+        to_training(optimizer)
         self.optimizer: Any = self.engine.prepare_optimizer(optimizer)
         self.model: nn.Module = self.module if config.shard_base else distribute(self.module, world)
 
@@ -229,7 +237,7 @@ class _Run:
         extra: dict[str, Any] = {}
         if len(self.held_out.rows) and (done == self.total or self._due(done, config.validation_steps)):
             rank, world = self.context.world_rank, self.context.world_size
-            with self._memory_explained():
+            with self._memory_explained(), evaluated(self.state.optimizer):
                 self.validation_loss = self.held_out.loss(self.module, self.engine, rank, world)
             extra["validation_loss"] = self.validation_loss
         if self.log is not None and self.trackers is not None:
@@ -240,7 +248,8 @@ class _Run:
                 self.context.report(metrics)
                 self.window = Window()
             if config.validation_prompts and (done == self.total or self._due(done, config.sample_steps)):
-                weights = {name: p.detach().cpu().clone() for name, p in self.state.parameters.items()}
+                with evaluated(self.state.optimizer):
+                    weights = {name: p.detach().cpu().clone() for name, p in self.state.parameters.items()}
                 self.context.draw_samples(done, weights)
         if save or outcome.stop:
             self._save(done, export=save)
@@ -373,7 +382,8 @@ class _Run:
         if export:
             by_epoch = self.config.save_steps is None and done % self.per_epoch == 0
             name = f"epoch-{done // self.per_epoch - 1}" if by_epoch else f"step-{done}"
-            self.files += self._export(name)
+            with evaluated(self.state.optimizer):
+                self.files += self._export(name)
             if self.state.ema is not None:
                 with self.state.ema.applied():
                     self.files += self._export(f"{name}.ema")
