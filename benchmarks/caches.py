@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
-from ray_diffsynth.cache.store import GroupRow, write_shard
+from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 
 
@@ -30,7 +30,9 @@ def gaussian_cache(
         raw += value.nbytes
         text_rows.append(GroupRow(f"t{number}", {"prompt_embeds": value}))
     texts = [
-        write_shard(str(cache), "text_encoder", f"t{start}", "all", text_rows[start : start + 32], codec=codec)
+        write_shard(
+            str(cache), "text_encoder", shard_name([f"t{start}"]), "all", text_rows[start : start + 32], codec=codec
+        )
         for start in range(0, len(text_rows), 32)
     ]
     nbytes = 0
@@ -39,7 +41,7 @@ def gaussian_cache(
         latents = [torch.randn(1, 16, side // 8, side // 8, generator=generator).bfloat16() for _ in members]
         raw += sum(value.nbytes for value in latents)
         rows = [GroupRow(f"v{i}", {"input_latents": value}) for i, value in zip(members, latents, strict=True)]
-        shard = write_shard(str(cache), "vae", f"v{start}", bucket.name, rows, codec=codec)
+        shard = write_shard(str(cache), "vae", shard_name([f"v{start}"]), bucket.name, rows, codec=codec)
         nbytes += shard.nbytes
         for position, i in enumerate(members):
             text = texts[i // share // 32]

@@ -14,7 +14,7 @@ PICTURES, SOURCE, SIDE, BATCH, TIMES = 256, 1024, 256, 4, 5
 def measure() -> list[Row]:
     import torch
 
-    from ray_diffsynth.cache.store import GroupRow, write_shard
+    from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
     from ray_diffsynth.config import PreprocessConfig
     from ray_diffsynth.data.buckets import Bucket
     from ray_diffsynth.data.samples import load_inputs
@@ -45,7 +45,7 @@ def measure() -> list[Row]:
             inputs = [load_inputs(row, bucket, job.sample, only=group.inputs) for row in rows]
             results, _ = encode(encoder.pipe, encoder.group, group.settings, inputs, BATCH)
             found = [GroupRow(str(at), result) for at, result in enumerate(results) if isinstance(result, dict)]
-            write_shard(str(root / "serial"), "vae", "shard", bucket.name, found, codec="planes-zstd")
+            write_shard(str(root / "serial"), "vae", shard_name(["shard"]), bucket.name, found, codec="planes-zstd")
 
         return len(rows) / seconds(work)
 

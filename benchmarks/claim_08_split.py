@@ -26,7 +26,7 @@ TIMES = {1: 5, 2: 5, 5: 3, 10: 3}
 def measure() -> list[Row]:
     import torch
 
-    from ray_diffsynth.cache.store import GroupRow, write_shard
+    from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
     from ray_diffsynth.demo.tiny import build_tiny_model
     from ray_diffsynth.training.setup import Setup
     from tests.training.helpers import write_cache
@@ -63,7 +63,7 @@ def measure() -> list[Row]:
             scratch, began = fresh(root / "scratch"), time.perf_counter()
             for group in module.stages.groups:
                 found = [GroupRow(f"{n}", {p: s[p] for p in group.parameters}) for n, s in enumerate(encoded)]
-                write_shard(str(scratch), group.name, "shard", "all", found, codec="planes-zstd")
+                write_shard(str(scratch), group.name, shard_name(["shard"]), "all", found, codec="planes-zstd")
             spent += time.perf_counter() - began
             place.leave()
             return spent

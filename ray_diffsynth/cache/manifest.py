@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,13 +17,22 @@ import pyarrow.compute as pc
 
 from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError, repair_advice
+from ray_diffsynth.cache.names import (
+    INDEX_FOLDER,
+    QUARANTINE_FOLDER,
+    check_group,
+    check_shard,
+    check_shards,
+    check_table,
+    inside,
+    is_table,
+)
 from ray_diffsynth.cache.tables import read_table, table_bytes, table_hash
 from ray_diffsynth.data import storage
 
 MANIFEST_VERSION = 2
 """2: the rows' checksums are XXH3-64 (1: CRC-32)."""
 MANIFEST_FILE = "manifest.json"
-INDEX_FOLDER, QUARANTINE_FOLDER = "index", "quarantine"
 
 QUARANTINE_SCHEMA = pa.schema([(n, pa.string()) for n in ("sample_id", "source", "error", "message", "group", "key")])
 """`group` and `key` tell what could not be encoded; null for a row that failed before that."""
@@ -89,8 +98,10 @@ class Manifest:
 
     @classmethod
     def load(cls, cache: str) -> Manifest:
-        """The committed manifest of a cache. Raises CacheError: absent, damaged, or of another version."""
-        path = storage.join(cache, MANIFEST_FILE)
+        """The committed manifest of a cache. Raises CacheError: absent, damaged, of another version, or with the name
+        of a group or a file that no cache has (UnsafeNameError).
+        """
+        path = inside(cache, MANIFEST_FILE)
         try:
             content = json.loads(storage.read_bytes(path))
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -101,7 +112,7 @@ class Manifest:
             ) from error
         except OSError as error:
             raise UnreadableError(path, error) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CacheError(f"{path} is damaged ({error}); {repair_advice(cache)}") from error
         version = content.get("version") if isinstance(content, dict) else None
         if isinstance(version, int) and version != MANIFEST_VERSION:
@@ -109,9 +120,26 @@ class Manifest:
         try:
             if version != MANIFEST_VERSION:
                 raise ValueError(f"version is {version!r}")
-            return cls.from_dict(content)
+            manifest = cls.from_dict(content)
+            manifest.check_names(path)
+            return manifest
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CacheError(f"{path} is damaged ({type(error).__name__}: {error}); {repair_advice(cache)}") from error
+
+    def check_names(self, where: str) -> None:
+        """Raise UnsafeNameError for a name that no file or folder of a cache has, ValueError for none at all.
+
+        `where` the manifest stands.
+        """
+        names = [group.name for group in self.groups]
+        if not (self.index_file and self.quarantine_file) or len(set(names)) != len(names):
+            raise ValueError("it names no index, no quarantine, or a group twice")
+        for group in self.groups:
+            check_group(group.name, where)
+            if group.empty_at is not None:
+                check_shard(group.empty_at[0], where)
+        check_table(self.index_file, INDEX_FOLDER, where)
+        check_table(self.quarantine_file, QUARANTINE_FOLDER, where)
 
     def hash(self) -> str:
         """Hex blake2b-128 of the content."""
@@ -139,12 +167,16 @@ class Manifest:
         raise CacheError(f"the cache has no group {name!r}; its groups are {', '.join(g.name for g in self.groups)}")
 
     def read_index(self, cache: str) -> pa.Table:
-        """The index, a row per sample in training order. Raises CacheError if it is absent or not the committed one."""
+        """The index, a row per sample in training order.
+
+        Raises CacheError if it is absent or not the committed one, UnsafeNameError if it names what is no shard.
+        """
         schema = index_schema(group.name for group in self.groups)
         whole = schema.append(pa.field(CAPTION, pa.string()))
         table = read_table(cache, self.index_file, self.index_hash, whole, schema.names)
         if {name: len(rows) for name, rows in bucket_ranges(table).items()} != self.buckets:
             raise CacheError(f"the index {self.index_file} of {cache} has other buckets than its manifest")
+        _check_places(table, self.groups, storage.join(cache, self.index_file))
         return table
 
     def read_captions(self, cache: str) -> list[str | None]:
@@ -217,6 +249,17 @@ def committed(cache: str) -> tuple[Manifest, pa.Table]:
             manifest = newer
 
 
+def _check_places(index: pa.Table, groups: Iterable[GroupSpec], where: str) -> None:
+    """Raise UnsafeNameError for an index that names what is no shard, CacheError for a place that cannot be."""
+    if empty := [name for name in index.column_names if name != "source" and index.column(name).null_count]:
+        raise CacheError(f"{where} has no {empty[0]} for some sample; it is damaged")
+    for group in groups:
+        check_shards(pc.unique(index.column(f"{group.name}_file")).to_pylist(), where)
+        for name in ("row_group", "row"):
+            if index.num_rows and pc.min(index.column(f"{group.name}_{name}")).as_py() < 0:
+                raise CacheError(f"{where} has a negative {name} in the group {group.name}; it is damaged")
+
+
 def _check(manifest: Manifest, index: pa.Table, quarantine: pa.Table) -> None:
     """Law 4, before anything is written."""
     counts = manifest.counts
@@ -258,9 +301,10 @@ def commit(
 ) -> Manifest:
     """Make a cache readable: write index and quarantine under the names of their hashes, then manifest.json.
 
-    A crash before the last rename leaves the manifest that was there; the tables that only the old manifest named are
-    removed afterwards. The shards must be written. `captions`: one an index row. Returns the manifest with its files
-    filled in. Raises CacheError when counts, buckets and tables do not add up.
+    A crash before the last rename leaves the manifest that was there; index and quarantine tables that the new one does
+    not name are removed afterwards, those of an interrupted commit among them. The shards must be written. `captions`:
+    one an index row. Returns the manifest with its files filled in. Raises CacheError when counts, buckets and tables
+    do not add up, UnsafeNameError for names that no cache has and for a folder that is a link out of it.
     """
     columns = index_schema(group.name for group in manifest.groups)
     index = index.select(columns.names).cast(columns).combine_chunks()
@@ -278,20 +322,22 @@ def commit(
         index_hash=digest,
         quarantine_file=f"{QUARANTINE_FOLDER}/{table_hash(quarantine_data)}.parquet",
     )
-    before = _named_files(cache)
+    whole.check_names(cache)
+    _check_places(index, whole.groups, cache)
+    for folder in (INDEX_FOLDER, QUARANTINE_FOLDER):
+        inside(cache, folder)
     storage.write_bytes_atomic(storage.join(cache, whole.index_file), index_data)
     storage.write_bytes_atomic(storage.join(cache, whole.quarantine_file), quarantine_data)
     text = json.dumps(whole.to_dict(), indent=2, ensure_ascii=False) + "\n"
     storage.write_bytes_atomic(storage.join(cache, MANIFEST_FILE), text.encode())
-    for file in before - {whole.index_file, whole.quarantine_file}:
-        storage.remove(storage.join(cache, file))
+    for path in old_tables(cache, whole):
+        storage.remove(path)
     return whole
 
 
-def _named_files(cache: str) -> set[str]:
-    """Index and quarantine of the manifest that a commit replaces; none when there is no readable one."""
-    try:
-        old = Manifest.load(cache)
-    except CacheError:
-        return set()
-    return {old.index_file, old.quarantine_file}
+def old_tables(cache: str, manifest: Manifest) -> Iterator[str]:
+    """Index and quarantine files that the manifest does not name. Raises UnsafeNameError."""
+    for folder, kept in ((INDEX_FOLDER, manifest.index_file), (QUARANTINE_FOLDER, manifest.quarantine_file)):
+        for file in storage.list_files(inside(cache, folder), suffix=".parquet"):
+            if is_table(file) and f"{folder}/{file}" != kept:
+                yield inside(cache, folder, file)

@@ -8,8 +8,7 @@ their keys.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -18,12 +17,20 @@ from ray_diffsynth.cache.errors import CacheError, UnreadableError, VersionError
 from ray_diffsynth.cache.inspection import Place, named_rows
 from ray_diffsynth.cache.lease import Lease, lease
 from ray_diffsynth.cache.manifest import (
-    INDEX_FOLDER,
     MANIFEST_FILE,
-    QUARANTINE_FOLDER,
     GroupSpec,
     Manifest,
     commit,
+    old_tables,
+)
+from ray_diffsynth.cache.names import (
+    INDEX_FOLDER,
+    QUARANTINE_FOLDER,
+    UnsafeNameError,
+    inside,
+    is_group,
+    leads_out,
+    shard_path,
 )
 from ray_diffsynth.cache.store import (
     ForeignFileError,
@@ -31,14 +38,11 @@ from ray_diffsynth.cache.store import (
     open_shard,
     read_shard_header,
     shard_name,
-    shard_path,
     write_shard,
 )
 from ray_diffsynth.cache.verify import file_problem
 from ray_diffsynth.data import storage
 
-_SHARD_FILE = re.compile(r"^[0-9a-f]{24}\.parquet$")
-_TABLE_FILE = re.compile(r"^[0-9a-f]{32}\.parquet$")
 _MINE = f".tmp-{os.getpid()}-"
 
 
@@ -71,8 +75,8 @@ def repair_cache(cache: str, *, prune: bool = False) -> Repair:
     """Remove what is damaged or unfinished, with `prune` also what nothing points to.
 
     Everything is read first: when a file cannot be read (not the same as damaged) or is of another version, CacheError
-    is raised and nothing is removed. Files of other programs stay. Raises CacheError also while another process writes
-    to the cache, and if there is none.
+    is raised and nothing is removed; so it is when manifest or index name what is no file of the cache. Files of other
+    programs stay. Raises CacheError also while another process writes to the cache, and if there is none.
     """
     cache = storage.absolute(cache)
     if not storage.exists(cache):
@@ -83,7 +87,7 @@ def repair_cache(cache: str, *, prune: bool = False) -> Repair:
     with lease(cache) as held:
         try:
             found = _look(cache)
-        except (UnreadableError, VersionError) as error:
+        except (UnreadableError, VersionError, UnsafeNameError) as error:
             raise CacheError(f"nothing was removed: {error}") from error
         held.check()
         done.remove(found.damaged)
@@ -96,7 +100,9 @@ def repair_cache(cache: str, *, prune: bool = False) -> Repair:
 
 
 def _group_folders(cache: str) -> list[str]:
-    return [name for name in storage.list_folders(cache) if name not in (INDEX_FOLDER, QUARANTINE_FOLDER)]
+    """Folders that may be groups; one behind a link is another program's, unless the manifest names it."""
+    folders = (name for name in storage.list_folders(cache) if is_group(name))
+    return [name for name in folders if not leads_out(cache, storage.join(cache, name))]
 
 
 def _is_cache(cache: str) -> bool:
@@ -117,9 +123,9 @@ def _is_shard(cache: str, group: str, file: str) -> bool:
 
 
 def _look(cache: str) -> _Found:
-    """Read the whole cache. Raises UnreadableError, VersionError."""
+    """Read the whole cache. Raises UnreadableError, VersionError, UnsafeNameError."""
     found = _readable(cache)
-    folders = (cache, *(storage.join(cache, name) for name in (INDEX_FOLDER, QUARANTINE_FOLDER, *found.groups)))
+    folders = (cache, *(inside(cache, name) for name in (INDEX_FOLDER, QUARANTINE_FOLDER, *found.groups)))
     # This process's own is the heartbeat of the lease.
     unfinished = [path for folder in folders for path in storage.list_unfinished(folder) if _MINE not in path]
     found.damaged += [(path, "a write that never ended") for path in unfinished]
@@ -147,9 +153,8 @@ def _look_at_spare(cache: str, group: str, file: str, found: _Found) -> None:
     except (ForeignFileError, VersionError):
         return
     except CacheError as error:
-        # Whose it was cannot be read any more; ours are called by a hash.
-        if _SHARD_FILE.match(file):
-            found.damaged.append((path, str(error)))
+        # Whose it was cannot be read any more, but it is called as ours are.
+        found.damaged.append((path, str(error)))
 
 
 def _readable(cache: str) -> _Found:
@@ -162,7 +167,7 @@ def _readable(cache: str) -> _Found:
         manifest = Manifest.load(cache)
         manifest.read_quarantine(cache)
         return _Found(manifest, manifest.read_index(cache), groups)
-    except (UnreadableError, VersionError):
+    except (UnreadableError, VersionError, UnsafeNameError):
         raise
     except CacheError as error:
         return _Found(manifest, None, groups, [(path, str(error))], whole=False)
@@ -172,7 +177,7 @@ def _uncommit(cache: str, manifest: Manifest | None, done: Repair) -> None:
     """Take the manifest away, then the tables that only it named."""
     files = (MANIFEST_FILE, *(() if manifest is None else (manifest.index_file, manifest.quarantine_file)))
     reason = "what it names is damaged; jobs/preprocess.py writes a new one"
-    done.remove((storage.join(cache, file), reason) for file in files)
+    done.remove((inside(cache, file), reason) for file in files)
 
 
 def _prune(cache: str, found: _Found, held: Lease, done: Repair) -> None:
@@ -185,7 +190,7 @@ def _prune(cache: str, found: _Found, held: Lease, done: Repair) -> None:
         moved = {file: new for file, new in moved.items() if new[0] != file}
         replaced += [shard_path(cache, spec.name, file) for file in moved]
         index, spec = _relocated(index, spec, moved)
-        sizes = storage.file_sizes(storage.join(cache, spec.name))
+        sizes = storage.file_sizes(inside(cache, spec.name))
         specs.append(replace(spec, nbytes=sum(sizes[file] for file in named_rows(index, spec))))
     done.compacted += replaced
     held.check()
@@ -196,15 +201,7 @@ def _prune(cache: str, found: _Found, held: Lease, done: Repair) -> None:
     named = {shard_path(cache, spec.name, file) for spec in specs for file in named_rows(index, spec)}
     unused = [*found.spare, *((path, "nothing points to it") for path in replaced)]
     done.remove((path, reason) for path, reason in unused if path not in named)
-    done.remove((path, "nothing points to it") for path in _old_tables(cache, manifest))
-
-
-def _old_tables(cache: str, manifest: Manifest) -> Iterator[str]:
-    """Index and quarantine files that the manifest does not name."""
-    for folder, kept in ((INDEX_FOLDER, manifest.index_file), (QUARANTINE_FOLDER, manifest.quarantine_file)):
-        for file in list_shards(cache, folder):
-            if _TABLE_FILE.match(file) and f"{folder}/{file}" != kept:
-                yield storage.join(cache, folder, file)
+    done.remove((path, "nothing points to it") for path in old_tables(cache, manifest))
 
 
 def _compact(cache: str, spec: GroupSpec, file: str, places: list[Place]) -> tuple[str, dict[tuple[int, int], Place]]:

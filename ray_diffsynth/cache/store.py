@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from ray_diffsynth.cache.codec import check_codec
 from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError
+from ray_diffsynth.cache.names import check_group, inside, is_shard, shard_path
 from ray_diffsynth.cache.schema import KEY, row_views, table_from_rows, table_parameters, table_schema
 from ray_diffsynth.data import storage
 from ray_diffsynth.data.parquet import check_columns, open_parquet
@@ -76,11 +77,6 @@ class Shard:
         return cls(**{**content, "keys": tuple(content["keys"]), "failed": failed})
 
 
-def shard_path(cache: str, group: str, file: str) -> str:
-    """Path or URL of a shard."""
-    return storage.join(cache, group, file)
-
-
 def shard_name(keys: Sequence[str]) -> str:
     """File stem of the shard of these keys: the blake2b-96 of them."""
     return hashlib.blake2b("\n".join(keys).encode(), digest_size=12).hexdigest()
@@ -118,7 +114,7 @@ def write_shard(
     A table must come from `table_from_rows` with the same codec: its checksums are verified. `parameters` are the
     columns (default: those that the rows have, in order of appearance). One row group holds all rows unless
     `rows_per_group` is given. Raises CacheError for no rows and none failed, repeated keys, or a checksum that does not
-    hold.
+    hold, UnsafeNameError for a `name` that is not 24 hexadecimal digits (see `shard_name`).
     """
     check_codec(codec)
     path = shard_path(cache, group, f"{name}.parquet")
@@ -226,8 +222,10 @@ def read_shard_header(cache: str, group: str, file: str, *, verify: bool = False
 
 
 def list_shards(cache: str, group: str) -> list[str]:
-    """Names of the shard files that lie in a group's folder, committed or not, sorted; unfinished writes are left out.
+    """Names of the shard files that lie in a group's folder, committed or not, sorted; whatever else lies there is not
+    named as one.
 
-    For recovery and pruning only: a reader takes what the manifest names.
+    For recovery and pruning only: a reader takes what the manifest names. Raises UnsafeNameError.
     """
-    return storage.list_files(storage.join(cache, group), suffix=".parquet")
+    check_group(group, cache)
+    return [file for file in storage.list_files(inside(cache, group), suffix=".parquet") if is_shard(file)]

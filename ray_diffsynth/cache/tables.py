@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_diffsynth.cache.errors import CacheError, UnreadableError, repair_advice
+from ray_diffsynth.cache.names import inside
 from ray_diffsynth.data import storage
 from ray_diffsynth.data.parquet import open_parquet
 
@@ -28,9 +29,10 @@ def table_hash(data: bytes | pa.Buffer) -> str:
 def read_table(cache: str, file: str, digest: str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
     """The table `<cache>/<file>`, which has these columns and this hash; of it only `columns`, if given.
 
-    Raises CacheError when it is absent, damaged or another; UnreadableError when it cannot be read just now.
+    Raises CacheError when it is absent, damaged or another; UnreadableError when it cannot be read just now, and
+    UnsafeNameError if it lies out of the cache.
     """
-    path = storage.join(cache, file)
+    path = inside(cache, file)
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError as error:

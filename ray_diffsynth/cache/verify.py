@@ -11,8 +11,9 @@ from ray_diffsynth.cache.errors import CacheError, UnreadableError, VersionError
 from ray_diffsynth.cache.finite import is_finite as is_finite
 from ray_diffsynth.cache.inspection import Place, named_rows, orphans
 from ray_diffsynth.cache.manifest import GroupSpec, committed
+from ray_diffsynth.cache.names import inside, shard_path
 from ray_diffsynth.cache.schema import row_views
-from ray_diffsynth.cache.store import READ_ERRORS, open_shard, shard_path
+from ray_diffsynth.cache.store import READ_ERRORS, open_shard
 from ray_diffsynth.data import storage
 
 
@@ -28,7 +29,8 @@ class Finding:
 def verify_cache(cache: str, on_file: Callable[[str], None] = lambda path: None) -> list[Finding]:
     """Read the whole cache, one file in memory at a time; what is wrong with it, empty when nothing is.
 
-    Raises CacheError when manifest or index cannot be read at all.
+    Raises CacheError when manifest or index cannot be read at all, UnsafeNameError when they name what is no file of
+    the cache.
     """
     cache = storage.absolute(cache)
     manifest, index = committed(cache)
@@ -46,13 +48,16 @@ def verify_cache(cache: str, on_file: Callable[[str], None] = lambda path: None)
                 found.append(Finding("unreadable", path, str(error)))
         for file in orphans(cache, spec, named):
             found.append(Finding("orphan", shard_path(cache, spec.name, file), "the manifest does not name it"))
-        folder = storage.join(cache, spec.name)
+        folder = inside(cache, spec.name)
         found += [Finding("unfinished", path, "a write that never ended") for path in storage.list_unfinished(folder)]
     return found
 
 
 def file_problem(cache: str, spec: GroupSpec, file: str, places: list[Place]) -> str | None:
-    """The first thing wrong with a file of the cache, in words. Raises UnreadableError, VersionError."""
+    """The first thing wrong with a file of the cache, in words.
+
+    Raises UnreadableError, VersionError, UnsafeNameError.
+    """
     path = shard_path(cache, spec.name, file)
     try:
         with open_shard(path, spec.parameters, whole=True) as (parquet, header, _):

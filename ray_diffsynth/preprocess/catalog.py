@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ray_diffsynth.cache.errors import CacheError, UnreadableError
 from ray_diffsynth.cache.manifest import MANIFEST_FILE, GroupSpec, Manifest, committed
+from ray_diffsynth.cache.names import UnsafeNameError
 from ray_diffsynth.cache.store import Shard, list_shards, read_shard_header, shard_name
 from ray_diffsynth.data.storage import exists, file_sizes, join
 from ray_diffsynth.preprocess.scan import Failure
@@ -144,7 +145,7 @@ def _fully_named(catalog: GroupCatalog) -> set[str]:
 
 
 def _headers(cache: str, group: str, files: Iterable[str]) -> dict[str, Shard | None]:
-    """File -> what it says it holds; None for one that cannot be used. Raises UnreadableError."""
+    """File -> what it says it holds; None for one that cannot be used. Raises UnreadableError, UnsafeNameError."""
     files = list(files)
     with ThreadPoolExecutor(max_workers=HEADER_THREADS) as pool:
         return dict(zip(files, pool.map(lambda file: _header(cache, group, file), files), strict=True))
@@ -153,7 +154,7 @@ def _headers(cache: str, group: str, files: Iterable[str]) -> dict[str, Shard | 
 def _header(cache: str, group: str, file: str) -> Shard | None:
     try:
         return read_shard_header(cache, group, file)
-    except UnreadableError:
+    except (UnreadableError, UnsafeNameError):
         raise  # not to be taken for lost: encoding all of it again would cost more than another start
     except CacheError as error:
         logger.warning("%s; its rows are encoded again", error)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit
-from ray_diffsynth.cache.store import shard_path
+from ray_diffsynth.cache.names import shard_path
 from ray_diffsynth.data.metadata import DUPLICATE, Quarantined
 from ray_diffsynth.data.storage import file_sizes, join
 from ray_diffsynth.errors import UserError

@@ -12,6 +12,7 @@ import torch
 
 from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
 from ray_diffsynth.cache.store import GroupRow, write_shard
+from tests.shard_names import shard_file, stem
 
 BUCKETS = {"32x64": 5, "64x64": 7}
 
@@ -32,18 +33,18 @@ def write_cache(cache: str, *, codec: str = "planes-zstd", rows_per_file: int = 
     """12 samples in two buckets; 3 distinct texts, the first of which is the empty caption."""
     index: dict[str, list[Any]] = {name: [] for name in index_schema(("vae", "text_encoder")).names}
     texts = [GroupRow(f"t{i}", {"prompt_embeds": embeds(i)}) for i in range(3)]
-    nbytes = write_shard(cache, "text_encoder", "texts", "all", texts, codec=codec, rows_per_group=2).nbytes
+    nbytes = write_shard(cache, "text_encoder", stem("texts"), "all", texts, codec=codec, rows_per_group=2).nbytes
     sample = latent_bytes = 0
     for bucket, size in BUCKETS.items():
         members = list(range(sample, sample + size))
         for start in range(0, size, rows_per_file):
             part = members[start : start + rows_per_file]
             rows = [GroupRow(f"v{i}", {"input_latents": latents(i)}) for i in part]
-            shard = write_shard(cache, "vae", f"{bucket}-{start}", bucket, rows, codec=codec)
+            shard = write_shard(cache, "vae", stem(f"{bucket}-{start}"), bucket, rows, codec=codec)
             latent_bytes += shard.nbytes
             for position, i in enumerate(part):
                 row = (f"s{i}", f"{i}.png", bucket, f"v{i}", shard.file, *shard.locate(position))
-                text = (f"t{i % 3}", "texts.parquet", *divmod(i % 3, 2))
+                text = (f"t{i % 3}", shard_file("texts"), *divmod(i % 3, 2))
                 for name, value in zip(index, (*row, *text), strict=True):
                     index[name].append(value)
         sample += size

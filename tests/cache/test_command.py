@@ -20,6 +20,7 @@ from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.cache.verify import is_finite, verify_cache
 from ray_diffsynth.preview import contact_sheet
+from tests.shard_names import shard_file, stem
 
 Sample = Callable[[int], dict[str, Any]]
 
@@ -85,7 +86,7 @@ def test_nan_is_found(tmp_path: Path, make_cache: Callable[..., Manifest]) -> No
     index, quarantine = manifest.read_index(cache), manifest.read_quarantine(cache)
     bad = torch.full((1, 4, 2, 2), float("nan"))
     rows = [GroupRow(f"v{i}", {"input_latents": bad}) for i in range(3)]
-    write_shard(cache, "vae", "32x64-0", "32x64", rows, codec="planes-zstd")
+    write_shard(cache, "vae", stem("32x64-0"), "32x64", rows, codec="planes-zstd")
     commit(cache, manifest, index, quarantine)
     (finding,) = verify_cache(cache)
     assert "input_latents holds NaN" in finding.problem
@@ -93,7 +94,9 @@ def test_nan_is_found(tmp_path: Path, make_cache: Callable[..., Manifest]) -> No
 
 
 def test_orphans_and_unfinished_writes_are_told_and_pruned(cache: str, sample: Sample) -> None:
-    write_shard(cache, "vae", "spare", "64x64", [GroupRow("v99", {"input_latents": torch.zeros(1)})], codec="none")
+    write_shard(
+        cache, "vae", stem("spare"), "64x64", [GroupRow("v99", {"input_latents": torch.zeros(1)})], codec="none"
+    )
     half = Path(cache, "vae", ".x.parquet.tmp-12-0af3")
     half.write_bytes(b"half")
     before = Path(cache, "manifest.json").read_bytes()
@@ -101,7 +104,7 @@ def test_orphans_and_unfinished_writes_are_told_and_pruned(cache: str, sample: S
         ["verify", cache]
     ) == 0
     assert main(["repair", cache]) == 0
-    assert not half.exists() and Path(cache, "vae", "spare.parquet").exists()
+    assert not half.exists() and Path(cache, "vae", shard_file("spare")).exists()
     assert main(["repair", cache, "--prune"]) == 0
     assert verify_cache(cache) == [] and Path(cache, "manifest.json").read_bytes() == before
     assert torch.equal(CacheReader(cache).read([3])[0]["input_latents"], sample(3)["input_latents"])

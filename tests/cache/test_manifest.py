@@ -16,6 +16,7 @@ import pytest
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import MANIFEST_FILE, QUARANTINE_SCHEMA, Manifest, bucket_ranges, commit
 from ray_diffsynth.data import storage
+from tests.shard_names import shard_file
 
 
 def test_load_gives_back_what_was_committed(tmp_path: Path, make_cache: Callable[..., Manifest]) -> None:
@@ -23,7 +24,7 @@ def test_load_gives_back_what_was_committed(tmp_path: Path, make_cache: Callable
     loaded = Manifest.load(str(tmp_path))
     assert loaded == committed and loaded.hash() == committed.hash()
     assert list(loaded.buckets) == ["32x64", "64x64"]
-    assert loaded.group("text_encoder").empty_at == ("texts.parquet", 0, 0)
+    assert loaded.group("text_encoder").empty_at == (shard_file("texts"), 0, 0)
     with pytest.raises(CacheError, match="no group 'dit'; its groups are vae, text_encoder"):
         loaded.group("dit")
     index = loaded.read_index(str(tmp_path))

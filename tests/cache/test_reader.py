@@ -21,8 +21,10 @@ from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.schema import RowView
+from tests.shard_names import shard_file
 
 Sample = Callable[[int], dict[str, Any]]
+FIRST = shard_file("32x64-0")
 
 
 def check(values: list[dict[str, Any]], rows: list[int], sample: Sample) -> None:
@@ -136,11 +138,11 @@ def test_shards_of_another_codec_stay_readable(cache: str, make_cache: Callable[
 def damaged(cache: str, message: str, rows: list[int] = [0], **options: Any) -> None:  # noqa: B006
     with pytest.raises(CacheError, match=message) as caught:
         CacheReader(cache, **options).read(rows)
-    assert "32x64-0.parquet" in str(caught.value) and f"ray_diffsynth.cache repair {cache}" in str(caught.value)
+    assert FIRST in str(caught.value) and f"ray_diffsynth.cache repair {cache}" in str(caught.value)
 
 
 def test_damage_names_the_file_and_the_remedy(cache: str, sample: Sample) -> None:
-    path = Path(cache) / "vae" / "32x64-0.parquet"
+    path = Path(cache) / "vae" / FIRST
     whole = path.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
@@ -149,7 +151,7 @@ def test_damage_names_the_file_and_the_remedy(cache: str, sample: Sample) -> Non
     check(CacheReader(cache).read([4, 11]), [4, 11], sample)
     path.unlink()
     damaged(cache, "it is absent")
-    other = Path(cache) / "vae" / "32x64-3.parquet"
+    other = Path(cache) / "vae" / shard_file("32x64-3")
     path.write_bytes(other.read_bytes())
     damaged(cache, "row 0 has the key v3, the index says v0")
     damaged(cache, "has 2 rows, not the row 2", [2])
@@ -160,7 +162,7 @@ def test_every_flipped_byte_is_an_error_or_harmless(
 ) -> None:
     cache = str(tmp_path)
     make_cache(cache, codec="none")
-    path = tmp_path / "vae" / "32x64-0.parquet"
+    path = tmp_path / "vae" / FIRST
     whole = path.read_bytes()
     for at in range(0, len(whole), 23):
         content = bytearray(whole)
@@ -190,7 +192,7 @@ def test_what_cannot_be_read_is_not_called_damage(cache: str) -> None:
 
     reader = CacheReader(cache)
     reader._open_file = refuse
-    with pytest.raises(CacheError, match="32x64-0.parquet cannot be read .*Permission denied") as caught:
+    with pytest.raises(CacheError, match=f"{FIRST} cannot be read .*Permission denied") as caught:
         reader.read([0])
     assert "repair" not in str(caught.value)
 
@@ -198,7 +200,7 @@ def test_what_cannot_be_read_is_not_called_damage(cache: str) -> None:
 def test_verify_can_be_turned_off(tmp_path: Path, make_cache: Callable[..., Manifest], sample: Sample) -> None:
     cache = str(tmp_path)
     make_cache(cache, codec="none")
-    path = tmp_path / "vae" / "32x64-0.parquet"
+    path = tmp_path / "vae" / FIRST
     content = bytearray(path.read_bytes())
     raw = sample(0)["input_latents"].view(torch.uint8).numpy().tobytes()
     content[content.find(raw)] ^= 1
@@ -212,6 +214,6 @@ def test_on_an_object_store(make_cache: Callable[..., Manifest], sample: Sample)
     fsspec.filesystem("memory").store.clear()
     make_cache("memory://bucket/cache")
     check(CacheReader("memory://bucket/cache").read([11, 0]), [11, 0], sample)
-    fsspec.filesystem("memory").rm("/bucket/cache/vae/32x64-0.parquet")
+    fsspec.filesystem("memory").rm(f"/bucket/cache/vae/{FIRST}")
     with pytest.raises(CacheError, match="it is absent"):
         CacheReader("memory://bucket/cache").read([0])

@@ -23,6 +23,7 @@ from ray_diffsynth.cache.repair import repair_cache
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.cache.verify import verify_cache
 from ray_diffsynth.data import storage
+from tests.shard_names import shard_file, stem
 
 
 def snapshot(folder: str | Path) -> dict[str, str]:
@@ -41,7 +42,7 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path, prune: bool) -> No
 
 
 def test_an_unfinished_run_is_a_cache(tmp_path: Path) -> None:
-    shard = write_shard(str(tmp_path), "vae", "n", "all", [GroupRow("k", {"x": torch.zeros(1)})], codec="none")
+    shard = write_shard(str(tmp_path), "vae", stem("n"), "all", [GroupRow("k", {"x": torch.zeros(1)})], codec="none")
     assert not repair_cache(str(tmp_path)).committed
     assert (tmp_path / "vae" / shard.file).exists()
 
@@ -78,12 +79,16 @@ def unreadable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(storage, "read_bytes", refuse)
 
 
-@pytest.mark.parametrize("name", ["32x64-3.parquet", "texts.parquet", "manifest.json", "index", "spare.parquet"])
+@pytest.mark.parametrize(
+    "name", [shard_file("32x64-3"), shard_file("texts"), "manifest.json", "index", shard_file("spare")]
+)
 def test_what_cannot_be_read_stops_it_before_anything_is_removed(
     cache: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    write_shard(cache, "vae", "spare", "64x64", [GroupRow("v99", {"input_latents": torch.zeros(1)})], codec="none")
-    Path(cache, "vae", "32x64-0.parquet").write_bytes(b"damaged")
+    write_shard(
+        cache, "vae", stem("spare"), "64x64", [GroupRow("v99", {"input_latents": torch.zeros(1)})], codec="none"
+    )
+    Path(cache, "vae", shard_file("32x64-0")).write_bytes(b"damaged")
     Path(cache, "vae", ".x.parquet.tmp-1-ab").write_bytes(b"half")
     name = Manifest.load(cache).index_file if name == "index" else name
     before = snapshot(cache)
@@ -91,12 +96,12 @@ def test_what_cannot_be_read_stops_it_before_anything_is_removed(
         unreadable(patch, name)
         with pytest.raises(CacheError, match=r"nothing was removed.*cannot be read.*Input/output error"):
             repair_cache(cache, prune=True)
-        if name.startswith(("32", "texts")):
+        if name in (shard_file("32x64-3"), shard_file("texts")):
             assert "unreadable" in {finding.kind for finding in verify_cache(cache)}
     assert snapshot(cache) == before
     # Once it can be read, only what is damaged goes.
     assert not repair_cache(cache).committed
-    assert Path(cache, "vae", "32x64-3.parquet").exists() and not Path(cache, "vae", "32x64-0.parquet").exists()
+    assert Path(cache, "vae", shard_file("32x64-3")).exists() and not Path(cache, "vae", shard_file("32x64-0")).exists()
 
 
 def test_another_version_is_named_and_left(cache: str) -> None:

@@ -20,7 +20,9 @@ from ray_diffsynth.cache.codec import CODECS, CodecError, decode_value
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.schema import row_views, rows_from_table, table_from_rows, table_parameters, table_schema
 from ray_diffsynth.cache.store import GroupRow, Shard, list_shards, read_shard_header, write_shard
+from tests.shard_names import shard_file, stem
 
+N = shard_file("n")
 ROWS = [
     GroupRow("k0", {"latents": torch.arange(6, dtype=torch.bfloat16).reshape(1, 6), "prompt": "a cat", "extra": None}),
     GroupRow("k1", {"latents": torch.zeros(1, 2, 3), "prompt": ""}),
@@ -28,7 +30,7 @@ ROWS = [
 ]
 
 
-def write(cache: Path, rows: Any = ROWS, name: str = "n", **options: Any) -> Shard:
+def write(cache: Path, rows: Any = ROWS, name: str = stem("n"), **options: Any) -> Shard:
     return write_shard(str(cache), "vae", name, "64x64", rows, **({"codec": "planes-zstd"} | options))
 
 
@@ -42,10 +44,10 @@ def same(rows: list[tuple[str, dict[str, Any]]]) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_round_trip_and_header(tmp_path: Path, codec: str) -> None:
     shard = write(tmp_path, codec=codec, rows_per_group=2)
-    assert (shard.group, shard.file, shard.bucket, shard.keys) == ("vae", "n.parquet", "64x64", ("k0", "k1", "k2"))
-    path = tmp_path / "vae" / "n.parquet"
+    assert (shard.group, shard.file, shard.bucket, shard.keys) == ("vae", N, "64x64", ("k0", "k1", "k2"))
+    path = tmp_path / "vae" / N
     assert shard.nbytes == path.stat().st_size and [shard.locate(i) for i in range(3)] == [(0, 0), (0, 1), (1, 0)]
-    assert read_shard_header(str(tmp_path), "vae", "n.parquet", verify=True) == shard
+    assert read_shard_header(str(tmp_path), "vae", N, verify=True) == shard
     assert Shard.from_dict(shard.to_dict()) == shard
     file = pq.ParquetFile(path)
     assert file.num_row_groups == 2 and file.metadata.row_group(0).num_rows == 2
@@ -54,7 +56,7 @@ def test_round_trip_and_header(tmp_path: Path, codec: str) -> None:
 
 def test_plain_pyarrow_reads_it(tmp_path: Path) -> None:
     write(tmp_path)
-    table = pq.read_table(tmp_path / "vae" / "n.parquet")
+    table = pq.read_table(tmp_path / "vae" / N)
     assert table.schema.field("latents").type == pa.large_binary()
     assert table.schema.field("latents_shape").type.value_type == pa.int32()
     row = table.to_pylist()[0]
@@ -68,7 +70,7 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
     write(tmp_path / "a")
     write(tmp_path / "b", failed={"k9": ("MediaError", "why")})
     write(tmp_path / "c", failed={"k9": ("MediaError", "why")})
-    one, two, three = ((tmp_path / c / "vae" / "n.parquet").read_bytes() for c in "abc")
+    one, two, three = ((tmp_path / c / "vae" / N).read_bytes() for c in "abc")
     assert one != two == three
 
 
@@ -78,16 +80,16 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
         "import sys, torch\n"
         "from ray_diffsynth.cache.store import GroupRow, write_shard\n"
         "rows = [GroupRow('k', {'x': torch.arange(40).bfloat16(), 'p': 'text'})]\n"
-        "write_shard(sys.argv[1], 'vae', 'n', '64x64', rows, codec='planes-zstd', "
+        "write_shard(sys.argv[1], 'vae', sys.argv[2], '64x64', rows, codec='planes-zstd', "
         "failed={'b': ('E', 'm'), 'a': ('E', 'm')})\n"
     )
     there, here = tmp_path / "there", tmp_path / "here"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"}
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", script, str(there)], check=True, cwd=root, env=environment)
+    subprocess.run([sys.executable, "-c", script, str(there), stem("n")], check=True, cwd=root, env=environment)
     rows = [GroupRow("k", {"x": torch.arange(40).bfloat16(), "p": "text"})]
     write(here, rows, failed={"a": ("E", "m"), "b": ("E", "m")})
-    assert (here / "vae/n.parquet").read_bytes() == (there / "vae/n.parquet").read_bytes()
+    assert (here / "vae" / N).read_bytes() == (there / "vae" / N).read_bytes()
 
 
 def test_a_table_is_written_as_its_rows_are(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_a_table_is_written_as_its_rows_are(tmp_path: Path) -> None:
     chunked = pa.concat_tables([table.slice(0, 1), table.slice(1)])
     write(tmp_path / "a", chunked)
     write(tmp_path / "b")
-    assert (tmp_path / "a/vae/n.parquet").read_bytes() == (tmp_path / "b/vae/n.parquet").read_bytes()
+    assert (tmp_path / "a/vae" / N).read_bytes() == (tmp_path / "b/vae" / N).read_bytes()
     with pytest.raises(CacheError, match="not encoded with zstd"):
         write(tmp_path / "c", table, codec="zstd")
     assert not (tmp_path / "c").exists()
@@ -108,9 +110,7 @@ def test_failures_are_kept(tmp_path: Path) -> None:
     failed = {"k7": ("MediaError", "why"), "k8": ("ValueError", "ü")}
     shard = write(tmp_path, [], failed=failed, parameters=("latents",))
     assert shard.keys == () and shard.failed == failed
-    assert (
-        read_shard_header(str(tmp_path), "vae", "n.parquet", verify=True) == shard == Shard.from_dict(shard.to_dict())
-    )
+    assert read_shard_header(str(tmp_path), "vae", N, verify=True) == shard == Shard.from_dict(shard.to_dict())
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -149,42 +149,42 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
 
 def test_truncated_and_foreign_files(tmp_path: Path) -> None:
     write(tmp_path)
-    path = tmp_path / "vae" / "n.parquet"
+    path = tmp_path / "vae" / N
     whole = path.read_bytes()
     for size in (0, 3, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(CacheError, match=str(path)):
-            read_shard_header(str(tmp_path), "vae", "n.parquet")
+            read_shard_header(str(tmp_path), "vae", N)
     pq.write_table(pa.table({"a": [1]}), path)
     with pytest.raises(CacheError, match="of another program"):
-        read_shard_header(str(tmp_path), "vae", "n.parquet")
+        read_shard_header(str(tmp_path), "vae", N)
     path.write_bytes(whole)
     (tmp_path / "te").mkdir()
-    (tmp_path / "te" / "n.parquet").write_bytes(whole)
+    (tmp_path / "te" / N).write_bytes(whole)
     with pytest.raises(CacheError, match="belongs to the group vae, not te"):
-        read_shard_header(str(tmp_path), "te", "n.parquet")
-    with pytest.raises(CacheError, match="absent.parquet"):
-        read_shard_header(str(tmp_path), "vae", "absent.parquet")
+        read_shard_header(str(tmp_path), "te", N)
+    with pytest.raises(CacheError, match=shard_file("absent")):
+        read_shard_header(str(tmp_path), "vae", shard_file("absent"))
 
 
 def test_verify_finds_damaged_data(tmp_path: Path) -> None:
     data = torch.arange(1000, dtype=torch.uint8).repeat(4)
     write(tmp_path, [GroupRow("k0", {"x": data})], codec="none")
-    path = tmp_path / "vae" / "n.parquet"
+    path = tmp_path / "vae" / N
     content = bytearray(path.read_bytes())
     at = content.find(data.numpy().tobytes())
     content[at + 5] ^= 1
     path.write_bytes(content)
-    read_shard_header(str(tmp_path), "vae", "n.parquet")
+    read_shard_header(str(tmp_path), "vae", N)
     with pytest.raises(CacheError, match="1 of 1 rows do not match"):
-        read_shard_header(str(tmp_path), "vae", "n.parquet", verify=True)
+        read_shard_header(str(tmp_path), "vae", N, verify=True)
 
 
 def write_for_ever(cache: Path) -> None:
     """Replace five shards over and over."""
     rows = [GroupRow(f"k{i}", {"x": torch.full((1 << 16,), i)}) for i in range(16)]
     for n in itertools.count():
-        write(cache, rows, name=f"n{n % 5}", codec="none")
+        write(cache, rows, name=stem(f"n{n % 5}"), codec="none")
 
 
 def test_a_writer_killed_at_any_moment_leaves_whole_files_only(tmp_path: Path) -> None:

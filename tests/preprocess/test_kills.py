@@ -78,7 +78,7 @@ def killed(*arguments):
         real["replace"](*arguments)
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(os, "fsync" if moment == "before fsync" else "replace", killed)
-write_shard(sys.argv[1], "vae", "shard", "64x64", [GroupRow("k", {"x": torch.ones(4)})], codec="planes-zstd")
+write_shard(sys.argv[1], "vae", "0" * 24, "64x64", [GroupRow("k", {"x": torch.ones(4)})], codec="planes-zstd")
 """
 
 
@@ -89,7 +89,7 @@ def test_a_write_is_killed(tmp_path: Path, moment: str) -> None:
 
     ended = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), moment], cwd=ROOT, check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert list_shards(str(tmp_path), "vae") == (["shard.parquet"] if moment == "after rename" else [])
+    assert list_shards(str(tmp_path), "vae") == (["0" * 24 + ".parquet"] if moment == "after rename" else [])
     for file in list_shards(str(tmp_path), "vae"):
         assert read_shard_header(str(tmp_path), "vae", file, verify=True).keys == ("k",)
 

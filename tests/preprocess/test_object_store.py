@@ -20,6 +20,7 @@ from ray_diffsynth.data import storage
 from tests.preprocess.conftest import Stage1, files
 from tests.preprocess.counting import build_model, calls
 from tests.s3_server import s3_server
+from tests.shard_names import shard_file, stem
 
 
 @pytest.fixture
@@ -67,13 +68,13 @@ def test_what_an_object_store_is_asked(bucket: str, requests: Requests) -> None:
     assert requests.operations == ["put_object"] * 2 and storage.read_bytes(f"{bucket}/a/new.json") == b"0"
     # The keys of a shard, without the values.
     rows = [GroupRow(f"k{n}", {"x": torch.randn(1, 16, 128, 128).bfloat16()}) for n in range(16)]
-    shard = write_shard(bucket, "vae", "a", "1024x1024", rows, codec="none")
+    shard = write_shard(bucket, "vae", stem("a"), "1024x1024", rows, codec="none")
     requests.operations.clear()
     requests.fetched = 0
-    assert read_shard_header(bucket, "vae", "a.parquet") == shard
+    assert read_shard_header(bucket, "vae", shard_file("a")) == shard
     assert requests.fetched < shard.nbytes / 10 and len(requests.operations) < 8
-    assert storage.file_sizes(f"{bucket}/vae") == {"a.parquet": shard.nbytes}
-    assert storage.stamp(f"{bucket}/vae/a.parquet").startswith(f"{shard.nbytes}-")
+    assert storage.file_sizes(f"{bucket}/vae") == {shard_file("a"): shard.nbytes}
+    assert storage.stamp(f"{bucket}/vae/{shard_file('a')}").startswith(f"{shard.nbytes}-")
 
 
 @pytest.mark.slow
@@ -100,7 +101,7 @@ def test_a_cache_on_s3(bucket: str, few: Path, inline: Stage1, tmp_path: Path) -
     storage.write_bytes_atomic(shard, storage.read_bytes(shard)[:-60])
     assert main(["verify", cache]) == 1 and main(["repair", cache]) == 0
     assert inline(model, f"{bucket}/data", cache)["parameters"]["input_latents"]["encoded"] == 12  # type: ignore[arg-type]
-    storage.write_bytes_atomic(f"{cache}/vae/spare.parquet", storage.read_bytes(shard))
+    storage.write_bytes_atomic(f"{cache}/vae/{shard_file('spare')}", storage.read_bytes(shard))
     assert main(["repair", cache, "--prune"]) == 0
     assert storage.list_files(f"{cache}/vae", suffix=".parquet") == [shard.rpartition("/")[2]]
     assert main(["verify", cache]) == 0

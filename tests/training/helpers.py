@@ -19,6 +19,7 @@ from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.tasks import task_family
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.source import DatasetSource, shard_sizes
+from tests.shard_names import stem
 
 ROOT = Path(__file__).resolve().parents[2]
 LORA = "to_q,to_k,to_v,to_out.0,to_add_out,img_mlp.net.2"
@@ -61,7 +62,9 @@ def write_cache(setup: Setup, data: DatasetSource, cache: Path) -> Path:
             for first in range(rows.start, rows.stop, sizes[name]):
                 part = range(first, min(first + sizes[name], rows.stop))
                 values = [GroupRow(f"key-{i:03d}", {p: samples[i][p] for p in group.parameters}) for i in part]
-                shard = write_shard(str(cache), group.name, f"{name}-{first:03d}", name, values, codec="planes-zstd")
+                shard = write_shard(
+                    str(cache), group.name, stem(f"{name}-{first:03d}"), name, values, codec="planes-zstd"
+                )
                 for position, row in enumerate(values):
                     row_group, at = shard.locate(position)
                     for column, value in (

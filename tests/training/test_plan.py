@@ -20,6 +20,7 @@ from ray_diffsynth.training.feed import Feed
 from ray_diffsynth.training.held_out import HeldOut
 from ray_diffsynth.training.plan import Plan, epoch_plan, lanes_of, steps_per_epoch
 from ray_diffsynth.training.source import CacheSource, shard_sizes
+from tests.shard_names import stem
 
 SETTINGS = settings(max_examples=80, deadline=None)
 
@@ -135,7 +136,7 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
             for start in range(0, count, 10 * each):  # ten shards a file: what is read at a time is a row group
                 members = range(start, min(start + 10 * each, count))
                 rows = [GroupRow(ids[i], {parameter: torch.full((1, 4), float(i))}) for i in members]
-                name = f"{bucket}-{start}"
+                name = stem(f"{bucket}-{start}")
                 shard = write_shard(str(cache), group, name, bucket, rows, codec="none", rows_per_group=each)
                 for position, i in enumerate(members):
                     place = (ids[i], shard.file, *shard.locate(position))
