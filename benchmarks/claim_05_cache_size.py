@@ -27,11 +27,11 @@ def measure() -> list[Row]:
     root = Path(tempfile.mkdtemp(prefix="claim-05-"))
     draw_dataset(root / "data", PICTURES, height=SIDE, width=SIDE)
     table = root / "data" / "metadata.csv"
-    lines = table.read_text().splitlines()
+    lines = table.read_text("utf-8").splitlines()
     # Every caption three times.
     texts = [line.split(",", 1)[1] for line in lines[1:]]
     again = [f"{line.split(',', 1)[0]},{texts[number // 3]}" for number, line in enumerate(lines[1:])]
-    table.write_text("\n".join([lines[0], *again]) + "\n")
+    table.write_text("\n".join([lines[0], *again]) + "\n", "utf-8")
     with local_ray():
         preprocess(demo_model_path(), root / "data", root / "cache", batch_size=8)
     facts = inspect_cache(str(root / "cache"))

@@ -19,7 +19,7 @@ READER = """
 import sys
 from ray_diffsynth.cache.reader import CacheReader
 def peak():
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status", encoding="utf-8") if l.startswith("VmHWM"))
 reader = CacheReader(sys.argv[1], max_cached_bytes=int(sys.argv[2]))
 reader.read([0])
 before = peak()
@@ -35,7 +35,7 @@ def peak_of(command: list[str]) -> int:
     most = 0
     while process.poll() is None:
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            status = Path(f"/proc/{process.pid}/status").read_text("utf-8")
         except FileNotFoundError:
             break
         lines = [line for line in status.splitlines() if line.startswith("VmHWM")]

@@ -76,7 +76,7 @@ def measure() -> list[Row]:
         for first in range(PICTURES, PICTURES + 5 * ADDED, ADDED):
             draw(data, ADDED, 64, captions=50, first=first)
             added.append(timed(model, lambda: preprocess(model, data, cache, **options)))
-    with open(data / "metadata.csv", newline="") as file:
+    with open(data / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = sum(1 for _ in csv.reader(file)) - 1
     details = {"pictures": PICTURES, "rows_at_end": rows, "full_s": full, "unchanged_s": unchanged, "added_s": added}
     # All that a run does before its first actor starts, and after the last has ended, an unchanged rerun does too.

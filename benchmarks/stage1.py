@@ -48,7 +48,7 @@ def draw(folder: Path, count: int, side: int, captions: int | None = None, suffi
         rows.append((f"{number:05d}.{suffix}", f"caption {number % (captions or count + first)}"))
     table = folder / "metadata.csv"
     new = not table.exists()
-    with open(table, "a", newline="") as file:
+    with open(table, "a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([*([("image", "prompt")] if new else []), *rows])
     return folder
 

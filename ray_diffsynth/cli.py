@@ -1,18 +1,18 @@
 """The command line of the jobs: flags and YAML into a checked configuration, errors into messages and exit codes.
 
-Exit codes: 0 done, 1 an error while running, 2 a bad configuration, 130 interrupted. This module imports no torch
+Exit codes: 0 done, 1 an error while running, 2 a bad configuration, 130 interrupted, 143 ended by SIGTERM. What is
+printed after its reader has gone (`| head`) is dropped, and changes no exit code. This module imports no torch
 and no ray, so that ``--help`` and a typing mistake take well under a second.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import inspect
 import json
 import logging
-import os
 import re
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +24,14 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
+from ray_diffsynth.console import prepare_process
 from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, DECIDED_BY_STUDENT, NO_EFFECT, REFUSED
 from ray_diffsynth.errors import ConfigError, UserError, nearest
 from ray_diffsynth.job_config import JobConfig
+from ray_diffsynth.output_path import check_output_path
+from ray_diffsynth.system_errors import explain
 
 C = TypeVar("C", bound=JobConfig)
-
-_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-_OBJECT_STORES = ("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "adlfs", "azure")
 
 # The groups of --help. A field that is not listed here appears under "Further options".
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -95,7 +95,7 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
         arguments, given = _arguments(config_class, argv)
         values = vars(_make_parser(config_class, prog).parse_args(arguments))
         config = config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
-        _check_output_path(config)
+        check_output_path(config.output_path, writes=not getattr(config, "dry_run", False))
     except ConfigError as error:
         _refuse(prog, str(error))
     if isinstance(config, TrainConfig) and config.reads_cache:
@@ -109,6 +109,8 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
 
 def main(config_class: type[C], run: Callable[[C], object], argv: Sequence[str] | None = None) -> int:
     """Parse, call ``run`` with the configuration, and turn what it raises into a message and an exit code."""
+    if argv is None:
+        prepare_process()
     config = parse(config_class, argv)
     _show_messages(config.verbose)
     try:
@@ -119,7 +121,7 @@ def main(config_class: type[C], run: Callable[[C], object], argv: Sequence[str] 
         return 130
     except Exception as error:
         user_error = find_user_error(error)
-        told = _outside(error) if user_error is None else str(user_error)
+        told = explain(error) if user_error is None else str(user_error)
         if config.verbose or told is None:
             traceback.print_exc()
         if told is None:
@@ -146,21 +148,6 @@ def find_user_error(error: BaseException) -> UserError | None:
         failures = getattr(current, "worker_failures", None)  # ray.train.WorkerGroupError: rank -> exception
         waiting += [remote, *(failures.values() if isinstance(failures, dict) else ())]
         waiting += [current.__cause__, None if current.__suppress_context__ else current.__context__]
-    return None
-
-
-def _outside(error: BaseException | None) -> str | None:
-    """What to tell of an error that comes from the machine or an object store; None for any other."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _REFUSALS:
-            return f"{error}; check the rights and the free space there, or give another path"
-        if type(error).__module__.partition(".")[0] in _OBJECT_STORES:
-            return (
-                f"the object store cannot be used: {type(error).__name__}: {error}; check the URL, the credentials "
-                "(for s3:// AWS_PROFILE or AWS_ACCESS_KEY_ID, for gs:// GOOGLE_APPLICATION_CREDENTIALS) and the network"
-            )
-        remote = getattr(error, "cause", None)
-        error = remote if isinstance(remote, BaseException) else error.__cause__
     return None
 
 
@@ -229,7 +216,7 @@ def _arguments(config_class: type[JobConfig], argv: list[str]) -> tuple[list[str
                 raise ConfigError("--config needs the path of a YAML file")
             settings = _read_yaml(config_class, value)
             given |= settings.keys()
-            arguments += ["--config", json.dumps(settings)]
+            arguments += ["--config", _as_json(settings, value)]
         elif _is_field(config_class, name.split(".")[0], name, flag):
             given.add(name)
             if value is None and hints.get(name) is bool:
@@ -255,13 +242,25 @@ def _flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
 def _read_yaml(config_class: type[JobConfig], path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}") from error
+    # ValueError: not UTF-8, or a date that is none; RecursionError: nested without end.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}; mend the file") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"--config {path} is not a YAML mapping of options; write one `name: value` a line")
     return {key: value for key, value in settings.items() if _is_field(config_class, key, key, f"{path}: {key}")}
+
+
+def _as_json(settings: dict[str, Any], path: str) -> str:
+    for name, value in settings.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:  # a date, a set, or a value within itself
+            raise ConfigError(
+                f"{path}: {name} is {reprlib.repr(value)}, which no option takes ({error}); write a text in quotes"
+            ) from error
+    return json.dumps(settings)
 
 
 def _is_field(config_class: type[JobConfig], field: str, name: str, shown: str) -> bool:
@@ -280,23 +279,6 @@ def _is_field(config_class: type[JobConfig], field: str, name: str, shown: str) 
         raise ConfigError(f"{shown}: {REFUSED[field]}")
     close = nearest(field, fields)
     raise ConfigError(f"{shown} is not an option" + (f"; did you mean {' or '.join(close)}?" if close else ""))
-
-
-def _check_output_path(config: JobConfig) -> None:
-    """Raise ConfigError where no results can be left.
-
-    In a job of `ray job submit` the working folder is a copy that Ray deletes.
-    """
-    if "://" not in config.output_path and os.path.isfile(os.path.expanduser(config.output_path)):
-        raise ConfigError(
-            f"output_path={config.output_path} is a file; give a folder, which is made if it is not there"
-        )
-    inside = "runtime_resources/working_dir_files" in Path.cwd().as_posix()
-    if inside and "://" not in config.output_path and not os.path.isabs(config.output_path):
-        raise ConfigError(
-            f"output_path={config.output_path} is relative, which in a submitted Ray job is a folder that Ray deletes; "
-            "use an absolute path or a URL that all machines see"
-        )
 
 
 def _readable(message: str) -> str:

@@ -8,20 +8,19 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 import ray
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_diffsynth.errors import UserError
+from ray_diffsynth.console import open_stream
+from ray_diffsynth.ray_address import ClusterError as ClusterError
+from ray_diffsynth.ray_address import check_answers, no_cluster, temporary_folder
+from ray_diffsynth.system_errors import explain
 
 LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
 """Those of Ray that print on the terminal by themselves."""
-
-
-class ClusterError(UserError):
-    """The Ray cluster cannot be joined, or lacks what was asked for."""
 
 
 @contextmanager
@@ -34,30 +33,49 @@ def ray_session(address: str | None = None, *, verbose: bool = False) -> Iterato
     if ray.is_initialized():
         yield
         return
+    given = bool(address)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     # By Ray 2.60's default an actor that reserves no GPU sees all of them. The nodes of a cluster that is there already
     # have their own setting: see `own_device`.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    options = {"include_dashboard": False} if address == "local" else {}
     level = logging.INFO if verbose else logging.ERROR
-    with ExitStack() as quiet:
+    with ExitStack() as session:
         if not verbose:
             # Ray Data has no other way yet to bound an actor's restarts than the arguments that 2.60 deprecates.
             warnings.filterwarnings("ignore", category=RayDeprecationWarning)
-            quiet.enter_context(native_messages_in_a_file())
-        try:
-            ray.init(address=address, log_to_driver=verbose, logging_level=level, **options)
-        except ConnectionError as error:
-            raise ClusterError(
-                f"no Ray cluster at {address}: {error}; start one, or leave --ray_address out for a local one"
-            ) from error
+            session.enter_context(native_messages_in_a_file())
+        options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
+        if address == "local":
+            _start(options, session.enter_context(temporary_folder()))
+        else:
+            _join(address, given, options)
         for name in LOGGERS:
             logging.getLogger(name).setLevel(level)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _join(address: str, given: bool, options: dict[str, Any]) -> None:
+    check_answers(address, given)
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:  # ConnectionError, ValueError, RuntimeError, RayError: by what is wrong with the address
+        raise no_cluster(address, given, error) from error
+
+
+def _start(options: dict[str, Any], folder: str | None) -> None:
+    try:
+        ray.init(address="local", include_dashboard=False, _temp_dir=folder, **options)
+    except Exception as error:
+        if explain(error):
+            raise
+        raise ClusterError(
+            f"no Ray could be started on this machine: {type(error).__name__}: {' '.join(str(error).split())}; look at "
+            f"free memory and at the limit of processes (ulimit -u), and at Ray's logs in {folder or '/tmp/ray'}"
+        ) from error
 
 
 @contextmanager
@@ -88,7 +106,7 @@ def _native_stderr(log: TextIO) -> Iterator[None]:
     python = sys.stderr
     python.flush()
     saved = os.dup(2)
-    with open(saved, "w", buffering=1, encoding=python.encoding, errors="backslashreplace") as copy:
+    with open_stream(saved, python.encoding) as copy:
         moved = _writes_to_stderr(python)
         handlers = [h for h in logging.root.handlers if isinstance(h, logging.StreamHandler) and h.stream is python]
         if moved:

@@ -10,7 +10,9 @@ import json
 import sys
 from collections.abc import Sequence
 
+from ray_diffsynth.console import prepare_process
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.system_errors import explain
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -104,12 +106,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
+    if argv is None:
+        prepare_process()
     options = make_parser().parse_args(argv)
     commands = {"inspect": _inspect, "verify": _verify, "repair": _repair, "preview": _preview, "export": _export}
     try:
         return commands[options.command](options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        told = str(error) if isinstance(error, UserError) else explain(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         return 1
 
 

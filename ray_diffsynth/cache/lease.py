@@ -65,7 +65,7 @@ def _ended(lease: Mapping[str, Any]) -> bool:
 def _boot_id() -> str:
     """Tells this boot of this machine from any other (containers may share host names and process ids)."""
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
             return f"{file.read().strip()}-{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return socket.gethostname()

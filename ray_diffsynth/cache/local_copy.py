@@ -68,6 +68,6 @@ class LocalCopies:
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
         """One of the machine's threads and processes at a time, for the names that begin alike."""
-        with open(self.folder / ".locks" / name[:2], "a") as lock:
+        with open(self.folder / ".locks" / name[:2], "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

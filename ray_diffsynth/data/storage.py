@@ -15,6 +15,7 @@ import fsspec
 import pyarrow as pa
 
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.system_errors import naming_file
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*(::|://)")
 _MEMBER = re.compile(r"^(.+\.tar)/@([0-9]+)\+([0-9]+)/[^/].*$")
@@ -176,7 +177,7 @@ def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer) -> None:
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with open(temporary, "xb") as file:
+        with naming_file(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -216,7 +217,7 @@ def create_new(path: str, data: bytes) -> bool:
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    with open(temporary, "xb") as file:
+    with naming_file(path), open(temporary, "xb") as file:
         file.write(data)
     try:
         os.link(temporary, path)  # unlike a rename it fails when the name is taken

@@ -193,7 +193,7 @@ def draw_dataset(
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     table = root / "metadata.csv"
-    with table.open("w", newline="") as handle:
+    with table.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(["image", "prompt"])
         for index in range(n):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ray_diffsynth.console import prepare_process
 from ray_diffsynth.demo import demo_model_path
 from ray_diffsynth.demo.captions import CREATURE, canonical
 from ray_diffsynth.demo.draw import Pixels, draw_dataset
@@ -42,9 +43,9 @@ def run_job(name: str, arguments: Sequence[str]) -> None:
 
 def draw_pictures(folder: Path) -> None:
     """The dataset: creatures, and plain shapes in a folder of their own, under one metadata.csv."""
-    rows = draw_dataset(folder, CREATURES, seed=64, kind="creature").read_text().splitlines()
-    plain = draw_dataset(folder / "plain", PLAIN, seed=65).read_text().splitlines()[1:]
-    (folder / "metadata.csv").write_text("\n".join([*rows, *(f"plain/{row}" for row in plain)]) + "\n")
+    rows = draw_dataset(folder, CREATURES, seed=64, kind="creature").read_text("utf-8").splitlines()
+    plain = draw_dataset(folder / "plain", PLAIN, seed=65).read_text("utf-8").splitlines()[1:]
+    (folder / "metadata.csv").write_text("\n".join([*rows, *(f"plain/{row}" for row in plain)]) + "\n", "utf-8")
 
 
 def generate(model: Path, lora: Path | None, prompts: Sequence[str]) -> list[Pixels]:
@@ -74,6 +75,8 @@ def train(model: Path, out: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, compare, and print where everything is and what was learnt."""
+    if argv is None:
+        prepare_process()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="demo", help="folder for everything that the demo makes")
     out = Path(parser.parse_args(argv).output).resolve()

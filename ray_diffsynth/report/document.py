@@ -17,6 +17,7 @@ import fsspec
 
 from ray_diffsynth import __version__
 from ray_diffsynth.job_config import JobConfig
+from ray_diffsynth.system_errors import naming_file
 
 LIBRARIES = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "pyarrow")
 
@@ -83,8 +84,8 @@ def write_text(output_path: str, name: str, text: str) -> str:
     """Write a file of the output, whole or not at all; returns its path. Raises OSError."""
     target = f"{output_path.rstrip('/')}/{name}"
     if "://" in output_path:
-        with fsspec.open(target, "w", encoding="utf-8") as file:
-            file.write(text)
+        with fsspec.open(target, "wb") as file:
+            file.write(_encoded(text))
     else:
         _write_atomic(Path(target), text)
     return target
@@ -103,12 +104,17 @@ def plain(value: Any) -> Any:
     return plain(value.item()) if hasattr(value, "item") else str(value)
 
 
+def _encoded(text: str) -> bytes:
+    """UTF-8; half a character (of a path that is no UTF-8) as its escape, which JSON reads as the same."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def _write_atomic(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with naming_file(target), os.fdopen(handle, "wb") as file:
+            file.write(_encoded(text))
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp gives 0600, which other users of a shared folder could not read

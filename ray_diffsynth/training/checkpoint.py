@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 
 from ray_diffsynth.data.storage import is_remote, join, list_files, read_bytes, write_bytes_atomic
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.system_errors import naming_file
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     temporary = target.parent / f".tmp-{target.name}-{os.getpid()}"
     temporary.mkdir()
     for name, data in files.items():
-        with open(temporary / name, "wb") as file:
+        with naming_file(target / name), open(temporary / name, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

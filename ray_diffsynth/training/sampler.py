@@ -40,7 +40,7 @@ def read_prompts(given: str) -> list[str]:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"--validation_prompts {path} cannot be read: {error}; save it as UTF-8 text") from error
 

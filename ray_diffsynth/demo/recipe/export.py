@@ -31,7 +31,7 @@ def export_model(folder: Path, vae: AutoencoderKLQwenImage, dit: QwenImageTransf
     """Save the model in bf16 in the standard layout, free of the paths it was built in; returns the bytes written."""
     pipeline(vae, dit).to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
     for file in folder.rglob("*.json"):
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
         if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(content, indent=2) + "\n")
+            file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -62,11 +62,13 @@ class TrainingState:
                 tensors |= {f"{name}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
         save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, self.folder / "state.tmp")
         (self.folder / "state.tmp").replace(self.folder / "state.safetensors")
-        (self.folder / "state.json.tmp").write_text(json.dumps({"step": self.step, "seconds": round(self.seconds, 1)}))
+        (self.folder / "state.json.tmp").write_text(
+            json.dumps({"step": self.step, "seconds": round(self.seconds, 1)}), "utf-8"
+        )
         (self.folder / "state.json.tmp").replace(self.folder / "state.json")
 
     def _restore(self) -> None:
-        numbers = json.loads((self.folder / "state.json").read_text())
+        numbers = json.loads((self.folder / "state.json").read_text("utf-8"))
         tensors = load_file(self.folder / "state.safetensors")
         self.step, self.seconds = numbers["step"], numbers["seconds"]
         for prefix, module in (("module.", self.module), ("average.", self.average)):
