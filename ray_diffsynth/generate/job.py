@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from ray_diffsynth.config import GenerateConfig
-from ray_diffsynth.data.storage import absolute, exists, join, list_files, read_bytes
+from ray_diffsynth.data.storage import absolute, exists, join, list_files
 from ray_diffsynth.generate.painter import PainterSpec
 from ray_diffsynth.generate.plan import PICTURES, check_sizes, plan_items
 from ray_diffsynth.generate.pool import Painted, paint_all, pool_size
@@ -16,7 +15,7 @@ from ray_diffsynth.generate.prompts import GenerateError, picture_params, read_p
 from ray_diffsynth.generate.summary import Made, finish
 from ray_diffsynth.models.fingerprint import part_sketch
 from ray_diffsynth.models.locate import ModelSource, locate_configured
-from ray_diffsynth.models.lora_file import LoraError, lora_prefixes
+from ray_diffsynth.models.lora_file import LoraError, check_lora_file, lora_digest
 from ray_diffsynth.pipelines.base import BasePipeline
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
 from ray_diffsynth.progress import Progress
@@ -66,10 +65,10 @@ def _identity(
     for path in loras:
         if not exists(path):
             raise LoraError(f"LoRA file {path} does not exist; check --lora")
-        lora_prefixes(path)  # raises for what is no LoRA file, before Ray starts
+        check_lora_file(path)  # raises for what is no LoRA file, before Ray starts
     return {
         "family": family,
         "dtype": config.dtype,
         "weights": {name: part_sketch(source, part.subfolder) for name, part in sorted(pipeline.parts.items())},
-        "loras": [hashlib.blake2b(read_bytes(path), digest_size=16).hexdigest() for path in loras],
+        "loras": [lora_digest(path, 16) for path in loras],
     }

@@ -1,25 +1,32 @@
 """LoRA files: one way to write them, and all known key layouts read into one.
 
 The state inside the package is ``{"<module>.lora_A.weight": (r, in), "<module>.lora_B.weight": (out, r)}``. In a file
-the effective weight is W + B·A: the scale (alpha / r) is always folded into B, as readers disagree on where alpha is.
+that is written the effective weight is W + B·A: the scale (alpha / r) is folded into B, as readers disagree on where
+alpha is. Of a file that is read the scale is what it says, wherever (``lora_alpha``).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ray_diffsynth.data import storage
-from ray_diffsynth.errors import UserError
+from ray_diffsynth.data.placeholders import HEAD, looks_like_pickle, text_of, wrong_content
+from ray_diffsynth.models.folder import PICKLE_SUFFIXES
+from ray_diffsynth.models.lora_alpha import ADAPTER_CONFIG, MERGE, LoraFile, layer_scales
+from ray_diffsynth.models.lora_alpha import LoraError as LoraError
+from ray_diffsynth.models.lora_alpha import lora_scale as lora_scale
+
+logger = logging.getLogger(__name__)
 
 # The longer ones first: what a key starts with is stripped once.
 PREFIXES = (
@@ -27,21 +34,28 @@ PREFIXES = (
     *("pipe.dit.", "pipe.text_encoder.", "pipe.transformer."),
     *("text_encoder.", "transformer.", "dit.", "unet."),
 )
-_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>A|B|up|down)(\.[^.]+)??\.weight$")
+# lora_A and lora_B are peft's, lora_down and lora_up kohya's, lora.down and lora_linear_layer.down diffusers' of old.
+_KEY = re.compile(r"^(?P<module>.+)\.lora(_|\.|_linear_layer\.)(?P<side>A|B|up|down)(\.[^.]+)??\.weight$")
 _DORA = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(\..+)?$")
 _SIDES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 _FLATTENED = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_")
-_METADATA_KEY = "lora_adapter_metadata"  # diffusers: JSON of the peft configuration, keys "<model>.<field>"
 _HOW = "convert it with diffusers: pipe.load_lora_weights(file), then pipe.save_lora_weights(folder)"
-
-
-class LoraError(UserError):
-    """A LoRA's targets or file do not fit."""
-
-
-def lora_scale(rank: int, alpha: float | None, rslora: bool = False) -> float:
-    """alpha / r, or alpha / √r for rank-stabilised LoRA (arXiv 2312.03732); alpha None is r."""
-    return (rank if alpha is None else alpha) / (math.sqrt(rank) if rslora else rank)
+_PEFT = "base_model."  # what the keys of peft's own files start with
+_OTHER_KINDS = (
+    (r"\.hada_", "a LoHa"),
+    (r"\.lokr_", "a LoKr"),
+    (r"\.(boft_|oft_|vec$)", "an OFT or BOFT"),
+    (r"\.(ia3_|on_input$)", "an (IA)3"),
+    (r"\.(diff|diff_b|w_norm|b_norm|set_weight)$", "a full weight difference"),
+    (r"\.lora_mid\.", "a LoCon with a core of its own (Tucker)"),
+    (r"\.lora_(E|ranknum)\b", "an AdaLoRA"),
+    (r"\.(vera_|randlora_|hra_u|lora_ga)", "another kind of adapter"),
+    (r"\.[ab][12]\.weight$", "a GLoRA"),
+    (r"\.scalar$", "a LyCORIS adapter with trained scalars"),
+    (r"\.lora_embedding_", "a LoRA on an embedding"),
+    (r"\.lora_(A|B|up|down)(\.[^.]+)??\.bias$", "a LoRA with biases"),
+    (r"\.modules_to_save\.", "a layer that was trained whole (peft's modules_to_save)"),
+)
 
 
 def export_lora(
@@ -93,15 +107,15 @@ def read_lora(
     """A LoRA file's tensors under plain keys (``X.lora_A.weight``, scale folded into B), and its metadata.
 
     Known layouts: keys after any of ``PREFIXES`` or bare; ``.lora_A.default.weight`` (an adapter's name inside);
-    ``lora_down``/``lora_up`` with ``.alpha``; diffusers' ``lora_adapter_metadata``. Tensors keep their dtype, but a
-    B that was scaled is fp32.
+    ``lora_down``/``lora_up``. For where the scale is found see ``lora_alpha``. Tensors keep their dtype, but a B that
+    was scaled is fp32.
 
     Args:
         prefix: read only keys that start with it, of a file for several models.
         prefixes: what all keys may start with beside ``PREFIXES``; the first that they do goes.
 
     Raises LoraError naming the file and what its layout is: no safetensors, names that cannot be mapped, another kind
-    of adapter, one half of a pair, several prefixes.
+    of adapter, one half of a pair, several prefixes, a scale that is not said in one way.
     """
     tensors, metadata = _read(str(path))
     if prefix is None:
@@ -114,34 +128,33 @@ def read_lora(
         raise LoraError(f"{path} has no key that starts with {prefix!r}; its keys start with {sorted(known)}")
     start = prefix if prefix is not None else next(iter(known), "")
 
-    halves: dict[str, dict[str, Tensor]] = {}
-    scales: dict[str, float] = {}
-    state: dict[str, Tensor] = {}
-    for full, tensor in sorted(tensors.items()):
-        if not full.startswith(start):
-            continue
-        key = full[len(start) :]
-        if key.startswith(_FLATTENED):
-            raise LoraError(f"{path}: {_why_unknown(full)}")
-        if match := _KEY.match(key):
-            halves.setdefault(match["module"], {})[_SIDES[match["side"]]] = tensor
-        elif match := _DORA.match(key):
-            state[f"{match['module']}.lora_magnitude_vector"] = tensor
-        elif key.endswith(".alpha"):
-            scales[key.removesuffix(".alpha")] = float(tensor)
-        else:
-            raise LoraError(f"{path}: {_why_unknown(full)}")
-    if not halves:
-        raise LoraError(f"{path} holds no LoRA: no key ends in lora_A.weight or lora_down.weight")
-    configured = _configured_scale(metadata, start)
-    for module, pair in halves.items():
-        if set(pair) != {"A", "B"}:
-            raise LoraError(f"{path}: {module} has only lora_{next(iter(pair))}; the file is incomplete")
-        rank = pair["A"].shape[0]
-        scale = scales[module] / rank if module in scales else configured(module, rank)
-        state[f"{module}.lora_A.weight"] = pair["A"]
-        state[f"{module}.lora_B.weight"] = pair["B"] if scale == 1.0 else pair["B"].float() * scale
-    return dict(sorted(state.items())), metadata
+    state, _ = _state(str(path), tensors, metadata, start)
+    return state, metadata
+
+
+def check_lora_file(path: str) -> None:
+    """Raise the LoraErrors of a file, whichever model it is for, and log its scale if it is not 1.
+
+    For the driver: with it a file that a worker could not use ends a run before Ray starts.
+    """
+    tensors, metadata = _read(str(path))
+    for start in sorted({_prefix_of(key) for key in tensors}):
+        _, scales = _state(str(path), tensors, metadata, start)
+        if told := {f"{scale:g}" for scale, _ in scales} - {"1"}:
+            places = dict.fromkeys(place for _, found in scales for place in found)
+            logger.info("%s: scale %s, by %s", path, ", ".join(sorted(told)), " and ".join(places))
+
+
+def lora_digest(path: str, digest_size: int) -> str:
+    """Hex blake2b of what a LoRA file means: its bytes, and adapter_config.json where that says its scale.
+
+    Raises OSError or LoraError for a file that cannot be read.
+    """
+    data = storage.read_bytes(path)
+    content = hashlib.blake2b(data, digest_size=digest_size)
+    config = _adapter_config_bytes(path, peft_names=f'"{_PEFT}'.encode() in _header(data))
+    content.update(config or b"")
+    return content.hexdigest()
 
 
 def lora_prefixes(path: str) -> list[str]:
@@ -151,7 +164,7 @@ def lora_prefixes(path: str) -> list[str]:
 
 
 def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if PurePath(path).suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+    if PurePath(path).suffix in PICKLE_SUFFIXES:
         raise LoraError(f"{path} is a pickle, which is not read; {_HOW}")
     try:
         data = storage.read_bytes(path)
@@ -161,10 +174,98 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LoraError(f"LoRA file {path} cannot be read: {err}; give one .safetensors file") from err
     try:
         tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as err:
-        raise LoraError(f"{path} is not a readable safetensors file ({err}); copy or train it again") from err
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except Exception as err:  # its own type, or what Python and torch raise for a header that it does not check
+        if (why := wrong_content(data[:HEAD])) is not None:
+            raise LoraError(f"LoRA file {path} is {why}") from err
+        if looks_like_pickle(data):
+            raise LoraError(f"{path} is a pickle by its content, which is not read; {_HOW}") from err
+        said = f"its text is {text!r}" if (text := text_of(data)) else str(err)
+        raise LoraError(f"{path} is not a readable safetensors file ({said}); copy or train it again") from err
+    header = json.loads(_header(data))
     return tensors, dict(header.get("__metadata__") or {})
+
+
+def _header(data: bytes) -> bytes:
+    """The JSON text at the beginning of a safetensors file."""
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+def _state(
+    path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], start: str
+) -> tuple[dict[str, Tensor], list[tuple[float, list[str]]]]:
+    """The tensors whose keys begin with `start` under plain keys, scaled; each scale with the places that say it."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    state: dict[str, Tensor] = {}
+    for full, tensor in sorted(tensors.items()):
+        if not full.startswith(start):
+            continue
+        key = full[len(start) :]
+        match = None if key.startswith(_FLATTENED) else _KEY.match(key)
+        if match and not tensor.is_floating_point():
+            raise LoraError(
+                f"{path}: {full} is of {tensor.dtype}, no floating point; save the LoRA without quantization"
+            )
+        if match:
+            side, pair = _SIDES[match["side"]], halves.setdefault(match["module"], {})
+            if side in pair:
+                raise LoraError(f"{path}: {match['module']} has two LoRAs; save one adapter a file")
+            pair[side] = tensor
+        elif not key.startswith(_FLATTENED) and (match := _DORA.match(key)):
+            state[f"{match['module']}.lora_magnitude_vector"] = tensor
+        elif key.endswith(".alpha") and not key.startswith(_FLATTENED):
+            if tensor.numel() != 1:
+                raise LoraError(f"{path}: {full} holds {tensor.numel()} numbers, not one; save the LoRA again")
+            alphas[key.removesuffix(".alpha")] = float(tensor)
+        else:
+            raise LoraError(f"{path}: {_why_unknown(full)}")
+    if not halves:
+        raise LoraError(f"{path} holds no LoRA: no key ends in lora_A.weight or lora_down.weight")
+    for module, pair in halves.items():
+        if set(pair) != {"A", "B"}:
+            raise LoraError(f"{path}: {module} has only lora_{next(iter(pair))}; the file is incomplete")
+    ranks = {module: pair["A"].shape[0] for module, pair in halves.items()}
+    config = _adapter_config(path, peft_names=start.startswith(_PEFT))
+    scales, places = layer_scales(LoraFile(path, start, ranks, alphas, metadata, config))
+    for module, pair in halves.items():
+        scale = scales[module]
+        state[f"{module}.lora_A.weight"] = pair["A"]
+        state[f"{module}.lora_B.weight"] = pair["B"] if scale == 1.0 else pair["B"].float() * scale
+    return dict(sorted(state.items())), [(scale, places) for scale in sorted(set(scales.values()))]
+
+
+def _adapter_config(path: str, *, peft_names: bool) -> Mapping[str, Any] | None:
+    """peft's configuration beside a file, if it is of this file; None if there is none."""
+    data = _adapter_config_bytes(path, peft_names=peft_names)
+    if data is None:
+        return None
+    try:
+        config = json.loads(data)
+    except ValueError as err:
+        why = wrong_content(data) or f"no JSON ({err}); copy it again"
+        raise LoraError(f"{ADAPTER_CONFIG}, which says how strong the LoRA {path} beside it is, is {why}") from err
+    if not isinstance(config, dict):
+        raise LoraError(
+            f"{ADAPTER_CONFIG} beside {path} holds no JSON object; copy it again from the LoRA's repository"
+        )
+    return config
+
+
+def _adapter_config_bytes(path: str, *, peft_names: bool) -> bytes | None:
+    """It is of this file if that has peft's names, in its keys or its own, or is the only one there."""
+    folder, slash, name = path.rpartition("/")
+    folder = folder or slash or "."
+    place = storage.join(folder, ADAPTER_CONFIG)
+    try:
+        data = storage.read_bytes(place)
+    except FileNotFoundError:
+        return None
+    except OSError as err:
+        if isinstance(err, PermissionError) and storage.is_remote(path):
+            return None  # what S3 answers about an absent file, if the folder may not be listed
+        raise LoraError(f"{place} cannot be read: {err}; it says how strong the LoRA {path} is") from err
+    alone = peft_names or name == "adapter_model.safetensors"
+    return data if alone or storage.list_files(folder, suffix=".safetensors") == [name] else None
 
 
 def _prefix_of(key: str) -> str:
@@ -176,26 +277,10 @@ def _why_unknown(key: str) -> str:
         return f"the key {key} has kohya's flattened names, which do not say where a dot was; {_HOW}"
     if "dora_scale" in key:
         return f"the key {key} is kohya's DoRA, which is not read; train or export without DoRA"
-    if "hada_" in key or "lokr_" in key:
-        return f"the key {key} is of a LoHa or LoKr, not of a LoRA"
-    if key.endswith((".diff", ".diff_b")):
-        return f"the key {key} is a full weight difference, not a LoRA"
+    for pattern, kind in _OTHER_KINDS:
+        if re.search(pattern, key):
+            return f"the key {key} is of {kind}, not of a LoRA; {MERGE}"
     return f"the key {key} is of no known layout ('<module>.lora_A.weight', '.lora_B.weight', bare or after {PREFIXES})"
-
-
-def _configured_scale(metadata: Mapping[str, str], prefix: str) -> Callable[[str, int], float]:
-    """The scale of a module by diffusers' metadata; 1 without it."""
-    if _METADATA_KEY not in metadata:
-        return lambda module, rank: 1.0
-    flat: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
-    config = {key.removeprefix(prefix): value for key, value in flat.items()}
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-
-    def scale(module: str, rank: int) -> float:
-        alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), config.get("lora_alpha"))
-        return lora_scale(rank, alpha, bool(config.get("use_rslora")))
-
-    return scale
 
 
 def _canonical(data: bytes) -> bytes:

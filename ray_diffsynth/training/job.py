@@ -25,7 +25,7 @@ import ray.train.torch
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.storage import absolute, is_remote, join
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.models.lora_file import lora_prefixes
+from ray_diffsynth.models.lora_file import check_lora_file
 from ray_diffsynth.ray_session import ClusterError, alive_nodes, cluster_devices, on_this_node, ray_session
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import (
@@ -129,7 +129,7 @@ def check_files(config: TrainConfig, *, going_on: bool) -> None:
     """
     start = () if going_on else config.lora_checkpoints.values()
     for path in filter(None, (config.preset_lora_path, *start)):
-        lora_prefixes(path)
+        check_lora_file(path)
     check_trackers(config)
     if config.customized_optimizer:
         optimizer_class(config.customized_optimizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -14,13 +13,14 @@ from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig, split_names
 from ray_diffsynth.data.samples import SampleSpec
-from ray_diffsynth.data.storage import absolute, read_bytes
+from ray_diffsynth.data.storage import absolute
 from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, DECIDED_BY_STUDENT
 from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import part_sketch
 from ray_diffsynth.models.locate import ModelSource, locate_configured
 from ray_diffsynth.models.lora import LoraInfo, add_lora, leave_casts_to_autocast
+from ray_diffsynth.models.lora_file import lora_digest
 from ray_diffsynth.pipelines.base import BasePipeline
 from ray_diffsynth.pipelines.lora_keys import fuse_model_lora, load_model_lora, submodule
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
@@ -155,7 +155,7 @@ class Setup:
         settings = {name: value for name, value in self.config.to_dict().items() if name not in without}
         settings["task"] = task_family(self.config.task)
         if preset := self.config.preset_lora_path:  # what is in it counts, not where it lies
-            settings["preset_lora_path"] = f"content {hashlib.blake2b(read_bytes(preset), digest_size=8).hexdigest()}"
+            settings["preset_lora_path"] = f"content {lora_digest(preset, 8)}"
         own: dict[str, Any] = {**settings, "family": self.family, "data": data.identity, "weights": self._weights()}
         return dict(json.loads(json.dumps(own)))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import QwenImagePipeline
+from safetensors.torch import save_file
 
 from ray_diffsynth.models.load import load_part
 from ray_diffsynth.models.locate import locate_model
@@ -103,3 +105,56 @@ def test_what_diffusers_saves_is_read_with_its_alpha(tiny_qwen: Path, pipe: Any,
     pipe.transformer = theirs
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     assert (got - before).abs().max() > 1e-3
+
+
+def in_layout(state: dict[str, torch.Tensor], prefix: str, down: str, up: str) -> dict[str, torch.Tensor]:
+    names = {"lora_A": down, "lora_B": up}
+    return {prefix + key.replace(side, names[side]): v for key, v in state.items() for side in names if side in key}
+
+
+def metadata(**fields: Any) -> dict[str, str]:
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in fields.items()})}
+
+
+LAYERS = [f"transformer_blocks.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_out.0")]
+KOHYA = ("lora_down", "lora_up")
+PEFT = ("lora_A", "lora_B")
+FIELDS = {"r": 4, "target_modules": ["to_q", "to_out.0"]}
+LAYOUTS: dict[str, tuple[str, tuple[str, str], dict[str, float], dict[str, str]]] = {
+    "plain": ("transformer.", PEFT, {}, {}),
+    "kohya's names and alphas": ("diffusion_model.", KOHYA, dict.fromkeys(LAYERS, 10.0), {}),
+    "alphas that differ": ("diffusion_model.", KOHYA, {**dict.fromkeys(LAYERS, 10.0), LAYERS[0]: 2.0}, {}),
+    "peft's names and alphas": ("diffusion_model.", PEFT, dict.fromkeys(LAYERS, 10.0), {}),
+    "metadata": ("transformer.", PEFT, {}, metadata(lora_alpha=10, **FIELDS)),
+    "metadata of another prefix": ("diffusion_model.", PEFT, {}, metadata(lora_alpha=10, **FIELDS)),
+    "rslora": ("transformer.", PEFT, {}, metadata(lora_alpha=5, use_rslora=True, **FIELDS)),
+    "pattern": ("transformer.", PEFT, {}, metadata(lora_alpha=10, alpha_pattern={"to_out.0": 3}, **FIELDS)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_file_is_as_strong_here_as_in_diffusers(name: str, tiny_qwen: Path, pipe: Any, tmp_path: Path) -> None:
+    prefix, sides, alphas, header = LAYOUTS[name]
+    generator = torch.Generator().manual_seed(5)
+    width = pipe.transformer.transformer_blocks[0].attn.to_q.in_features
+    state = {}
+    for layer in LAYERS:
+        state[f"{layer}.lora_A.weight"] = torch.randn(4, width, generator=generator) / 4
+        state[f"{layer}.lora_B.weight"] = torch.randn(width, 4, generator=generator) / 4
+    written = in_layout(state, prefix, *sides)
+    written |= {f"{prefix}{layer}.alpha": torch.tensor(alpha) for layer, alpha in alphas.items()}
+    path = tmp_path / "theirs.safetensors"
+    save_file({key: value.contiguous() for key, value in written.items()}, path, metadata={"format": "pt", **header})
+
+    before = draw(pipe)
+    pipe.load_lora_weights(str(path))
+    expected = draw(pipe)
+    pipe.unload_lora_weights()
+    assert (expected - before).abs().max() > 1e-3
+    cls = "diffusers:QwenImageTransformer2DModel"
+    fused = load_part(locate_model(str(tiny_qwen)), "transformer", cls, torch_dtype=torch.float32, device="cpu")
+    fuse_lora(fused, read_lora(str(path))[0])
+    theirs, pipe.transformer = pipe.transformer, fused
+    got = draw(pipe)
+    pipe.transformer = theirs
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)

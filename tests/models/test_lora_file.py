@@ -128,6 +128,15 @@ def test_a_file_for_several_models(tmp_path: Path) -> None:
         ("lora_unet_blocks_0_to_q.lora_down.weight", "flattened names"),
         ("blocks.0.to_q.dora_scale", "DoRA"),
         ("blocks.0.to_q.lokr_w1", "LoKr"),
+        ("blocks.0.to_q.hada_w1_a", "LoHa"),
+        ("blocks.0.to_q.oft_blocks", "OFT"),
+        ("blocks.0.to_q.oft_R.weight", "OFT"),
+        ("blocks.0.to_q.ia3_l", r"\(IA\)3"),
+        ("blocks.0.to_q.diff_b", "full weight difference"),
+        ("blocks.0.to_q.lora_mid.weight", "Tucker"),
+        ("blocks.0.to_q.lora_B.bias", "LoRA with biases"),
+        ("blocks.0.to_q.lora_up.weight", "two LoRAs"),
+        ("blocks.0.to_q.alpha", "holds 4 numbers, not one"),
         ("blocks.0.to_q.diff", "full weight difference"),
         ("blocks.0.to_q.weight", "no known layout"),
         ("blocks.0.to_k.lora_A.weight", "only lora_A"),
@@ -147,10 +156,22 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty.safetensors").write_bytes(b"")
     (tmp_path / "none.safetensors").write_bytes(b"")
     save_file({}, tmp_path / "none.safetensors")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 253806278\n"
+    (tmp_path / "pointer.safetensors").write_text(pointer)
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html><body>Sign in")
+    (tmp_path / "gated.safetensors").write_text("Access to model x is restricted.")
+    torch.save(state(), tmp_path / "zip.safetensors")
+    header = b'{"x":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}'  # a number format of another version
+    (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     for name, message in (
         ("absent.safetensors", "does not exist"),
         ("cut.safetensors", "not a readable safetensors"),
-        ("empty.safetensors", "not a readable safetensors"),
+        ("empty.safetensors", r"empty\.safetensors is empty \(0 bytes\).*download it again"),
+        ("pointer.safetensors", r"a Git LFS pointer.*git lfs pull"),
+        ("page.safetensors", "a web page"),
+        ("gated.safetensors", "its text is 'Access to model x is restricted.'"),
+        ("zip.safetensors", "is a pickle by its content"),
+        ("odd.safetensors", "not a readable safetensors"),
         ("none.safetensors", "holds no LoRA"),
         ("l.bin", "pickle"),
     ):

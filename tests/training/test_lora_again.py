@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ray_diffsynth.generate.lora import attach_loras
@@ -77,3 +79,29 @@ def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
     (path,) = export_trained(made, Trained((info,), ()), str(tmp_path), "lora")
     with pytest.raises(LoraError, match="layers that the model does not have"):
         fuse_model_lora(Own(), "text_encoder.layers.1", path)
+
+
+@pytest.mark.parametrize("place", ["adapter_config.json", "header", "tensors"])
+def test_every_way_in_reads_the_alpha_of_others(place: str, tmp_path: Path) -> None:
+    """As a start, fused into the base, and for generating: a LoRA of rank 2 and alpha 6 acts at three times B·A."""
+    generator = torch.Generator().manual_seed(3)
+    down, up = torch.randn(2, 4, generator=generator), torch.randn(4, 2, generator=generator)
+    prefix = "base_model.model." if place == "adapter_config.json" else "transformer."
+    state = {f"{prefix}layers.1.to_q.lora_A.weight": down, f"{prefix}layers.1.to_q.lora_B.weight": up}
+    if place == "tensors":
+        state[f"{prefix}layers.1.to_q.alpha"] = torch.tensor(6.0)
+    path = str(tmp_path / "theirs.safetensors")
+    save_file(state, path, metadata={"alpha": "6"} if place == "header" else None)
+    if place == "adapter_config.json":
+        (tmp_path / place).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+
+    x = torch.ones(1, 4)
+    layer = Own().dit.layers[1]["to_q"]
+    expected = layer(x) + 3 * x @ down.T @ up.T
+    started, fused, attached = Own(), Own(), Own()
+    info = add_lora(started.dit, rank=2, alpha=1, target_modules="layers.1.to_q", seed=9, name="dit")
+    load_model_lora(started, "dit", path, info)
+    fuse_model_lora(fused, "dit", path)
+    attach_loras(attached, [path])
+    for pipe in (started, fused, attached):
+        torch.testing.assert_close(pipe.dit.layers[1]["to_q"](x), expected)
