@@ -18,6 +18,7 @@ from ray_diffsynth.cache.codec import check_codec
 from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError
 from ray_diffsynth.cache.names import check_group, inside, is_shard, shard_path
+from ray_diffsynth.cache.row_warnings import Said, said
 from ray_diffsynth.cache.schema import KEY, row_views, table_from_rows, table_parameters, table_schema
 from ray_diffsynth.data import storage
 from ray_diffsynth.data.parquet import check_columns, open_parquet
@@ -50,7 +51,8 @@ class Shard:
     """One file of a group: `<cache>/<group>/<file>`, the keys of its rows in order, and its size in bytes.
 
     Row i stands in row group i // rows_per_group, at i % rows_per_group. `failed` are the keys that were tried with the
-    others and could not be encoded, with error class and message: a rerun need not try them again.
+    others and could not be encoded, with error class and message: a rerun need not try them again. `warnings`: key ->
+    what is said of that row, a function of what its key stands for.
     """
 
     group: str
@@ -61,6 +63,7 @@ class Shard:
     codec: str
     rows_per_group: int
     failed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    warnings: Mapping[str, Said] = field(default_factory=dict)
 
     def locate(self, position: int) -> tuple[int, int]:
         """(row group, row in it) of the file's row `position`, as the index wants them."""
@@ -74,7 +77,8 @@ class Shard:
     def from_dict(cls, content: Mapping[str, Any]) -> Shard:
         """The inverse of `to_dict`."""
         failed = {key: (error, message) for key, (error, message) in content.get("failed", {}).items()}
-        return cls(**{**content, "keys": tuple(content["keys"]), "failed": failed})
+        warnings = {key: pairs for key, value in content.get("warnings", {}).items() if (pairs := said(value))}
+        return cls(**{**content, "keys": tuple(content["keys"]), "failed": failed, "warnings": warnings})
 
 
 def shard_name(keys: Sequence[str]) -> str:
@@ -108,6 +112,7 @@ def write_shard(
     parameters: Sequence[str] | None = None,
     rows_per_group: int | None = None,
     failed: Mapping[str, Sequence[str]] | None = None,
+    warnings: Mapping[str, Said] | None = None,
 ) -> Shard:
     """Write `<cache>/<group>/<name>.parquet` atomically; equal rows give equal bytes (no time, no host in the file).
 
@@ -128,6 +133,7 @@ def write_shard(
     per_group = rows_per_group or max(len(keys), 1)
     header: dict[str, Any] = {"version": SHARD_VERSION, "group": group, "bucket": bucket, "codec": codec}
     header |= {"rows_per_group": per_group, "failed": reasons}
+    header |= {"warnings": warnings} if warnings else {}
     table = table.replace_schema_metadata({_METADATA: json.dumps(header, sort_keys=True)})
     out = pa.BufferOutputStream()
     # Values are compressed already and each is its own: no dictionary, no compression, no min/max of whole latents.
@@ -136,7 +142,7 @@ def write_shard(
     )
     data = out.getvalue()
     storage.write_bytes_atomic(path, data)
-    return Shard(group, f"{name}.parquet", bucket, keys, data.size, codec, per_group, reasons)
+    return Shard(group, f"{name}.parquet", bucket, keys, data.size, codec, per_group, reasons, warnings or {})
 
 
 class ForeignFileError(CacheError):
@@ -214,6 +220,7 @@ def read_shard_header(cache: str, group: str, file: str, *, verify: bool = False
                 raise CacheError(f"{len(bad)} of {table.num_rows} rows do not match their checksum, first {bad[0]}")
             keys = tuple(table.column(KEY).to_pylist())
             facts = {name: header[name] for name in ("group", "bucket", "codec", "rows_per_group", "failed")}
+            facts["warnings"] = header.get("warnings", {})
             return Shard.from_dict({**facts, "file": file, "keys": keys, "nbytes": nbytes})
     except (UnreadableError, VersionError, ForeignFileError):
         raise

@@ -7,7 +7,7 @@ it took travels with the results to the driver, which prints `lines` once and wr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -85,6 +85,15 @@ class DataWarnings:
             for kind, found in self._sorted()
         }
 
+    def rows(self) -> list[list[str]]:
+        """For JSON, on the way to another process."""
+        return [[warning.kind, warning.sample_id, warning.detail] for warning in self]
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[str]]) -> DataWarnings:
+        """The inverse of `rows`; a kind that this version does not know is left out."""
+        return cls(DataWarning(kind, sample_id, detail) for kind, sample_id, detail in rows if kind in WHAT)
+
     def __iter__(self) -> Iterator[DataWarning]:
         for kind, found in self._sorted():
             for sample_id, detail in found:
@@ -124,11 +133,20 @@ def collecting() -> Iterator[DataWarnings]:
         _current.reset(token)
 
 
+@contextmanager
+def about(sample_id: str) -> Iterator[None]:
+    """Within it, in this thread, whatever `warn` is told is of this sample, by whatever name it knows it."""
+    with collecting() as found:
+        yield
+    for warning in found:
+        warn(warning.kind, sample_id, warning.detail)
+
+
 def warn(kind: str, sample_id: str, detail: str) -> None:
     """Tell the nearest `collecting`, or without one the log, what happened to a sample.
 
-    Who does not know the sample's id names it by what it has (the file, the caption): `collecting` puts the id in its
-    place. Raises UnknownWarningError.
+    Who does not know the sample's id names it by what it has, its file or its caption, of which the detail says
+    nothing: `about`, or whoever collects, puts the id in its place. Raises UnknownWarningError.
     """
     warning = DataWarning(kind, sample_id, detail)
     found = _current.get()

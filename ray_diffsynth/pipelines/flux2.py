@@ -86,7 +86,9 @@ class Flux2KleinPipeline(KLImagePipeline):
     def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> list[Tensor]:
         """One embedding (1, max_sequence_length, 3D) a prompt: three hidden states of Qwen3 side by side."""
         texts = chat_texts(self.tokenizer, prompts, thinking=False)
-        ids, mask = tokenize(self.tokenizer, texts, max_length=max_sequence_length, padding="max_length")
+        ids, mask = tokenize(
+            self.tokenizer, texts, max_length=max_sequence_length, padding="max_length", prompts=prompts
+        )
         # The base model: nobody reads the logits.
         hidden = self.text_encoder.model(
             input_ids=ids.to(self.device),

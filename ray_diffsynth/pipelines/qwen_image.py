@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,9 +20,8 @@ from ray_diffsynth.pipelines.image import (
     image_units,
 )
 from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents
+from ray_diffsynth.pipelines.text import warn_of_cut
 from ray_diffsynth.pipelines.tiling import vae_tiling
-
-logger = logging.getLogger(__name__)
 
 
 class QwenImagePipeline(ImagePipeline):
@@ -89,12 +87,14 @@ class QwenImagePipeline(ImagePipeline):
         )
         # One token more than allowed shows which prompts are cut.
         limit = max_sequence_length + 1
+        encoder.tokenizer_max_length = max(encoder.tokenizer_max_length, limit)
         embeds, mask = encoder.encode_prompt(list(prompts), device=self.device, max_sequence_length=limit)
         result = []
         for index, prompt in enumerate(prompts):
             single = embeds[index] if mask is None else embeds[index][mask[index].bool()]
             if len(single) > max_sequence_length:
-                logger.warning("the prompt is cut to %d tokens: %.80s…", max_sequence_length, prompt)
+                whole = self.tokenizer(encoder.prompt_template_encode.format(prompt)).input_ids
+                warn_of_cut(prompt, len(whole) - encoder.prompt_template_encode_start_idx, max_sequence_length)
             # A copy, so that the row does not keep the whole padded batch in memory.
             result.append(single[:max_sequence_length].clone()[None].to(self.torch_dtype))
         return result

@@ -1,27 +1,35 @@
-"""Prompts -> token ids, as diffusers' pipelines make them, with a word when something is cut off."""
+"""Prompts -> token ids, as diffusers' pipelines make them; of what is cut off the user hears."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from ray_diffsynth.data.warnings import warn
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], *, max_length: int, padding: str) -> tuple[Tensor, Tensor]:
+def warn_of_cut(prompt: str, tokens: int, limit: int) -> None:
+    """Say that of a prompt's tokens only so many are read."""
+    warn("caption_cut", prompt, f"{tokens} tokens cut to {limit}")
+
+
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], *, max_length: int, padding: str, prompts: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, (B, L) both; a text longer than `max_length` is cut, and a warning says so.
 
     Args:
         padding: "max_length", or "longest" of the batch.
+        prompts: what the texts were made of, where a template stands around them.
     """
     tokens = tokenizer(list(texts), padding=padding, max_length=max_length, truncation=True, return_tensors="pt")
-    for text, kept in zip(texts, tokens.attention_mask.sum(1).tolist(), strict=True):
+    kept_of_each = tokens.attention_mask.sum(1).tolist()
+    for prompt, text, kept in zip(prompts or texts, texts, kept_of_each, strict=True):
         # Only a text that fills the room can have been cut; it is counted again without a limit.
-        if kept == max_length and len(tokenizer(text).input_ids) > max_length:
-            logger.warning("the prompt is cut to %d tokens: %.80s…", max_length, text)
+        if kept == max_length and (whole := len(tokenizer(text).input_ids)) > max_length:
+            warn_of_cut(prompt, whole, max_length)
     return tokens.input_ids, tokens.attention_mask
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.base import BasePipeline, Part, PipelineError
 from ray_diffsynth.pipelines.initial_latents import FlowMatchUnit_InitialLatents
+from ray_diffsynth.pipelines.text import warn_of_cut
 from ray_diffsynth.pipelines.tiling import vae_tiling
 from ray_diffsynth.pipelines.unit import UnitState, run_units
 from ray_diffsynth.pipelines.wan_units import (
@@ -28,8 +28,6 @@ from ray_diffsynth.pipelines.wan_units import (
     WanVideoUnit_PromptEmbedder,
     WanVideoUnit_ShapeChecker,
 )
-
-logger = logging.getLogger(__name__)
 
 TILE_SIZE, TILE_STRIDE = 34, 18
 """Of the VAE where it works in tiles, in latents: DiffSynth-Studio's."""
@@ -182,8 +180,8 @@ class WanPipeline(BasePipeline):
         embeds = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         lengths = tokens.attention_mask.sum(dim=1).tolist()
         for prompt, length in zip(prompts, lengths, strict=True):
-            if length == TEXT_TOKENS:
-                logger.warning("the prompt fills all %d tokens and may be cut: %.80s…", TEXT_TOKENS, prompt)
+            if length == TEXT_TOKENS and (whole := len(self.tokenizer(clean_prompt(prompt)).input_ids)) > length:
+                warn_of_cut(prompt, whole, TEXT_TOKENS)
         return [embeds[i : i + 1, :length].clone().to(self.torch_dtype) for i, length in enumerate(lengths)]
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ class ZImagePipeline(KLImagePipeline):
         """One unpadded embedding (1, L, D) a prompt: Qwen3's last hidden state but one."""
         texts = chat_texts(self.tokenizer, prompts, thinking=True)
         # Attention is causal and the padding comes last, so that the longest of the batch is enough.
-        ids, mask = tokenize(self.tokenizer, texts, max_length=max_sequence_length, padding="longest")
+        ids, mask = tokenize(self.tokenizer, texts, max_length=max_sequence_length, padding="longest", prompts=prompts)
         ids, mask = ids.to(self.device), mask.to(self.device).bool()
         hidden = self.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
         return [row[kept][None].to(self.torch_dtype) for row, kept in zip(hidden, mask, strict=True)]

@@ -8,6 +8,7 @@ import torch
 
 from ray_diffsynth.cache.codec import CodecError
 from ray_diffsynth.cache.finite import all_finite
+from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.diffusion.out_of_memory import is_out_of_memory
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.base import BasePipeline, MissingModelError
@@ -68,7 +69,7 @@ def encode(
             batch_size = fits if of_memory else batch_size  # the sample was to blame, not the size of its batch
         elif of_memory:
             batch_size = len(batch) // 2
-            logger.warning("%s: out of memory with a batch of %d; going on with %d", group.name, len(batch), batch_size)
+            warn("batch_halved", "", f"{group.name}: {len(batch)} samples to {batch_size}")
         else:
             logger.warning("%s: a batch of %d failed (%s); trying its halves", group.name, len(batch), failure.message)
             middle = len(batch) // 2

@@ -11,6 +11,7 @@ import pyarrow as pa
 from ray_diffsynth.cache.errors import CacheError, UnreadableError
 from ray_diffsynth.cache.manifest import MANIFEST_FILE, GroupSpec, Manifest, committed
 from ray_diffsynth.cache.names import UnsafeNameError
+from ray_diffsynth.cache.row_warnings import Said, read_warnings
 from ray_diffsynth.cache.store import Shard, list_shards, read_shard_header, shard_name
 from ray_diffsynth.data.storage import exists, file_sizes, join
 from ray_diffsynth.preprocess.scan import Failure
@@ -35,11 +36,14 @@ class GroupCatalog:
     """Known rows of one group by key, and the keys whose sample failed to encode.
 
     `passing` are those that could not be tried in this run (a file that could not be read): the next one tries again.
+    `warnings`: what is said of a row, by key. `passed`: what is said of this run and of no row, as (kind, detail).
     """
 
     locations: dict[str, Location] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     passing: dict[str, Failure] = field(default_factory=dict)
+    warnings: dict[str, Said] = field(default_factory=dict)
+    passed: set[tuple[str, str]] = field(default_factory=set)
 
     def failure(self, key: str) -> Failure | None:
         """Why the sample of a key is not stored; None for one that is, or was not tried."""
@@ -54,6 +58,7 @@ class GroupCatalog:
         for row, key in enumerate(shard.keys):
             self.locations.setdefault(key, Location(shard.file, *shard.locate(row)))
             self.failures.pop(key, None)  # it failed before, and was tried again
+        self.warnings.update(shard.warnings)
         failed = ((key, Failure(*reason)) for key, reason in shard.failed.items() if key not in self.locations)
         self.failures.update(failed)
 
@@ -83,6 +88,7 @@ def committed_rows(
         if spec.empty_key is not None and spec.empty_at is not None:
             catalog.locations[spec.empty_key] = Location(*spec.empty_at)
         _forget_lost(cache, spec, catalog)
+        catalog.warnings.update(read_warnings(cache).get(group, {}))
     for row in [] if retry else manifest.read_quarantine(cache).to_pylist():
         if row["group"] == group and row["key"] not in catalog.locations:
             catalog.failures[row["key"]] = Failure(row["error"], row["message"])

@@ -1,7 +1,7 @@
 """The end of stage 1: every sample is in the index or in quarantine, by one atomic write of the manifest."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,10 @@ import pyarrow.compute as pc
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit
 from ray_diffsynth.cache.names import shard_path
+from ray_diffsynth.cache.row_warnings import Said, write_warnings
 from ray_diffsynth.data.metadata import DUPLICATE, Quarantined
 from ray_diffsynth.data.storage import file_sizes, join
+from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.catalog import GroupCatalog
 from ray_diffsynth.preprocess.keys import GroupPlan
@@ -99,6 +101,7 @@ def commit_cache(
         columns[f"{name}_file"] = pa.array([place.file for place in places], pa.string())
         columns[f"{name}_row_group"] = pa.array([place.row_group for place in places], pa.int32())
         columns[f"{name}_row"] = pa.array([place.row for place in places], pa.int32())
+    write_warnings(job.cache, {name: _said(set(keys[name]), catalogs[name]) for name in keys})
     draft = _manifest(job, keys, Counter(index["bucket"]), len(bad), total, catalogs)
     caption = job.sample.columns.get("prompt")
     captions = [_text(sample.row.get(caption)) for sample in good] if caption is not None else None
@@ -106,6 +109,23 @@ def commit_cache(
     manifest = commit(job.cache, draft, pa.table(columns), quarantine, captions)
     listed = tuple(Quarantined(item["sample_id"], item["source"], item["error"], item["message"]) for item in bad)
     return Outcome(manifest, listed)
+
+
+def _said(keys: Collection[str], catalog: GroupCatalog) -> dict[str, Said]:
+    return {key: pairs for key, pairs in catalog.warnings.items() if key in keys}
+
+
+def add_row_warnings(
+    warnings: DataWarnings, job: "Job", samples: Sequence[Sample], catalogs: Mapping[str, GroupCatalog]
+) -> None:
+    """Add what is known of each sample's rows, encoded now or by an earlier run, and of this run's batches."""
+    for group in job.groups:
+        catalog = catalogs[group.name]
+        for kind, detail in sorted(catalog.passed):
+            warnings.add(kind, "", detail)
+        for sample in samples if catalog.warnings else ():
+            for kind, detail in catalog.warnings.get(group.key(sample.inputs), ()):
+                warnings.add(kind, sample.sample_id, detail)
 
 
 def _text(value: object) -> str | None:

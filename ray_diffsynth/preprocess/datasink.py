@@ -13,6 +13,7 @@ from ray.data import Datasink
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import WriteResult
 
+from ray_diffsynth.cache.row_warnings import said
 from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
 from ray_diffsynth.preprocess.handover import described, give_up, unpack
 
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 class ShardSink(Datasink[list[dict[str, Any]]]):
     """Writes the shards of one group. When all are written, the driver's copy holds what became of each in `results`.
 
-    A result is {"fatal": reason}, or {"shard": `Shard.to_dict`, or None where nothing was to be written, "passing": …}.
+    A result is {"fatal": reason}, or {"shard": `Shard.to_dict`, or None where nothing was to be written, "passing": …,
+    "warnings": those of no single row}.
     """
 
     def __init__(self, cache: str, group: str, parameters: Sequence[str], codec: str, counter: Any = None) -> None:
@@ -53,6 +55,8 @@ class ShardSink(Datasink[list[dict[str, Any]]]):
         rows = [GroupRow(key, values) for key, values in unpack(item["inputs"])]
         failed = json.loads(item["failed"])
         passing = json.loads(item["passing"])
+        warnings = json.loads(item["warnings"])
+        passed = warnings.pop("", [])  # how this run went, not what these rows are: no part of their file
         name = item["name"]
         if passing:
             # A planned name stands for all planned rows: these would then be taken for done.
@@ -68,10 +72,11 @@ class ShardSink(Datasink[list[dict[str, Any]]]):
                 codec=self.codec,
                 parameters=self.parameters,
                 failed=failed,
+                warnings={key: said(pairs) for key, pairs in warnings.items()},
             )
         if self.counter is not None:
             self.counter.add.remote(len(rows), len(failed) + len(passing), shard.nbytes if shard is not None else 0)
-        return {"shard": shard.to_dict() if shard is not None else None, "passing": passing}
+        return {"shard": shard.to_dict() if shard is not None else None, "passing": passing, "warnings": passed}
 
     def on_write_complete(self, write_result: WriteResult[list[dict[str, Any]]]) -> None:
         self.results = [item for part in write_result.write_returns for item in part]

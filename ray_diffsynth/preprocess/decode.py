@@ -9,6 +9,7 @@ from ray_diffsynth.data.media import PASSING
 from ray_diffsynth.data.samples import load_inputs
 from ray_diffsynth.data.storage import StorageError
 from ray_diffsynth.data.video import VideoSupportError
+from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.preprocess.counter import reach
 from ray_diffsynth.preprocess.handover import EncoderSpec, described, give_up, pack
 
@@ -41,10 +42,14 @@ class Decoder:
         rows: list[dict[str, Any]] = []
         failed: dict[str, list[str]] = {}
         passing: dict[str, list[str]] = {}
+        warnings: dict[str, list[tuple[str, str]]] = {}
         for item in json.loads(shard["rows"]):
             size = Bucket.parse(item["size"])
             try:
-                found = load_inputs(item["row"], size, self.spec.sample, only=self.spec.inputs, digests=item["digests"])
+                with collecting() as told:
+                    found = load_inputs(
+                        item["row"], size, self.spec.sample, only=self.spec.inputs, digests=item["digests"]
+                    )
             except NOT_THE_SAMPLES:
                 raise
             except (*PASSING, MemoryError) as error:
@@ -55,5 +60,7 @@ class Decoder:
             else:
                 keys.append(item["key"])
                 rows.append(found)
-        more = {"failed": json.dumps(failed), "passing": json.dumps(passing)}
+                if told:
+                    warnings[item["key"]] = [(warning.kind, warning.detail) for warning in told]
+        more = {"failed": json.dumps(failed), "passing": json.dumps(passing), "warnings": json.dumps(warnings)}
         return {**shard, "inputs": pack(keys, rows, self.spec.inputs), **more}

@@ -10,6 +10,8 @@ from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.metadata import Quarantined
 from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.models.fingerprint import SKETCH
+from ray_diffsynth.preprocess.catalog import GroupCatalog
+from ray_diffsynth.preprocess.commit import add_row_warnings
 from ray_diffsynth.preprocess.keys import GroupPlan
 from ray_diffsynth.preprocess.plan import Committed, open_shards
 from ray_diffsynth.preprocess.scan import Sample
@@ -34,10 +36,13 @@ def dry_run(
 ) -> dict[str, Any]:
     """Print the plan; returns its figures: samples, quarantined, buckets, warnings, per group rows, reasons and bytes.
 
-    `warnings`: of what metadata and headers tell; what the encoders would say is not known.
+    `warnings`: of what metadata and headers tell, to which that of rows in the cache is added; what the encoders would
+    say of others is not known.
     """
     buckets = Counter(sample.bucket.name for sample in samples)
-    groups = {group.name: _group_plan(job, committed, group, samples) for group in job.groups}
+    planned = {group.name: open_shards(job, committed, group, samples) for group in job.groups}
+    groups = {group.name: _group_plan(committed, group, samples, *planned[group.name]) for group in job.groups}
+    add_row_warnings(warnings, job, samples, {name: catalog for name, (_, catalog) in planned.items()})
     now = {sample.sample_id for sample in samples}
     before = set() if committed.index is None else set(committed.index["sample_id"].to_pylist())
     plan: dict[str, Any] = {
@@ -71,8 +76,13 @@ def dry_run(
     return plan
 
 
-def _group_plan(job: "Job", committed: Committed, group: GroupPlan, samples: Sequence[Sample]) -> dict[str, Any]:
-    shards, catalog = open_shards(job, committed, group, samples)
+def _group_plan(
+    committed: Committed,
+    group: GroupPlan,
+    samples: Sequence[Sample],
+    shards: Sequence[ShardPlan],
+    catalog: GroupCatalog,
+) -> dict[str, Any]:
     keys = {group.key(sample.inputs) for sample in samples}
     spec = None
     if committed.manifest is not None:

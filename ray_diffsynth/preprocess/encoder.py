@@ -2,11 +2,13 @@
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
 
+from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.pipelines.stages import plan_stages
 from ray_diffsynth.preprocess.batches import DeviceError, encode
@@ -86,9 +88,10 @@ class Encoder:
             if self.counter is not None:
                 self.counter.begin_batch.remote(shard["name"], [key for key, _ in rows[start:end]])
 
-        results, self.batch_sizes[shard["bucket"]] = encode(
-            self.pipe, self.group, self.spec.settings, inputs, size, on_batch
-        )
+        with collecting() as told:
+            results, self.batch_sizes[shard["bucket"]] = encode(
+                self.pipe, self.group, self.spec.settings, inputs, size, on_batch
+            )
         failed: dict[str, list[str]] = json.loads(shard["failed"])
         good: dict[str, dict[str, Any]] = {}
         for (key, _), result in zip(rows, results, strict=True):
@@ -97,4 +100,22 @@ class Encoder:
             else:
                 good[key] = result
         packed = pack(list(good), list(good.values()), self.group.parameters)
-        return {**shard, "inputs": packed, "failed": json.dumps(failed)}
+        warnings = json.dumps(_by_key(told, rows, json.loads(shard["warnings"])))
+        return {**shard, "inputs": packed, "failed": json.dumps(failed), "warnings": warnings}
+
+
+def _by_key(
+    told: DataWarnings, rows: Sequence[tuple[str, Mapping[str, Any]]], known: Mapping[str, Sequence[Sequence[str]]]
+) -> dict[str, list[tuple[str, str]]]:
+    """`known`, and what units said of the rows that they name by a caption; what is of none of them under ""."""
+    found = {key: [(kind, detail) for kind, detail in pairs] for key, pairs in known.items()}
+    of_text: dict[str, list[str]] = {}
+    for key, values in rows if told else ():
+        for text in {value for value in values.values() if isinstance(value, str) and value}:
+            of_text.setdefault(text, []).append(key)
+    for warning in told:
+        keys = of_text.get(warning.sample_id)
+        detail = warning.detail if keys or not warning.sample_id else f"{warning.sample_id}: {warning.detail}"
+        for key in keys or [""]:
+            found.setdefault(key, []).append((warning.kind, detail))
+    return found

@@ -40,7 +40,9 @@ def shard_row(shard: ShardPlan) -> dict[str, Any]:
 
     `inputs` are the decoded inputs of its rows, later their encoded parameters. `failed` and `passing` hold the rows
     that cannot be encoded, by key: error class and message. Those of `failed` are remembered; what is in `passing` is
-    not the sample's own fault and is tried again by the next run. `fatal` says why nothing can be done at all.
+    not the sample's own fault and is tried again by the next run. `warnings` are what is said of a row, by key: pairs
+    of kind and detail; those of the key "" are of no single row and are not stored. `fatal` says why nothing can be
+    done at all.
     """
     rows = [
         {
@@ -59,6 +61,7 @@ def shard_row(shard: ShardPlan) -> dict[str, Any]:
         "inputs": b"",
         "failed": "{}",
         "passing": "{}",
+        "warnings": "{}",
         "fatal": "",
     }
 

@@ -23,7 +23,13 @@ from ray_diffsynth.models.locate import ModelSource, locate_configured
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
 from ray_diffsynth.pipelines.stages import Stages, check_columns, dataset_spec, plan_stages, settings_of
 from ray_diffsynth.preprocess.catalog import GroupCatalog, committed_state
-from ray_diffsynth.preprocess.commit import Outcome, check_quarantine, check_same_dataset, commit_cache
+from ray_diffsynth.preprocess.commit import (
+    Outcome,
+    add_row_warnings,
+    check_quarantine,
+    check_same_dataset,
+    commit_cache,
+)
 from ray_diffsynth.preprocess.dry_run import dry_run
 from ray_diffsynth.preprocess.handover import EncoderSpec
 from ray_diffsynth.preprocess.keys import GroupPlan, plan_group
@@ -155,6 +161,7 @@ def _run(job: Job, warnings: DataWarnings) -> dict[str, Any]:
         if held is not None:
             held.check()
         outcome = commit_cache(job, samples, rejected, metadata.total, catalogs)
+        add_row_warnings(warnings, job, samples, catalogs)
     return _report(job, outcome, samples, encoded, reused, times, warnings, time.monotonic() - started)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from ray_diffsynth.cache.manifest import GroupSpec
 from ray_diffsynth.data.metadata import Quarantined
 from ray_diffsynth.data.samples import SampleSpec, load_inputs
+from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.scan import Sample
 from ray_diffsynth.report import Picture, thumbnail
@@ -66,7 +67,8 @@ def contact_sheet(samples: Sequence[Sample], spec: SampleSpec) -> list[Picture]:
     for sample in (samples[i * len(samples) // count] for i in range(count)):
         try:
             bucket = replace(sample.bucket, num_frames=1)  # the first frame, not the whole video
-            found = load_inputs(sample.row, bucket, spec, only=(param,))[param]
+            with collecting():  # said already, by who decoded it for the cache
+                found = load_inputs(sample.row, bucket, spec, only=(param,))[param]
         except UserError as error:
             logger.debug("%s is not on the contact sheet: %s", sample.sample_id, error)
             continue

@@ -57,6 +57,7 @@ class Work:
                 shard = Shard.from_dict(result["shard"])
                 self.catalog.add(shard)
                 self.encoded += len(shard.keys)
+            self.catalog.passed.update((kind, detail) for kind, detail in result["warnings"])
             for key, reason in result["passing"].items():
                 self.catalog.passing[key] = Failure(*reason)
 

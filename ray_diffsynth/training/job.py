@@ -212,12 +212,14 @@ def _fit_until_done(
             logger.warning("%s: going on from step %d", watch.regroup, results[-1].steps)
         if sampler is not None and results and results[-1].finished:
             _end_sampler(sampler)
+        of_prompts: list[list[str]] = ray.get(collector.warnings.remote())
     if sampler is not None:
         ray.kill(sampler)
     ray.kill(collector)
     if not results:
         raise SystemExit(TERMINATED)  # asked to end before there was anything to report
-    return merged(results), workers
+    result = merged(results)
+    return replace(result, warnings=[*result.warnings, *of_prompts]), workers
 
 
 def _fit(arguments: dict[str, Any], group: Group, workers: int) -> None:

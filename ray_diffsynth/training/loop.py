@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.diffusion.randomness import generator
 from ray_diffsynth.tasks import LossOutput
 from ray_diffsynth.training import memory
@@ -48,6 +49,7 @@ from ray_diffsynth.training.optimizer_modes import evaluated, has_modes, to_trai
 from ray_diffsynth.training.plan import lanes_of
 from ray_diffsynth.training.quantize import describe_packed
 from ray_diffsynth.training.result import TrainResult
+from ray_diffsynth.training.said import SaidOfData
 from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.shard import check_equal_work, shard_base
 from ray_diffsynth.training.source import CacheSource
@@ -67,14 +69,14 @@ def train(config: TrainConfig, context: Context) -> TrainResult:
     """
     setup = Setup.of(config)
     check_trackers(config)
-    with accelerator(context, config.dtype) as engine:
-        return _Run(setup, context, engine).run()
+    with accelerator(context, config.dtype) as engine, collecting() as own:
+        return _Run(setup, context, engine, own).run()
 
 
 class _Run:
     """One attempt: from a checkpoint, or the start, onwards."""
 
-    def __init__(self, setup: Setup, context: Context, engine: Accelerator) -> None:
+    def __init__(self, setup: Setup, context: Context, engine: Accelerator, own: DataWarnings) -> None:
         self.setup, self.context, self.engine = setup, context, engine
         self.config = setup.config
         self.loss: float | None = None
@@ -89,6 +91,7 @@ class _Run:
             raise TrainingError(
                 f"the workers see different checkpoints in {setup.output_path}; all nodes must share --output_path"
             )
+        self.said = SaidOfData(own, checkpoint.position.get("warnings", ()) if checkpoint else ())
         self._plan(checkpoint)
         self.module: DiffusionTrainingModule
         self.trained: Trained
@@ -203,9 +206,12 @@ class _Run:
                 if done == self.start + 1:
                     self._after_first()
                 self._after(done, outcome)
+                if done == self.start + self.per_epoch:  # every sample was met
+                    self._tell_of_data()
                 if outcome.stop:
                     self._say(f"asked to stop: saved step {done}, run the same command again to go on")
                     break
+        self._tell_of_data()
         trained = self.feed.trained_samples
         return TrainResult(
             steps=done,
@@ -221,6 +227,7 @@ class _Run:
             unused=len(self.unused),
             held_out=len(self.held_out.rows),
             validation_loss=self.validation_loss,
+            warnings=self.said.all.rows(),
         )
 
     def _after_first(self) -> None:
@@ -377,6 +384,7 @@ class _Run:
                 f"step {done}: the trained weights are not finite; no file was written of them: lower --learning_rate"
                 + self._restart()
             )
+        self.said.sum(self.context.world_size)
         if not self.is_main:
             return
         if export:
@@ -388,6 +396,7 @@ class _Run:
                 with self.state.ema.applied():
                     self.files += self._export(f"{name}.ema")
         position = {"lanes": self.feed.lanes, "epoch": done // self.per_epoch, "unused": self.unused, **self._counts()}
+        position["warnings"] = self.said.all.rows()
         checkpoint = self.state.checkpoint(done, self.identity, position)
         self.saved = save_checkpoint(self.setup.output_path, checkpoint, self.config.keep_checkpoints)
 
@@ -400,6 +409,12 @@ class _Run:
         return export_trained(
             self.module.pipe, self.trained, self.setup.output_path, name, layout=self.config.lora_format
         )
+
+    def _tell_of_data(self) -> None:
+        """Say what happened to the data, over all workers; what was said before is not said again."""
+        self.said.sum(self.context.world_size)
+        for line in self.said.untold() if self.is_main else ():
+            logger.warning("%s", line)
 
     def _say(self, text: str) -> None:
         if self.is_main:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ray_diffsynth.data.warnings import about
 from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.diffusion.transfer import to_device
 from ray_diffsynth.pipelines.base import BasePipeline
@@ -58,12 +59,15 @@ class DiffusionTrainingModule(nn.Module):
 
     def forward(self, samples: Sequence[Mapping[str, Any]], keys: Sequence[SampleKey]) -> LossOutput:
         """The loss of B samples with their keys; gradients flow to the trainable parameters."""
-        batch = self.batch_of(samples)
+        batch = self.batch_of(samples, [key.sample_id for key in keys])
         return self.task.loss(self.pipe, batch, keys)
 
-    def batch_of(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What `model_fn` and the loss read of B samples: stage-2 units run, collated, on the pipeline's device."""
-        rows = samples if self.split else [self.encode(sample) for sample in samples]
+    def batch_of(self, samples: Sequence[Mapping[str, Any]], sample_ids: Sequence[str] = ()) -> dict[str, Any]:
+        """What `model_fn` and the loss read of B samples: stage-2 units run, collated, on the pipeline's device.
+
+        sample_ids: by which warnings name the samples.
+        """
+        rows = samples if self.split else self._encode_all(samples, sample_ids or [""] * len(samples))
         states = [make_state(self._stage2, {**self.settings, **self._on_device(row)}) for row in rows]
         values = [state.flat() for state in run_units(self._stage2, self.pipe, states)]
         own = {name for row in rows for name in row} | {n for unit in self._stage2 for n in unit.fetch_output_params()}
@@ -71,6 +75,13 @@ class DiffusionTrainingModule(nn.Module):
         columns = [name for name in names if name in self.task.columns]
         collated = self.pipe.collate([{n: value[n] for n in names if n not in columns} for value in values])
         return {**self.settings, **collated, **{name: [value[name] for value in values] for name in columns}}
+
+    def _encode_all(self, samples: Sequence[Mapping[str, Any]], sample_ids: Sequence[str]) -> list[dict[str, Any]]:
+        rows = []
+        for sample, sample_id in zip(samples, sample_ids, strict=True):
+            with about(sample_id):
+                rows.append(self.encode(sample))
+        return rows
 
     @torch.no_grad()
     def encode(self, sample: Mapping[str, Any]) -> dict[str, Any]:

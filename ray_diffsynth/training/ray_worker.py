@@ -14,6 +14,7 @@ import ray.train.torch
 import torch
 
 from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.data.warnings import DataWarnings, collecting
 
 POLL_SECONDS = 0.5
 PENDING_PICTURES = 4
@@ -116,6 +117,7 @@ class Collector:
         self._latest: dict[str, Any] | None = None
         self._result: dict[str, Any] | None = None
         self._messages: list[tuple[str, int]] = []
+        self._warnings: list[list[str]] = []
         self._stop = self._begun = False
 
     def environment(self) -> dict[str, str]:
@@ -132,6 +134,15 @@ class Collector:
 
     def say(self, message: str, level: int = logging.WARNING) -> None:
         self._messages.append((message, level))
+
+    def warn(self, rows: list[list[str]]) -> None:
+        """What was said of the prompts of sample pictures (`DataWarnings.rows`): for the terminal and the report."""
+        self._warnings += rows
+        for line in DataWarnings.of(rows).lines():
+            self.say(f"--validation_prompts: {line}")
+
+    def warnings(self) -> list[list[str]]:
+        return self._warnings
 
     def take(self) -> tuple[dict[str, Any] | None, list[tuple[str, int]]]:
         """The newest metrics, and messages with their level; each once."""
@@ -168,6 +179,7 @@ class SamplerActor:
     def __init__(self, config: TrainConfig, prompts: list[str], start: bool, collector: Any) -> None:
         self._config, self._prompts, self._start, self._collector = config, prompts, start, collector
         self._sampler: Any = None
+        self._told = DataWarnings()
         self._drawn: list[str] = []
         self._error: str | None = None
 
@@ -197,7 +209,12 @@ class SamplerActor:
         if self._error is not None:
             return
         try:
-            make()
+            with collecting() as said:
+                make()
+            told = set(self._told)
+            if new := DataWarnings(warning for warning in said if warning not in told):
+                self._told.merge(new)
+                ray.get(self._collector.warn.remote(new.rows()))
         except Exception as error:  # training goes on
             self._error = f"step {step}: {type(error).__name__}: {error}"
             ray.get(self._collector.say.remote(f"the sample pictures ended early: {self._error}"))

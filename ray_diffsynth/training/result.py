@@ -13,7 +13,8 @@ class TrainResult:
 
     steps: optimizer steps of the whole run so far; total: planned; started_at: where this attempt began. samples: how
     many there are; padded: entries per epoch that fill batches up. loss: of the last step. files: exported this time.
-    held_out: samples that are not trained on; validation_loss: the last one.
+    held_out: samples that are not trained on; validation_loss: the last one. warnings: `DataWarnings.rows` of the whole
+    run so far.
     """
 
     steps: int
@@ -29,6 +30,7 @@ class TrainResult:
     unused: int = 0
     held_out: int = 0
     validation_loss: float | None = None
+    warnings: list[list[str]] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:

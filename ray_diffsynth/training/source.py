@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 from ray_diffsynth.data.metadata import Metadata, read_metadata
 from ray_diffsynth.data.samples import SampleSpec, bucket_of, load_inputs, scan_file
 from ray_diffsynth.data.video import require_video_support
+from ray_diffsynth.data.warnings import about
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import SKETCH, part_sketch
 from ray_diffsynth.models.locate import ModelSource
@@ -196,7 +198,11 @@ class DatasetSource:
         self.identity = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def fetch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        return [load_inputs(row, bucket, self.spec) for bucket, row in (self._rows[i] for i in rows)]
+        samples = []
+        for bucket, row in (self._rows[i] for i in rows):
+            with about(row["sample_id"]):
+                samples.append(load_inputs(row, bucket, self.spec))
+        return samples
 
     def empty_caption(self) -> Mapping[str, Any]:
         return {"prompt": ""}
@@ -219,7 +225,8 @@ def prefetch(items: Iterable[T], fetch: Callable[[T], R], *, depth: int, threads
     source = iter(items)
     try:
         for item in source:
-            pending.append((item, pool.submit(fetch, item)))
+            # In the context of who asks: what is said of the data goes where it collects it.
+            pending.append((item, pool.submit(copy_context().run, fetch, item)))
             if len(pending) > depth:
                 first, future = pending.popleft()
                 yield first, future.result()

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.storage import absolute, file_size, join, open_input
+from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.report import make_report, training_numbers, write_json, write_page
 from ray_diffsynth.training.export import newest_file
 from ray_diffsynth.training.metrics import read_metrics
@@ -36,7 +37,8 @@ def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: f
         counts=counts,
         seconds=times,
         config=config,
-        result=result.to_dict(),
+        result=_without_warnings(result),
+        warnings=DataWarnings.of(result.warnings).to_json(),
         training=training_numbers(metrics),
         lora=newest_lora(output_path, result),
         samples=grids,
@@ -46,7 +48,11 @@ def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: f
     if result.finished:
         mark_finished(output_path)
     print(last_line(result, output_path), flush=True)
-    return {"counts": counts, "result": result.to_dict()}
+    return {"counts": counts, "result": _without_warnings(result), "warnings": report["warnings"]}
+
+
+def _without_warnings(result: TrainResult) -> dict[str, Any]:
+    return {name: value for name, value in result.to_dict().items() if name != "warnings"}
 
 
 def last_line(result: TrainResult, output_path: str) -> str:

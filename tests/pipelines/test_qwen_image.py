@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ray_diffsynth.data.warnings import WHAT, DataWarning, collecting
 from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.base import PipelineError
 from ray_diffsynth.pipelines.graph import cached_parameters, group_units, split_units
@@ -150,10 +151,20 @@ def test_long_prompts_are_cut_and_said_so(training: QwenImagePipeline, caplog: p
     with torch.no_grad():
         whole, cut = (training.encode_prompts([PROMPTS[1]], max_sequence_length=n)[0] for n in (512, 4))
         assert torch.equal(cut, whole[:, :4])
-        assert [record.message[:31] for record in caplog.records] == ["the prompt is cut to 4 tokens: "]
+        (said,) = [record.message for record in caplog.records]
+        assert f"{WHAT['caption_cut']}: 1 (" in said and "tokens cut to 4)" in said
         caplog.clear()
         exact = training.encode_prompts([PROMPTS[1]], max_sequence_length=whole.shape[1])[0]
     assert torch.equal(exact, whole) and not caplog.records
+
+
+def test_a_limit_above_diffusers_1024_is_kept_and_its_cuts_are_counted(training: QwenImagePipeline) -> None:
+    """Its own encoding stops at 1024 tokens without a word, whatever more is asked for."""
+    words = "red " * 1100
+    with torch.no_grad(), collecting() as said:
+        cut, whole = (training.encode_prompts([words], max_sequence_length=n)[0] for n in (1024, 4096))
+    assert cut.shape[1] == 1024 < whole.shape[1]
+    assert list(said) == [DataWarning("caption_cut", words, f"{whole.shape[1]} tokens cut to 1024")]
 
 
 def test_tiling_is_for_one_call(training: QwenImagePipeline) -> None:

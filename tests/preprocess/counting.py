@@ -3,7 +3,7 @@
 Its model folder holds `counting.json`, which actors read at every call: `log` (a file), `sleep` (seconds a sample),
 `kill` and `lose` (digests of texts or pixels that kill the process, or lose its device), `kill_after` (samples of its
 group after which it is killed once), `memory` (batches above it are out of memory), `too_big` (a sample that is so even
-alone).
+alone), `words` (of a longer caption it says that it is cut).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.base import BasePipeline, Part
 from ray_diffsynth.pipelines.unit import PipelineUnit
@@ -100,6 +101,14 @@ class CountingPipeline(BasePipeline):
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    def say_what_is_cut(self, texts: list[str]) -> None:
+        """Warn of the captions of too many words."""
+        assert self.control is not None
+        limit = json.loads(self.control.read_text()).get("words")
+        for text in texts:
+            if limit is not None and len(text.split()) > limit:
+                warn("caption_cut", text, f"{len(text.split())} tokens cut to {limit}")
+
 
 class PictureUnit(PipelineUnit):
     """`input_image` -> `input_latents`."""
@@ -131,6 +140,7 @@ class CaptionUnit(PipelineUnit):
     def process_batch(self, pipe: CountingPipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
         texts = [inputs["prompt"] for inputs in batch]
         pipe.count("text_encoder", texts)
+        pipe.say_what_is_cut(texts)
         result = []
         for text in texts:
             bits = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=32).digest(), dtype=np.uint8)
