@@ -14,7 +14,7 @@ from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data import storage
 from ray_diffsynth.models.locate import locate_model
-from ray_diffsynth.pipelines.registry import get_pipeline_class
+from ray_diffsynth.pipelines.registry import FAMILIES, get_pipeline_class
 
 LATENTS = "input_latents"
 _TEXT_WIDTH, _GAP, _FONT_SIZE = 360, 8, 13
@@ -23,9 +23,17 @@ _TEXT_WIDTH, _GAP, _FONT_SIZE = 360, 8, 13
 def write_preview(cache: str, model: str, output: str, *, samples: int = 8, family: str | None = None) -> list[str]:
     """Decode `samples` spread evenly over the cache and write the sheet as PNG; returns their ids.
 
-    Raises CacheError for a cache without latents, and what locating and loading the VAE of `model` raise.
+    `family`: your own module. The cache's word imports none: it may come from anywhere.
+
+    Raises CacheError for a cache without latents, or of a family that only `family` may name; and what locating and
+    loading the VAE of `model` raise.
     """
     reader = CacheReader(cache)
+    if family is None and reader.manifest.family not in FAMILIES:
+        raise CacheError(
+            f"{cache} is of the family {reader.manifest.family!r}, which is none of ray_diffsynth's; no module is "
+            "imported because a cache names it: if it is your own, give it as --family"
+        )
     if LATENTS not in reader.manifest.parameters:
         held = ", ".join(reader.manifest.parameters)
         raise CacheError(f"{cache} holds no {LATENTS} to decode, only {held}")

@@ -97,7 +97,10 @@ def make_parser() -> argparse.ArgumentParser:
     preview.add_argument("--model", required=True, help="model whose VAE decodes: a diffusers folder or hub id")
     preview.add_argument("--output", default="preview.png", metavar="PNG", help="the picture to write")
     preview.add_argument("--samples", type=_count, default=8, metavar="N", help="how many samples, 8 if not given")
-    preview.add_argument("--family", help="your own module:Class, when it is not one of ray_diffsynth's")
+    preview.add_argument(
+        "--family",
+        help="your own module:Class, when it is not one of ray_diffsynth's; the cache's own word imports nothing",
+    )
     export = subparsers["export"]
     export.add_argument("output", metavar="OUTPUT", help="folder or URL for the files")
     export.add_argument("--limit", type=_count, metavar="N", help="only the first N samples")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -27,6 +26,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from ray_diffsynth.cache import bounds
 from ray_diffsynth.errors import UserError
 
 CODECS = ("planes-zstd", "zstd", "none")
@@ -40,7 +40,7 @@ _PART = 1 << 17
 """Words of which the planes are merged at a time."""
 _DAMAGED = (
     *(ValueError, OSError, LookupError, TypeError, AttributeError, ArithmeticError, SyntaxError, RuntimeError),
-    pa.ArrowException,
+    *(pa.ArrowException, Image.DecompressionBombError),
 )
 """Damaged bytes show as whatever the decoder of the kind raises: JSONDecodeError, ArrowInvalid, OverflowError …"""
 _NUMPY_DTYPE = re.compile(r"[|<>](b1|[iuf][1248]|c8|c16|[SU][1-9][0-9]{0,5})")
@@ -110,10 +110,14 @@ def encode_value(value: Any, codec: str = "planes-zstd") -> Encoded:
 
 
 def decode_value(data: Buffer, shape: tuple[int, ...] | list[int], dtype: str, codec: str) -> Any:
-    """The value that `encode_value` stored. Raises CodecError when the bytes do not fit shape and dtype."""
+    """The value that `encode_value` stored. Raises CodecError when the bytes do not fit shape and dtype.
+
+    No more memory is taken than the bytes can fill, and of compressed ones MAX_VALUE_BYTES.
+    """
     check_codec(codec)
     view = memoryview(data)
     try:
+        _value_bytes(view, shape, dtype, codec)
         if dtype == JSON:
             return json.loads(bytes(view))
         if dtype == TREE:
@@ -130,7 +134,36 @@ def decode_value(data: Buffer, shape: tuple[int, ...] | list[int], dtype: str, c
     except CodecError:
         raise
     except _DAMAGED as error:
-        raise CodecError(f"{len(view)} bytes do not decode as {dtype} {list(shape)} ({codec}): {error}") from error
+        raise CodecError(f"{len(view)} bytes do not decode as {dtype} {shape} ({codec}): {error}") from error
+
+
+def _value_bytes(view: memoryview, shape: tuple[int, ...] | list[int], dtype: str, codec: str) -> int:
+    """What the value will take, about. Raises CodecError or ValueError when the bytes cannot give it."""
+    if dtype in (JSON, TREE):
+        return len(view)
+    if dtype == PNG:
+        return bounds.png_bytes(view)
+    if dtype.startswith(PIXELS):
+        channels = _PIXEL_CHANNELS.get(dtype.removeprefix(PIXELS))
+        if len(shape) != 3 or shape[2] != channels:
+            raise CodecError(f"{dtype} {shape} is no kind of picture that is stored")
+    size = bounds.array_bytes(shape, 1 if dtype.startswith(PIXELS) else _itemsize(dtype))
+    if not size or codec == "none" or dtype.startswith(PIXELS):
+        if size != len(view):
+            raise CodecError(f"{len(view)} bytes stand for a {dtype} value of shape {shape}, which has {size}")
+    else:
+        bounds.check_zstd(view, size)
+    return size
+
+
+def _itemsize(dtype: str) -> int:
+    """Bytes of an element. Raises CodecError for an unknown dtype."""
+    kind, _, name = dtype.rpartition(":")
+    if f"{kind}:" in (ARRAY, SCALAR) and _NUMPY_DTYPE.fullmatch(name):
+        return np.dtype(name).itemsize
+    if dtype not in _DTYPES:
+        raise CodecError(f"dtype {dtype!r} is unknown; the cache was written by a newer version, or is damaged")
+    return _DTYPES[dtype].itemsize
 
 
 def _encode_array(value: np.ndarray[Any, Any] | np.generic, codec: str) -> Encoded:
@@ -145,10 +178,8 @@ def _encode_array(value: np.ndarray[Any, Any] | np.generic, codec: str) -> Encod
 
 def _decode_array(view: memoryview, shape: tuple[int, ...], name: str, codec: str) -> Any:
     kind, _, dtype = name.partition(":")
-    if not _NUMPY_DTYPE.fullmatch(dtype):
-        raise CodecError(f"dtype {name!r} is unknown; the cache was written by a newer version, or is damaged")
     found = np.dtype(dtype)
-    raw = _decode_tensor(view, (math.prod(shape) * found.itemsize,), "uint8", codec)
+    raw = _decode_tensor(view, (bounds.array_bytes(shape, found.itemsize),), "uint8", codec)
     array = raw.numpy().view(found).reshape(shape)
     return array if f"{kind}:" == ARRAY else array[()]
 
@@ -166,6 +197,9 @@ def _encode_tensor(tensor: torch.Tensor, codec: str) -> Encoded:
         raw = plain.reshape(-1).view(torch.uint8).numpy()
     except RuntimeError as error:
         raise CodecError(f"a tensor of dtype {name} cannot be cached: {error}") from error
+    if codec != "none" and raw.size > bounds.MAX_VALUE_BYTES:
+        most = f"{bounds.MAX_VALUE_BYTES:,} bytes"
+        raise CodecError(f"a {name} tensor of {raw.size:,} bytes cannot be cached, only one of up to {most}; divide it")
     if codec == "none" or not raw.size:
         data = raw.tobytes()
     elif _has_planes(tensor.dtype, codec):
@@ -179,10 +213,8 @@ def _encode_tensor(tensor: torch.Tensor, codec: str) -> Encoded:
 
 
 def _decode_tensor(view: memoryview, shape: tuple[int, ...], name: str, codec: str) -> torch.Tensor:
-    if name not in _DTYPES:
-        raise CodecError(f"dtype {name!r} is unknown; the cache was written by a newer version, or is damaged")
     dtype = _DTYPES[name]
-    size = math.prod(shape) * dtype.itemsize
+    size = bounds.array_bytes(shape, dtype.itemsize)
     if not size:
         return torch.empty(shape, dtype=dtype)
     raw: Any = view if codec == "none" else _zstd().decompress(view, decompressed_size=size)
@@ -251,16 +283,21 @@ def _encode_tree(value: Any, codec: str) -> Encoded:
 def _decode_tree(view: memoryview, codec: str) -> Any:
     at = 8 + int.from_bytes(view[:8], "little")
     header = json.loads(bytes(view[8:at]))
+    total = 0
 
     def build(node: dict[str, Any]) -> Any:
-        nonlocal at
+        nonlocal at, total
         ((kind, content),) = node.items()
         if kind == "leaf":
             dtype, shape, size = content
+            if type(size) is not int or size < 0 or dtype == TREE:
+                raise CodecError(f"a nested value has a {dtype!r} of {size!r} bytes, which is none that is stored")
             at += size
             if at > len(view):
                 raise CodecError(f"a nested value ends at byte {at} of {len(view)}")
-            return decode_value(view[at - size : at], shape, dtype, codec)
+            leaf = view[at - size : at]
+            total = bounds.check_limit(total + _value_bytes(leaf, shape, dtype, codec))
+            return decode_value(leaf, shape, dtype, codec)
         if kind == "dict":
             return {key: build(item) for key, item in content}
         items = [build(item) for item in content]

@@ -33,6 +33,8 @@ from ray_diffsynth.data import storage
 MANIFEST_VERSION = 2
 """2: the rows' checksums are XXH3-64 (1: CRC-32)."""
 MANIFEST_FILE = "manifest.json"
+DTYPES = ("bfloat16", "float32", "float16")
+"""In which encoders run."""
 
 QUARANTINE_SCHEMA = pa.schema([(n, pa.string()) for n in ("sample_id", "source", "error", "message", "group", "key")])
 """`group` and `key` tell what could not be encoded; null for a row that failed before that."""
@@ -122,6 +124,8 @@ class Manifest:
                 raise ValueError(f"version is {version!r}")
             manifest = cls.from_dict(content)
             manifest.check_names(path)
+            if manifest.dtype not in DTYPES:
+                raise ValueError(f"dtype is {manifest.dtype!r}")
             return manifest
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CacheError(f"{path} is damaged ({type(error).__name__}: {error}); {repair_advice(cache)}") from error

@@ -135,11 +135,15 @@ _EMPTY = pa.py_buffer(b"")
 
 
 def row_views(table: pa.Table) -> list[RowView]:
-    """All rows of a table. Raises CacheError for another kind of table."""
+    """All rows of a table. Raises CacheError for another kind of table, or a value without its shape."""
     columns = []
     for name in table_parameters(table.schema):
         data = _buffers(table.column(name))
         shapes, dtypes = (table.column(name + suffix).to_pylist() for suffix in (SHAPE_SUFFIX, DTYPE_SUFFIX))
+        if any(
+            dtype is not None and (shape is None or None in shape) for shape, dtype in zip(shapes, dtypes, strict=True)
+        ):
+            raise CacheError(f"the parameter {name!r} of some row has no shape")
         columns.append([(name, cell) for cell in zip(data, shapes, dtypes, strict=True)])
     heads = zip(table.column(KEY).to_pylist(), table.column(CHECKSUM).to_pylist(), strict=True)
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,19 @@ def test_a_cache_of_another_setting_is_refused(tiny_qwen: Path, make_cache: Cach
     Setup.of(make_config(tiny_qwen, cache, tmp_path, pipeline_settings={"tiled": True}))
     with pytest.raises(SourceError, match="was made with tiled = true, this training has false; give both the same"):
         Setup.of(make_config(tiny_qwen, cache, tmp_path, pipeline_settings={"tiled": False}))
+
+
+@pytest.mark.parametrize("family", ["named_by_a_cache", "named_by_a_cache:Pipe"])
+def test_a_cache_names_no_code(
+    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Its family is compared with the model's, never imported."""
+    cache = Path(shutil.copytree(make_cache(), tmp_path / "cache"))
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "family": family}))
+    (tmp_path / "named_by_a_cache.py").write_text("x = 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SourceError, match=f"is for family '{family}', this training for 'qwen_image'"):
+        Setup.of(make_config(tiny_qwen, cache, tmp_path))
+    assert "named_by_a_cache" not in sys.modules
