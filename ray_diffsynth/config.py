@@ -79,6 +79,8 @@ class CommonConfig(JobConfig):
     """Frames of every video, 4n+1; of a shorter one as many as it has. 81 for a model of videos when not given."""
     fps: float | None = None
     """Frames per second at which videos are read; every frame in turn when not given."""
+    max_decode_memory: float = 4.0
+    """GiB of main memory that decoding one file may take, by its header; a larger one goes to quarantine."""
     trainable_models: str | None = None
     """Comma-separated models that are trained, e.g. text_encoder; decides which units stage 1 may run."""
     lora_base_model: str | None = None
@@ -99,6 +101,10 @@ class CommonConfig(JobConfig):
                 f"height={self.height} and width={self.width}: give both for one fixed size, or neither for dynamic"
             )
         self._check_resolution()
+        if not 0 < self.max_decode_memory < math.inf:
+            raise ConfigError(
+                f"max_decode_memory={self.max_decode_memory} lets no file be decoded; give GiB above 0, e.g. 4"
+            )
         if self.lora_base_model is None and not split_names(self.trainable_models):
             object.__setattr__(self, "lora_base_model", "dit")
 

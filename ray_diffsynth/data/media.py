@@ -1,4 +1,4 @@
-"""Pictures: header, decoding to RGB, resize and crop, content hash. Pillow only.
+"""Images: bytes of the file, header, decoding to upright sRGB, resize and crop, content hash. Pillow only.
 
 What goes wrong while the bytes are fetched is kept apart from what is wrong with them: only that is the file's own.
 """
@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, Any, TypeVar, cast
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ray_diffsynth.data import storage
+from ray_diffsynth.data.color import profile_problem, raw_mode, to_srgb
 from ray_diffsynth.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,9 @@ READS = 3
 PAUSE_SECONDS = 0.5
 """Before the second try; twice as long before the next."""
 T = TypeVar("T")
+
+MAX_DECODE_BYTES = 4 << 30
+"""Main memory that decoding one file may take where no other limit is given."""
 
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -38,6 +44,11 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = (5, 6, 7, 8)
+_STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+"""Mode -> bytes that Pillow takes a pixel; 4 for all others."""
+_RUN_PROGRAMS = frozenset(("EPS",))
+"""Formats that Pillow decodes by starting a program (Ghostscript) with the file as its input."""
+_opening = threading.Lock()
 
 
 class MediaError(UserError):
@@ -153,55 +164,112 @@ def decoding(path: str) -> Iterator[None]:
         raise MediaError(path, f"damaged or truncated ({type(error).__name__}: {error})") from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation (1 to 8) that is still to be applied, from the header alone."""
-    if image.format == "TIFF":
-        return 1  # Pillow turns it itself and reports the turned size
+@dataclass(frozen=True)
+class ImageInfo:
+    """An image as `load_image` would return it: size in pixels, bytes of memory that decoding takes at most.
+
+    `note`: what of the file is left aside ("its colour profile …"), or "".
+    """
+
+    width: int
+    height: int
+    decode_bytes: int
+    note: str = ""
+
+
+@contextmanager
+def _opened(path: str, data: bytes | None) -> Iterator[tuple[Image.Image, bytes]]:
+    """The image with its header read, and the file; whatever goes wrong becomes a MediaError."""
+    data = fetch(path) if data is None else data
+    with decoding(path):
+        Image.init()
+        formats = [name for name in Image.ID if name not in _RUN_PROGRAMS]
+        with _opening:
+            # Pillow's limit counts pixels, is one for the process, and half of it only warns; ours counts bytes.
+            pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(io.BytesIO(data), formats=formats)
+            finally:
+                Image.MAX_IMAGE_PIXELS = pillows
+        with image:
+            yield image, data
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """Orientation (1 to 8) by EXIF, or where that says nothing by XMP, from the header alone."""
     # Not image.getexif(): for PNG it decodes the pixels to look for EXIF behind them.
-    value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
+    exif = Image.Image.getexif(image)
+    value = exif.get(_ORIENTATION_TAG)
+    if value is None and image.format == "PNG" and (late := _png_chunk(data, b"eXIf")):
+        behind = Image.Exif()
+        behind.load(b"Exif\0\0" + late)
+        value = behind.get(_ORIENTATION_TAG)
     return value if value in _TURNS else 1
 
 
+def _png_chunk(data: bytes, kind: bytes) -> bytes:
+    """Content of the first chunk of a kind, wherever it stands; empty if there is none."""
+    place = 8
+    while place + 8 <= len(data):
+        length, found = struct.unpack_from(">I4s", data, place)
+        if found == kind:
+            return data[place + 8 : place + 8 + length]
+        place += 12 + length
+    return b""
+
+
+def _decode_bytes(image: Image.Image, data: bytes, *, turned: bool) -> int:
+    """Memory at the peak: the file, the decoded pixels, and each copy that is made of them, as RGB in 4 bytes."""
+    transparent = image.mode == "P" or image.has_transparency_data
+    copies = 1 + 3 * transparent + bool(image.info.get("icc_profile")) + turned
+    return len(data) + image.width * image.height * (_STORED.get(image.mode, 4) + 4 * copies)
+
+
+def image_info(path: str, data: bytes | None = None) -> ImageInfo:
+    """What the header alone tells. `data`: the file's bytes, where they have been read already. Raises MediaError."""
+    with _opened(path, data) as (image, content):
+        turn = _orientation(image, content)
+        # Pillow turns a TIFF itself; the size that it says is turned if the orientation is a tag, and not if it is XMP.
+        swaps = turn in _SWAPS_SIDES and _ORIENTATION_TAG not in getattr(image, "tag_v2", ())
+        width, height = image.size[::-1] if swaps else image.size
+        return ImageInfo(width, height, _decode_bytes(image, content, turned=turn in _TURNS), profile_problem(image))
+
+
 def probe_image(path: str, data: bytes | None = None) -> tuple[int, int]:
-    """(width, height) in pixels as `load_image` would return it, from the header alone. Raises MediaError.
+    """(width, height) in pixels as `load_image` would return it, from the header alone. Raises MediaError."""
+    found = image_info(path, data)
+    return found.width, found.height
 
-    `data`: the file's bytes, where they have been read already.
+
+def load_image(path: str, data: bytes | None = None, *, max_bytes: int = MAX_DECODE_BYTES) -> Image.Image:
+    """The image as a viewer shows it, as RGB: upright, in sRGB, over white; the first frame of an animation.
+
+    `data`: the file's bytes, where they have been read already. Raises MediaError, also for one whose decoding would
+    take more than `max_bytes`.
     """
-    file = io.BytesIO(fetch(path) if data is None else data)
-    with decoding(path), Image.open(file) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) in _SWAPS_SIDES else (width, height)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: alpha laid over white, 16-bit grey scaled, everything else as Pillow converts it."""
-    if image.mode.startswith("I"):
-        # 16-bit grey (mode I is how some formats are opened): 65535 -> 255, rounded.
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"32-bit pixels up to {abs(grey).max()} have no known range; save as 8 or 16 bits")
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
-    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
-        above = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
-    return image.convert("RGB")
-
-
-def load_image(path: str, data: bytes | None = None) -> Image.Image:
-    """The picture as RGB, upright by its EXIF orientation; the first frame of an animation. Raises MediaError.
-
-    `data`: the file's bytes, where they have been read already.
-    """
-    file = io.BytesIO(fetch(path) if data is None else data)
-    with decoding(path), Image.open(file) as image:
-        turn = _TURNS.get(_orientation(image))
+    with _opened(path, data) as (image, content):
+        turn = _TURNS.get(_orientation(image, content))
+        turns_itself = image.format == "TIFF"
+        size = f"{image.width}x{image.height} pixels"
+        check_decode_bytes(path, size, _decode_bytes(image, content, turned=turn is not None), max_bytes)
+        stored = raw_mode(image)
         image.load()
-        rgb = _to_rgb(image)
-    # A new object without the source's info: EXIF must not turn it again, nor a palette's transparency be read.
-    plain = rgb if turn is None else rgb.transpose(turn)
-    return Image.frombytes("RGB", plain.size, plain.tobytes())
+        shown = to_srgb(image, stored)
+        plain = shown if turn is None or turns_itself else shown.transpose(turn)
+        plain = plain.copy() if plain is image else plain
+    # Without what the file says about itself: nothing is applied again by whoever gets it.
+    plain.info.clear()
+    return plain
+
+
+def check_decode_bytes(path: str, size: str, needed: int, limit: int) -> None:
+    """Raise MediaError if decoding needs more than the limit, both in bytes."""
+    if needed > limit:
+        raise MediaError(
+            path,
+            f"to decode it ({size}) takes {needed / 2**30:.1f} GiB of memory, more than the limit of "
+            f"{limit / 2**30:.1f} GiB; scale it down, or give --max_decode_memory {needed / 2**30 + 0.05:.1f}",
+        )
 
 
 def resize_crop(image: Image.Image, height: int, width: int) -> Image.Image:

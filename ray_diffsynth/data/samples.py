@@ -15,21 +15,35 @@ from PIL import Image
 
 from ray_diffsynth.data import storage
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule, assign_bucket
-from ray_diffsynth.data.media import MediaError, bytes_hash, content_hash, fetch, load_image, probe_image, resize_crop
+from ray_diffsynth.data.media import (
+    MAX_DECODE_BYTES,
+    MediaError,
+    bytes_hash,
+    check_decode_bytes,
+    content_hash,
+    fetch,
+    image_info,
+    load_image,
+    resize_crop,
+)
 from ray_diffsynth.data.metadata import resolve_file
 from ray_diffsynth.data.sources import steady_bytes, steady_file
 from ray_diffsynth.data.video import (
     Frames,
     VideoInfo,
     available_frames,
-    is_video,
     load_first_frame,
     load_frames,
     probe_video,
 )
+from ray_diffsynth.data.video_stream import is_video
 
-TRANSFORM = "cover-bilinear-center/1"
-"""Name of what `resize_crop` does to a picture; part of the cache key of everything encoded from pixels."""
+TRANSFORM = "srgb-cover-bilinear-center/2"
+"""Name of what becomes of an image or frame on its way (see `load_image`, `resize_crop`); part of the cache key of
+everything encoded from pixels."""
+
+_FRAME_COPIES = 3
+"""How often the frames of a video are in memory at once, on their way to an encoder."""
 
 SIZE_PARAMS = ("height", "width", "num_frames")
 
@@ -54,6 +68,8 @@ class SampleSpec:
     parsers: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     keep_size: bool = False
     """Whether a picture or video that would be scaled, cut or shortened cannot be used."""
+    max_decode_bytes: int = MAX_DECODE_BYTES
+    """Main memory that decoding one file, with the frames that it becomes, may take."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -76,7 +92,8 @@ class SampleSpec:
 class SourceFile:
     """Facts of one source file. `stamp` (size and modification time or ETag) tells whether it must be read again.
 
-    `num_frames` and `fps` are those of a video; a picture has one frame.
+    `num_frames` and `fps` are those of a video; a picture has one frame. `decode_bytes` is the memory that decoding
+    takes, by the header; `note` says what of the file is left aside, or nothing.
     """
 
     path: str
@@ -86,6 +103,8 @@ class SourceFile:
     digest: str
     num_frames: int = 1
     fps: float = 0.0
+    decode_bytes: int = 0
+    note: str = ""
 
     def available_frames(self, fps: float | None) -> int:
         """Frames that the file gives at `fps`."""
@@ -126,25 +145,43 @@ def _read_as_video(path: str, animations: bool) -> bool:
     return is_video(path) and (animations or not path.lower().endswith(".gif"))
 
 
-def scan_file(path: str, *, animations: bool = False) -> SourceFile:
+def scan_file(path: str, *, animations: bool = False, max_bytes: int = MAX_DECODE_BYTES) -> SourceFile:
     """Header and content hash of a picture or video. Raises MediaError when it is absent or neither.
 
-    `animations`: count the frames of a GIF too.
+    `animations`: count the frames of a GIF too. `max_bytes` of memory may be taken by the first frame of a video.
     """
     stamp = file_stamp(path)
     if _read_as_video(path, animations):
-        video = probe_video(path)
-        return SourceFile(path, stamp, video.width, video.height, content_hash(path), video.num_frames, video.fps)
+        video = probe_video(path, max_bytes=max_bytes)
+        return SourceFile(
+            path,
+            stamp,
+            video.width,
+            video.height,
+            content_hash(path),
+            num_frames=video.num_frames,
+            fps=video.fps,
+            decode_bytes=video.decode_bytes,
+            note=video.note,
+        )
     data = fetch(path)
-    width, height = probe_image(path, data)
-    return SourceFile(path, stamp, width, height, bytes_hash(data))
+    image = image_info(path, data)
+    return SourceFile(
+        path,
+        stamp,
+        image.width,
+        image.height,
+        bytes_hash(data),
+        decode_bytes=image.decode_bytes,
+        note=image.note,
+    )
 
 
 def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bucket:
     """Bucket of a sample: that of its first file (the target; further ones are conditions of it).
 
     A video has as many frames as the shortest of its sample's videos gives. Raises BucketError: see `assign_bucket`; a
-    target that would not keep its size where it must.
+    target that would not keep its size where it must. Raises MediaError for a file that would take too much memory.
     """
     target = files[spec.file_params[0]][0]
     frames = target.available_frames(spec.size.fps)
@@ -153,9 +190,21 @@ def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bu
     ]
     frames = min([frames, *(file.available_frames(spec.size.fps) for file in conditions if file.fps)])
     bucket = assign_bucket(target.width, target.height, spec.size, frames)
+    _check_memory(files, bucket, spec)
     if spec.keep_size:
         _check_kept(target, bucket, spec.size)
     return replace(bucket, pictures=1 + sum(len(files[param]) - 1 for param in spec.file_params[1:]))
+
+
+def _check_memory(files: Mapping[str, Sequence[SourceFile]], bucket: Bucket, spec: SampleSpec) -> None:
+    """Raise MediaError for a file that takes more memory than it may, with the frames that are made of it."""
+    for param, found in files.items():
+        for file in found:
+            size, needed = f"{file.width}x{file.height} pixels", file.decode_bytes
+            if spec.gives_frames(param, file.path):
+                size = f"{size}, as {bucket.num_frames} frames of {bucket.width}x{bucket.height}"
+                needed += bucket.area * 3 * _FRAME_COPIES
+            check_decode_bytes(file.path, size, needed, spec.max_decode_bytes)
 
 
 def _check_kept(target: SourceFile, bucket: Bucket, rule: SizeRule) -> None:
@@ -231,9 +280,10 @@ def _load_file(path: str, param: str, bucket: Bucket, spec: SampleSpec, digest: 
     if _read_as_video(path, spec.size.video):
         with steady_file(path, digest) as place:
             if frames:
-                return load_frames(place, bucket.num_frames, bucket.height, bucket.width, fps=spec.size.fps)
-            picture = load_first_frame(place)
+                size = (bucket.num_frames, bucket.height, bucket.width)
+                return load_frames(place, *size, fps=spec.size.fps, max_bytes=spec.max_decode_bytes)
+            picture = load_first_frame(place, max_bytes=spec.max_decode_bytes)
     else:
-        picture = load_image(path, steady_bytes(path, digest))
+        picture = load_image(path, steady_bytes(path, digest), max_bytes=spec.max_decode_bytes)
     cut = resize_crop(picture, bucket.height, bucket.width)
     return np.asarray(cut)[None] if frames else cut

@@ -8,7 +8,7 @@ from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.media import PASSING
 from ray_diffsynth.data.samples import load_inputs
 from ray_diffsynth.data.storage import StorageError
-from ray_diffsynth.data.video import VideoSupportError
+from ray_diffsynth.data.video_stream import VideoSupportError
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.preprocess.counter import reach
 from ray_diffsynth.preprocess.handover import EncoderSpec, described, give_up, pack

@@ -9,7 +9,7 @@ from ray_diffsynth.data.samples import SourceFile
 from ray_diffsynth.data.storage import exists, join, read_bytes, write_bytes_atomic
 
 MEMO = "index/sources.jsonl"
-VERSION = 2
+VERSION = 3
 """Raise it when what a `SourceFile` says of the same file changes: it is read again then."""
 SAVES = 10
 """How often the memo is saved during a scan of new files: each time a tenth of them is read."""

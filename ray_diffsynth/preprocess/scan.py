@@ -12,9 +12,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.data.media import MAX_DECODE_BYTES
 from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
 from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, file_stamp, pixel_keys, scan_file
-from ray_diffsynth.data.video import require_video_support
+from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.memo import Memo
 
@@ -49,8 +50,13 @@ class Failure:
 Scanned = SourceFile | Failure
 
 
-def scan_files(paths: Sequence[str], memo: Mapping[str, SourceFile], animations: bool = False) -> list[Scanned]:
-    """Scan each path; a file with the stamp of its memo is taken from there. Errors are values."""
+def scan_files(
+    paths: Sequence[str],
+    memo: Mapping[str, SourceFile],
+    animations: bool = False,
+    max_bytes: int = MAX_DECODE_BYTES,
+) -> list[Scanned]:
+    """Scan each path; a file with the stamp of its memo is taken from there. Errors are values. See `scan_file`."""
     found: list[Scanned] = []
     for path in paths:
         try:
@@ -58,7 +64,7 @@ def scan_files(paths: Sequence[str], memo: Mapping[str, SourceFile], animations:
             found.append(
                 known
                 if known is not None and known.stamp and known.stamp == file_stamp(path)
-                else scan_file(path, animations=animations)
+                else scan_file(path, animations=animations, max_bytes=max_bytes)
             )
         except UserError as error:
             found.append(Failure.of(error))
@@ -88,7 +94,7 @@ def scan_dataset(
     pending: deque[tuple[list[str], Any]] = deque()
 
     def begin(part: Sequence[str]) -> Any:
-        return task.remote(part, memo.known(part), spec.size.video)
+        return task.remote(part, memo.known(part), spec.size.video, spec.max_decode_bytes)
 
     def take() -> None:
         part, reference = pending.popleft()

@@ -17,8 +17,8 @@ from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 from ray_diffsynth.data.metadata import Metadata, read_metadata
-from ray_diffsynth.data.samples import SampleSpec, bucket_of, load_inputs, scan_file
-from ray_diffsynth.data.video import require_video_support
+from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, load_inputs, scan_file
+from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.data.warnings import about
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import SKETCH, part_sketch
@@ -161,6 +161,10 @@ def read_rows(spec: SampleSpec, metadata_path: str | None) -> Metadata:
     )
 
 
+def _scanned(path: str, spec: SampleSpec) -> SourceFile:
+    return scan_file(path, animations=spec.size.video, max_bytes=spec.max_decode_bytes)
+
+
 class DatasetSource:
     """Pictures and metadata, decoded when they are asked for (`--task sft`), in the order of a cache's index.
 
@@ -177,10 +181,7 @@ class DatasetSource:
         found: list[tuple[Bucket, dict[str, Any], list[str]]] = []
         for row in rows:
             try:
-                files = {
-                    param: [scan_file(path, animations=spec.size.video) for path in spec.paths(row, param)]
-                    for param in spec.file_params
-                }
+                files = {param: [_scanned(path, spec) for path in spec.paths(row, param)] for param in spec.file_params}
                 bucket = bucket_of(files, spec)
             except UserError as error:
                 self.rejected.append((row["sample_id"], str(error)))

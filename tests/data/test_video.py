@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_diffsynth.data import video
+from ray_diffsynth.data import video, video_stream
 from ray_diffsynth.data.media import MediaError
 from ray_diffsynth.data.video import (
     VideoInfo,
-    VideoSupportError,
     available_frames,
     load_first_frame,
     load_frames,
     probe_video,
-    require_video_support,
 )
+from ray_diffsynth.data.video_stream import ShownFrame, VideoSupportError, require_video_support
 from tests.video_files import CODECS, draw_clip, grey
 
 
@@ -76,13 +75,13 @@ def test_a_phones_rotation(rotation: int, tmp_path: Path) -> None:
 def test_only_used_frames_are_decoded_and_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(draw_clip(tmp_path / "clip.mp4", 60))
     seen: list[int] = []
-    picture = video._picture
-    monkeypatch.setattr(video, "_picture", lambda frame: (seen.append(frame.pts), picture(frame))[1])
+    image = ShownFrame.image
+    monkeypatch.setattr(ShownFrame, "image", lambda frame: (seen.append(frame.pts), image(frame))[1])
     decoded: list[int] = []
     source = video._decoded
 
-    def counted(path: str, *, last: int | None = None) -> object:
-        for frame in source(path, last=last):
+    def counted(path: str, max_bytes: int, *, last: int | None = None) -> object:
+        for frame in source(path, max_bytes, last=last):
             decoded.append(frame.pts)
             yield frame
 
@@ -152,7 +151,7 @@ def test_a_url(tmp_path: Path) -> None:
 
 
 def test_without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(video_stream.importlib.util, "find_spec", lambda name: None)
     require_video_support(["a.png"])
     with pytest.raises(VideoSupportError, match=r"b\.mp4.*pip install 'ray-diffsynth\[video\]'"):
         require_video_support(["a.png", "b.mp4"])
