@@ -116,3 +116,9 @@ def test_the_tasks_are_those_that_have_a_loss() -> None:
     from ray_diffsynth.tasks.base import TASKS as LOSSES
 
     assert {name.partition(":")[0] for name in TASKS} == set(LOSSES)
+
+
+@pytest.mark.parametrize("memory", [0, -1, float("inf"), float("nan")])
+def test_a_limit_of_memory_that_lets_nothing_through(memory: float) -> None:
+    with pytest.raises(ConfigError, match="max_decode_memory"):
+        PreprocessConfig(**GIVEN, max_decode_memory=memory)

@@ -125,6 +125,35 @@ def test_a_bad_file_of_a_list_is_named(spec: SampleSpec, tmp_path: Path) -> None
         scanned(row("a.mp4", ref=["d.png", "e.mp4"]), spec)
 
 
+def test_frames_that_would_not_fit_into_memory_are_refused(spec: SampleSpec) -> None:
+    values = row("a.mp4")
+    files = scanned(values, spec)
+    bucket = bucket_of(files, spec)
+    needed = max(file.decode_bytes for found in files.values() for file in found) + bucket.area * 3 * 3
+    assert bucket_of(files, replace(spec, max_decode_bytes=needed)) == bucket
+    with pytest.raises(MediaError, match=r"as 5 frames of 64x48\) takes .* --max_decode_memory"):
+        bucket_of(files, replace(spec, max_decode_bytes=needed - 1))
+    endless = replace(spec, size=video_rule(10**9 + 1, max_pixels=4096, fps=1e9))
+    with pytest.raises(MediaError, match="--max_decode_memory"):
+        bucket_of(
+            {
+                "input_video": [SourceFile("a.mp4", "", 64, 48, "x", 100, 16.0)],
+                **{name: [] for name in ("input_image", "control", "ref")},
+            },
+            endless,
+        )
+
+
+def test_what_a_header_says_of_a_picture_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (64, 32)).save(path, icc_profile=b"no profile")
+    file = scan_file(str(path))
+    assert file.decode_bytes == path.stat().st_size + 64 * 32 * 12 and "profile is damaged" in file.note
+    still = SampleSpec(str(tmp_path), {"input_image": "image"}, ("input_image",), SizeRule(), max_decode_bytes=1000)
+    with pytest.raises(MediaError, match=r"64x32 pixels\) takes"):
+        bucket_of({"input_image": [file]}, still)
+
+
 def test_a_folder_of_videos(spec: SampleSpec, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a moving square")
     found = read_metadata(str(tmp_path), None, file_columns=["video"], text_columns=["prompt"], required=["video"])
