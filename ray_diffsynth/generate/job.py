@@ -33,6 +33,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     pipeline = get_pipeline_class(family).configured(source)
     prompts = read_prompts(config, picture_params(pipeline))
     source = locate_configured(config)
+    pipeline.check_files(source, pipeline.parts)
     loras = tuple(absolute(path) for path in config.loras)
     items = plan_items(config, prompts, pipeline, _identity(config, family, pipeline, source, loras))
     check_sizes(items, pipeline)

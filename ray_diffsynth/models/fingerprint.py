@@ -67,11 +67,14 @@ def part_sketch(source: ModelSource, subfolder: str) -> str | None:
     config = {k: v for k, v in read_json(source.folder(subfolder) / "config.json").items() if k not in _VOLATILE_KEYS}
     whole.update(json.dumps(config, sort_keys=True).encode())
     for path in files:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_ENDS)
-            file.seek(max(0, size - _ENDS))
-            whole.update(f"{path.name} {size}".encode() + head + file.read())
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(_ENDS)
+                file.seek(max(0, size - _ENDS))
+                whole.update(f"{path.name} {size}".encode() + head + file.read())
+        except OSError as err:
+            raise ModelFolderError(f"{path} cannot be read: {err}") from err
     return whole.hexdigest()
 
 

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from ray_diffsynth.data.placeholders import wrong_content
 from ray_diffsynth.errors import UserError
 
 # In the order in which diffusers (an index first) and transformers (a single file first) look for them.
@@ -32,11 +33,16 @@ class ModelFolderError(UserError):
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; ModelFolderError when it is absent or is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ModelFolderError(f"{path} does not exist") from None
-    except (OSError, ValueError) as err:
-        raise ModelFolderError(f"{path} cannot be read as JSON ({err}); copy it again from the model") from err
+    except OSError as err:
+        raise ModelFolderError(f"{path} cannot be read: {err}") from err
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as err:
+        why = wrong_content(data) or f"not JSON: {err}; copy it again from the model's repository"
+        raise ModelFolderError(f"{path} is {why}") from err
     if not isinstance(value, dict):
         raise ModelFolderError(f"{path} holds no JSON object; copy it again from the model's repository")
     return value

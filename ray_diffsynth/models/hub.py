@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ray_diffsynth.models.folder import ModelFolderError
+from ray_diffsynth.models.folder import PICKLE_SUFFIXES, ModelFolderError
 
 BASE_PATH_VARIABLE = "DIFFSYNTH_MODEL_BASE_PATH"
 # Small files that every loader may ask for: configs, indices, tokenizers. In the hub's patterns "*" crosses "/".
@@ -30,10 +30,16 @@ def find_repository(
     runs.
     Raises ModelFolderError with every place looked at.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as err:  # a name that is too long, a folder that may not be read, no such ~user
+        raise ModelFolderError(f"the model {model} cannot be looked up as a path: {err}") from err
+    if is_folder:
         return path.absolute()
-    if path.is_file():
+    if is_file and path.suffix in PICKLE_SUFFIXES:
+        raise ModelFolderError(f"{model} is a pickle, which is not read; give the model's folder in diffusers layout")
+    if is_file:
         raise ModelFolderError(f"{model} is a file, not a model's folder; give its folder, or name it in --model_paths")
     looked = [f"the folder {path.absolute()}"]
     if is_path(model):
@@ -51,7 +57,7 @@ def find_repository(
     cached: Path | None = None
     try:
         cached = Path(huggingface_hub.snapshot_download(model, local_files_only=True))
-    except (OSError, ValueError) as err:
+    except Exception as err:  # a damaged cache is neither an OSError nor a ValueError
         looked.append(f"the Hugging Face cache {constants.HF_HUB_CACHE} ({type(err).__name__})")
     if cached is not None and complete(cached):
         return cached
@@ -62,7 +68,7 @@ def find_repository(
                 model, allow_patterns=[*METADATA_PATTERNS, *weights], ignore_patterns=ignore
             )
         )
-    except (OSError, ValueError) as err:  # the hub's own errors and those of the network are OSErrors or ValueErrors
+    except Exception as err:  # some of the hub's own errors and of the network's derive from Exception alone
         if cached is not None:
             return cached
         reason = (str(err).strip().splitlines() or [""])[0]

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ray_diffsynth.models.folder import ModelFolderError, require_config, standard_weights
+from ray_diffsynth.models.integrity import check_companion, check_safetensors
 from ray_diffsynth.models.locate import ModelSource
 
 
@@ -38,6 +39,8 @@ def load_part(
     if library == "diffusers" and held != name:
         raise ModelFolderError(f"{folder} holds a {held}, but {subfolder} must be a {name}; name the right model")
     files = source.weight_files(subfolder)
+    for file in files:
+        check_safetensors(file)
     options = {"dtype": torch_dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     with _standard_folder(folder, files, library) as place:
         try:
@@ -57,6 +60,7 @@ def load_part(
 def load_companion(source: ModelSource, subfolder: str, cls: str) -> Any:
     """A tokenizer, processor or scheduler, e.g. ``("tokenizer", "transformers:AutoTokenizer")``; no weights."""
     folder = source.companion(subfolder)
+    check_companion(source, subfolder)
     try:
         return _resolve(cls).from_pretrained(str(folder), local_files_only=True)
     except Exception as err:  # as in load_part
@@ -77,7 +81,13 @@ def _resolve(cls: str) -> Any:
         module = importlib.import_module(library)
     except ModuleNotFoundError as err:
         raise ValueError(f"{cls!r} is not importable: {err}; is its folder on PYTHONPATH?") from err
-    found = getattr(module, name, None)
+    try:
+        found = getattr(module, name, None)
+    except (ImportError, RuntimeError) as err:  # diffusers and transformers import a class when it is asked for
+        cause = str(err).strip().splitlines() or [type(err).__name__]
+        raise ModelFolderError(
+            f"{cls} cannot be imported from {library}: {cause[-1]}; install what it needs, in fitting versions"
+        ) from err
     if found is None:
         raise ValueError(f"{library} has no class {name}; check the name or the installed version of {library}")
     return found

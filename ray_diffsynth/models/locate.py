@@ -255,7 +255,10 @@ def _matches(root: Path, pattern: str) -> list[Path]:
     if not pattern.strip("/"):
         lone = [root] if (root / "config.json").is_file() else []
         return sorted(p.parent for p in root.glob("*/config.json")) or lone
-    return sorted(root.glob(pattern.rstrip("/")))
+    try:
+        return sorted(root.glob(pattern.rstrip("/")))
+    except (ValueError, NotImplementedError, OSError) as err:
+        raise ModelFolderError(f"{pattern!r} is no pattern of files in {root}: {err}; e.g. vae/*.safetensors") from err
 
 
 def _has_all(root: Path, pattern: str) -> bool:
@@ -288,7 +291,10 @@ def _parse_model_paths(text: str | None) -> list[Path]:
     wrong = [item for item in items if not isinstance(item, str)]
     if wrong:
         raise ModelFolderError(f"--model_paths holds {wrong[0]!r}; each entry is a file's path or a list of paths")
-    return [Path(item).expanduser().absolute() for item in items]
+    try:
+        return [Path(item).expanduser().absolute() for item in items]
+    except RuntimeError as err:  # no such ~user
+        raise ModelFolderError(f"--model_paths {text}: {err}") from err
 
 
 def _whole_model(model: str, base_path: str | None, wanted: Collection[str] | None) -> Path:
@@ -309,8 +315,11 @@ def _is_complete(root: Path, wanted: Collection[str] | None) -> bool:
     if not (root / "model_index.json").is_file():
         return False
     if wanted is None:
-        index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
-        wanted = [k for k, v in index.items() if k in KNOWN_PARTS and isinstance(v, list) and v[0] is not None]
+        try:
+            index = read_json(root / "model_index.json")
+        except ModelFolderError:
+            return False
+        wanted = [k for k, v in index.items() if k in KNOWN_PARTS and isinstance(v, list) and v and v[0] is not None]
     try:
         return all(choose_weights(root / part) for part in wanted if require_config(root / part) is not None)
     except ModelFolderError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ray_diffsynth.diffusion.flow_match import NUM_TRAIN_TIMESTEPS, FlowMatchScheduler
+from ray_diffsynth.models.folder import read_json
+from ray_diffsynth.models.integrity import check_companion, check_part
 from ray_diffsynth.models.load import load_companion, load_part
 from ray_diffsynth.models.locate import ModelSource, locate_model
 from ray_diffsynth.pipelines.batch import PipelineError as PipelineError
@@ -160,6 +161,20 @@ class BasePipeline(torch.nn.Module):
                 setattr(pipe, companion, load_companion(source, other.subfolder, other.cls))
         pipe._configure(source)
         return pipe.eval().requires_grad_(False)
+
+    @classmethod
+    def check_files(cls, source: ModelSource, models: Collection[str]) -> None:
+        """Look at the files of `models` and their companions without reading weights; for the driver, before Ray.
+
+        Raises:
+            ModelFolderError: one is a Git LFS pointer, a web page, cut off, empty or damaged; says the fix.
+        """
+        for name in dict.fromkeys(model_root(model) for model in models):
+            if (part := cls.parts.get(name)) is None or not source.has(part.subfolder):
+                continue
+            check_part(source, part.subfolder)
+            for companion in part.companions:
+                check_companion(source, cls.companions[companion].subfolder)
 
     def _configure(self, source: ModelSource) -> None:
         if self.schedule:
@@ -392,5 +407,4 @@ def _scheduler_config(source: ModelSource) -> dict[str, Any] | None:
     path = source.folder("scheduler") / "scheduler_config.json"
     if not path.is_file():
         return None
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    return read_json(path)

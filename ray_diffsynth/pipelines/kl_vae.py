@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,9 +23,7 @@ class KLImagePipeline(ImagePipeline):
 
     def configure(self, source: ModelSource) -> None:
         """Take the latents' geometry from the VAE's configuration, even if its weights are not loaded."""
-        path = source.folder("vae") / "config.json"
-        if path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
+        if config := source.config("vae"):
             self.latent_channels = int(config.get("latent_channels", 16))
             self.vae_scale_factor = _scale_factor(config)
         self.height_division_factor = self.width_division_factor = 2 * self.vae_scale_factor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -56,9 +55,7 @@ class QwenImagePipeline(ImagePipeline):
 
     def configure(self, source: ModelSource) -> None:
         """Take the latents' geometry from the VAE's configuration, even if its weights are not loaded."""
-        path = source.folder("vae") / "config.json"
-        if path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
+        if config := source.config("vae"):
             self.latent_channels = int(config.get("z_dim", 16))
             self.vae_scale_factor = 2 ** len(config.get("temperal_downsample", (False, True, True)))
         # The transformer packs 2 x 2 latents into a token.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ray_diffsynth.models.folder import ModelFolderError, read_json
 from ray_diffsynth.pipelines.own_module import FamilyError as FamilyError
 from ray_diffsynth.pipelines.own_module import import_own_module
 
@@ -123,9 +123,7 @@ def family_of(root: Path | str) -> str:
 
 def _class_names(path: Path) -> list[str]:
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise FamilyError(f"{path} is not JSON: {err}; download the file again") from err
-    if not isinstance(config, dict):
-        return []
+        config = read_json(path)
+    except ModelFolderError as err:
+        raise FamilyError(str(err)) from err
     return [str(name) for name in (config.get("_class_name"), *(config.get("architectures") or ())) if name]

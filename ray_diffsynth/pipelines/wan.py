@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
+from ray_diffsynth.models.folder import read_json
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.base import BasePipeline, Part, PipelineError
 from ray_diffsynth.pipelines.initial_latents import FlowMatchUnit_InitialLatents
@@ -126,7 +125,8 @@ class WanPipeline(BasePipeline):
                 f"{source.model_id} makes videos between a first and a last frame (FLF2V), which is not supported; use "
                 "an image-to-video model, e.g. Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
             )
-        scheduler = _read(source.folder("scheduler") / "scheduler_config.json")
+        path = source.folder("scheduler") / "scheduler_config.json"
+        scheduler = read_json(path) if path.is_file() else {}
         if "flow_shift" in scheduler:  # Wan's UniPC, whose shift diffusers' Euler scheduler would not know
             self.scheduler = FlowMatchScheduler(self.schedule, config={"shift": float(scheduler["flow_shift"])})
 
@@ -302,11 +302,3 @@ def clean_prompt(prompt: str) -> str:
         raise PipelineError("Wan's prompts are cleaned by ftfy, which is not installed: pip install ftfy")
     cleaned: str = prompt_clean(prompt)
     return cleaned
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A configuration file of the model; empty if it is not there."""
-    if not path.is_file():
-        return {}
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config

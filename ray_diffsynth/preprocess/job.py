@@ -70,6 +70,7 @@ class Job:
         sample = dataset_spec(pipe, config, task.columns, keep_size=task.as_sampled)
         stages = plan_stages(pipe, task, config.trained, sample.inputs)
         source = locate_configured(config, wanted=[pipe.parts[name].subfolder for name in stages.stage1_models()])
+        pipe.check_files(source, stages.stage1_models())  # before their weights are hashed
         groups = tuple(
             plan_group(
                 pipe,

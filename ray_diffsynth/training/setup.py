@@ -124,6 +124,7 @@ class Setup:
         # Law 5 for a download too; pictures of --validation_prompts need the whole model.
         wanted = None if config.validation_prompts else [pipe.parts[name].subfolder for name in models]
         source = locate_configured(config, wanted=wanted)
+        pipe.check_files(source, pipe.parts if config.validation_prompts else models)
         return cls(config, absolute(config.output_path), family, source, task, sample, models)
 
     def open_data(self) -> SampleSource:
