@@ -23,20 +23,27 @@ class BucketError(UserError, ValueError):
 class Bucket:
     """Height and width in pixels and number of frames that every sample of a batch has.
 
-    `pictures`: how many pictures a sample is made from, where its row gives a list of them.
+    `pictures`: how many pictures a sample is made from, where its row gives a list of them. `references`: (height,
+    width) of each picture that may have a size of its own, in the order of the sample's files; empty where all have
+    the target's.
     """
 
     height: int
     width: int
     num_frames: int = 1
     pictures: int = 1
+    references: tuple[tuple[int, int], ...] = ()
 
     @property
     def name(self) -> str:
-        """`480x832` for pictures (height x width), `480x832x81` for videos, `480x832+2` with two pictures to edit."""
+        """`480x832` for pictures (height x width), `480x832x81` for videos, `480x832+2` with two pictures to edit.
+
+        `480x832+1024x512` with one of another shape, `480x832+2+1024x512+480x832` with two.
+        """
         size = f"{self.height}x{self.width}"
         size = size if self.num_frames == 1 else f"{size}x{self.num_frames}"
-        return size if self.pictures == 1 else f"{size}+{self.pictures}"
+        size = size if self.pictures == 1 else f"{size}+{self.pictures}"
+        return size + "".join(f"+{height}x{width}" for height, width in self.references)
 
     @property
     def area(self) -> int:
@@ -45,19 +52,34 @@ class Bucket:
 
     @property
     def sort_key(self) -> tuple[int, ...]:
-        """The order of buckets in the index of a cache: by area, then height, width, frames and pictures."""
-        return (self.area, self.height, self.width, self.num_frames, self.pictures)
+        """The order of buckets in the index of a cache: by area, then height, width, frames, pictures, references."""
+        sides = (side for size in self.references for side in size)
+        return (self.area, self.height, self.width, self.num_frames, self.pictures, *sides)
 
     @classmethod
     def parse(cls, name: str) -> Bucket:
         """The bucket of a `name`. Raises BucketError."""
-        size, _, pictures = name.partition("+")
-        parts = size.split("x")
-        numbers = [*parts, pictures] if "+" in name else parts
-        if len(parts) not in (2, 3) or not all(p.isascii() and p.isdigit() and int(p) > 0 for p in numbers):
+        size, *more = name.split("+")
+        pictures = more.pop(0) if more and "x" not in more[0] else "1"
+        target, *references = ([_side(part) for part in one.split("x")] for one in (size, *more))
+        if (
+            len(target) not in (2, 3)
+            or any(len(one) != 2 for one in references)
+            or 0
+            in (
+                _side(pictures),
+                *target,
+                *(side for one in references for side in one),
+            )
+        ):
             raise BucketError(f"{name!r} is not a bucket; write height x width (480x832) or with frames (480x832x81)")
-        height, width, frames = (int(part) for part in (*parts, "1")[:3])
-        return cls(height, width, frames, int(pictures or 1))
+        height, width, frames = (*target, 1)[:3]
+        return cls(height, width, frames, int(pictures), tuple((one[0], one[1]) for one in references))
+
+
+def _side(text: str) -> int:
+    """The number, or 0 for what is none."""
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +139,11 @@ class SizeRule:
             )
         if self.fps is not None and not self.fps > 0:
             raise BucketError(f"fps={self.fps} shows no frame; use a rate above 0, or leave fps out")
+
+    def for_references(self) -> SizeRule:
+        """The rule for a picture beside the target: its own shape, and of one fixed size the area at most."""
+        area = self.max_pixels if self.height is None or self.width is None else self.height * self.width
+        return SizeRule(max_pixels=area, resolutions=self.resolutions, division=self.division)
 
     @property
     def video(self) -> bool:

@@ -42,6 +42,8 @@ TRANSFORM = "srgb-cover-bilinear-center/2"
 """Name of what becomes of an image or frame on its way (see `load_image`, `resize_crop`); part of the cache key of
 everything encoded from pixels."""
 
+_SAME_SHAPE = 1.01
+"""Ratio of two aspect ratios that are the same but for whole pixels."""
 _FRAME_COPIES = 3
 """How often the frames of a video are in memory at once, on their way to an encoder."""
 
@@ -68,6 +70,9 @@ class SampleSpec:
     parsers: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     keep_size: bool = False
     """Whether a picture or video that would be scaled, cut or shortened cannot be used."""
+    target_sized: tuple[str, ...] = ()
+    """File parameters whose pictures a unit needs in the target's size. Frames always have it, and a picture of the
+    target's shape; any other gets a size by its own shape."""
     max_decode_bytes: int = MAX_DECODE_BYTES
     """Main memory that decoding one file, with the frames that it becomes, may take."""
 
@@ -75,6 +80,11 @@ class SampleSpec:
     def inputs(self) -> tuple[str, ...]:
         """Names of all inputs that a sample gives: its columns and its size."""
         return (*self.columns, *SIZE_PARAMS)
+
+    @property
+    def own_sized(self) -> tuple[str, ...]:
+        """File parameters whose pictures may have a size of their own."""
+        return tuple(param for param in self.file_params[1:] if param not in self.target_sized)
 
     def paths(self, row: Mapping[str, Any], param: str) -> list[str]:
         """Absolute paths or URLs of the files that `row` gives for `param`: one, or those of a list."""
@@ -115,11 +125,11 @@ class SourceFile:
     def frames_key(self, bucket: Bucket, fps: float | None) -> str:
         """What the frames that this file becomes depend on: its content, the bucket they are cut to, the rate."""
         taken = f"@{'every frame' if fps is None else f'{fps:g} fps by time'}" if self.fps else ""
-        return f"{self.digest}@{replace(bucket, pictures=1).name}{taken}"
+        return f"{self.digest}@{replace(bucket, pictures=1, references=()).name}{taken}"
 
     def picture_key(self, bucket: Bucket) -> str:
         """The same for a picture, or the first frame of a video."""
-        return f"{self.digest}@{replace(bucket, num_frames=1, pictures=1).name}"
+        return f"{self.digest}@{replace(bucket, num_frames=1, pictures=1, references=()).name}"
 
 
 def file_list(value: Any) -> Any:
@@ -178,7 +188,7 @@ def scan_file(path: str, *, animations: bool = False, max_bytes: int = MAX_DECOD
 
 
 def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bucket:
-    """Bucket of a sample: that of its first file (the target; further ones are conditions of it).
+    """Bucket of a sample: that of its first file (the target; further ones are conditions of it), with `references`.
 
     A video has as many frames as the shortest of its sample's videos gives. Raises BucketError: see `assign_bucket`; a
     target that would not keep its size where it must. Raises MediaError for a file that would take too much memory.
@@ -193,7 +203,38 @@ def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bu
     _check_memory(files, bucket, spec)
     if spec.keep_size:
         _check_kept(target, bucket, spec.size)
-    return replace(bucket, pictures=1 + sum(len(files[param]) - 1 for param in spec.file_params[1:]))
+    pictures = 1 + sum(len(files[param]) - 1 for param in spec.file_params[1:])
+    own = [_reference_size(file, param, target, bucket, spec) for param in spec.own_sized for file in files[param]]
+    same = all(size == (bucket.height, bucket.width) for size in own)
+    return replace(bucket, pictures=pictures, references=() if same else tuple(own))
+
+
+def _reference_size(
+    file: SourceFile, param: str, target: SourceFile, bucket: Bucket, spec: SampleSpec
+) -> tuple[int, int]:
+    """(height, width) of a file beside the target: the target's if it has its shape, else by its own."""
+    difference = file.width * target.height / (file.height * target.width)
+    if spec.gives_frames(param, file.path) or 1 / _SAME_SHAPE <= difference <= _SAME_SHAPE:
+        return bucket.height, bucket.width
+    try:
+        own = assign_bucket(file.width, file.height, spec.size.for_references())
+    except BucketError as error:
+        raise BucketError(f"{file.path}: {error}") from error
+    return own.height, own.width
+
+
+def _layout(counts: Mapping[str, int], bucket: Bucket, spec: SampleSpec) -> dict[str, list[Bucket]]:
+    """The size that each file of a parameter is cut to; `counts`: how many files it has."""
+    alike = replace(bucket, references=())
+    own = iter(bucket.references)
+    found = {}
+    for param in spec.file_params:
+        if param in counts:
+            sizes = [next(own) for _ in range(counts[param])] if bucket.references and param in spec.own_sized else None
+            found[param] = (
+                [alike] * counts[param] if sizes is None else [replace(alike, height=h, width=w) for h, w in sizes]
+            )
+    return found
 
 
 def _check_memory(files: Mapping[str, Sequence[SourceFile]], bucket: Bucket, spec: SampleSpec) -> None:
@@ -231,11 +272,15 @@ def pixel_keys(
 ) -> dict[str, Any]:
     """Each file parameter as it enters a cache key: what its pixels depend on, in a list where the row has a list."""
 
-    def key(param: str, file: SourceFile) -> str:
+    def key(param: str, file: SourceFile, size: Bucket) -> str:
         frames = spec.gives_frames(param, file.path)
-        return file.frames_key(bucket, spec.size.fps) if frames else file.picture_key(bucket)
+        return file.frames_key(size, spec.size.fps) if frames else file.picture_key(size)
 
-    keys = {param: [key(param, file) for file in found] for param, found in files.items()}
+    layout = _layout({param: len(found) for param, found in files.items()}, bucket, spec)
+    keys = {
+        param: [key(param, file, size) for file, size in zip(found, layout[param], strict=True)]
+        for param, found in files.items()
+    }
     return {param: found if isinstance(row[spec.columns[param]], list) else found[0] for param, found in keys.items()}
 
 
@@ -252,12 +297,15 @@ def load_inputs(
     digests: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Decoded inputs of one sample: files cut to the bucket (see `SampleSpec`; lists stay lists), text and numbers as
-    they stand, and the size.
+    they stand, and the size. If the bucket has references, `row` has the columns of all files that they are for.
 
     `only` limits the result, so that a text encoder's pool never opens a picture. `digests`: the content hashes that
     the files of a parameter must have. Raises MediaError; SourceChanged for a file that has another content.
     """
     wanted = set(spec.inputs if only is None else only)
+    counted = {param: row[spec.columns[param]] for param in spec.file_params if spec.columns[param] in row}
+    counts = {param: len(value) if isinstance(value, list) else 1 for param, value in counted.items()}
+    layout = _layout(counts, bucket, spec)
     inputs: dict[str, Any] = {}
     for param, column in spec.columns.items():
         if param not in wanted:
@@ -265,7 +313,8 @@ def load_inputs(
         if param in spec.file_params:
             paths = spec.paths(row, param)
             known: Sequence[str | None] = (digests or {}).get(param) or [None] * len(paths)
-            loaded = [_load_file(p, param, bucket, spec, digest) for p, digest in zip(paths, known, strict=True)]
+            places = zip(paths, layout[param], known, strict=True)
+            loaded = [_load_file(path, param, size, spec, digest) for path, size, digest in places]
             inputs[param] = loaded if isinstance(row[column], list) else loaded[0]
         else:
             inputs[param] = row[column]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, device
@@ -15,6 +15,15 @@ def to_device(value: Tensor, where: device) -> Tensor:
     return value.to(where, non_blocking=value.is_pinned())
 
 
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `change` applied to it, or to each tensor in its lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(change, item) for item in value)
+    return {key: map_tensors(change, item) for key, item in value.items()} if type(value) is dict else value
+
+
 def pinned(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with their tensors in pinned memory, for `to_device`; for a thread that has the time."""
-    return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in values.items()}
+    return {name: map_tensors(Tensor.pin_memory, value) for name, value in values.items()}

@@ -61,6 +61,8 @@ class BasePipeline(torch.nn.Module):
     """Parameters whose column names files, whatever `--data_file_keys` says."""
     video_params: ClassVar[tuple[str, ...]] = ()
     """Those of a model of videos that are given as frames, uint8 (F, H, W, 3); the others are pictures."""
+    reference_params: ClassVar[tuple[str, ...]] = ()
+    """File parameters whose pictures may have another size than the target: each is cut by its own shape."""
     default_num_frames: ClassVar[int] = 1
     """`--num_frames` where it is not given."""
     padded_params: ClassVar[Mapping[str, str]] = {}

@@ -20,13 +20,15 @@ from ray_diffsynth.pipelines.unit import PipelineUnit, UnitState
 
 Pictures: TypeAlias = Image.Image | Sequence[Image.Image]
 
+EditLatents: TypeAlias = Tensor | Sequence[Sequence[Tensor]]
+
 EDIT_AREA = 1024 * 1024
 """Pixels to which diffusers scales a picture before it is edited."""
 IMAGE_PAD = "<|image_pad|>"
 
 
 class QwenImageEditPipeline(QwenImagePipeline):
-    """Qwen-Image-Edit. `edit_image` is the picture to edit, `input_image` the result; in training both of one size."""
+    """Qwen-Image-Edit. `edit_image` is the picture to edit, `input_image` the result."""
 
     family: ClassVar[str] = "qwen_image_edit"
     parts: ClassVar[Mapping[str, Part]] = {
@@ -46,6 +48,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
         "prompt": "prompt",
     }
     file_params: ClassVar[tuple[str, ...]] = ("input_image", "edit_image")
+    reference_params: ClassVar[tuple[str, ...]] = ("edit_image",)
     diffusers_pipeline: ClassVar[str] = "QwenImageEditPipeline"
     """Whose prompt template is used."""
     picture_text: ClassVar[str] = ""
@@ -61,7 +64,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
         self.model_fn = model_fn_qwen_image_edit
 
     def training_settings(self) -> dict[str, Any]:
-        # Off: a dataset's pictures are cut to their bucket, the result and what it is made from alike.
+        # Off: a dataset's pictures are scaled to their bucket, by their own shape.
         return {**super().training_settings(), "edit_image_auto_resize": False}
 
     def pictures(self, edit_image: Pictures) -> list[Image.Image]:
@@ -125,7 +128,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
         """Edit one picture, or make one of several. Arguments that are not named here: `ImagePipeline.__call__`.
 
         Args:
-            edit_image: the picture; several of one size where the family takes them.
+            edit_image: the picture; several where the family takes them.
             edit_image_auto_resize: scale the pictures to about 1024 x 1024 pixels of their shape, as diffusers does.
             height, width: of the result; None: those of the last picture, scaled.
         """
@@ -156,7 +159,7 @@ class QwenImageEditPlusPipeline(QwenImageEditPipeline):
 
 
 class QwenImageEditUnit_EditImageEmbedder(PipelineUnit):
-    """`edit_image` -> edit_latents (1, pictures, C, h, w)."""
+    """`edit_image` -> edit_latents (1, pictures, C, h, w); of pictures of several sizes a list of (1, C, h, w)."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -179,13 +182,12 @@ class QwenImageEditUnit_EditImageEmbedder(PipelineUnit):
             pictures = [resized(picture, EDIT_AREA) for picture in pictures]
         for picture in pictures:
             pipe.check_resize_height_width(picture.height, picture.width)
-        if len({picture.size for picture in pictures}) > 1:
-            sizes = ", ".join(f"{picture.height}x{picture.width}" for picture in pictures)
-            raise PipelineError(f"the pictures of edit_image have several sizes ({sizes}); cut them to one")
         pipe.load_models_to_device(("vae",))
         pixels = (pipe.preprocess_image(picture) for picture in pictures)
         tiling: dict[str, Any] = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
-        return {"edit_latents": torch.stack([pipe.encode_images(picture, **tiling) for picture in pixels], dim=1)}
+        latents = [pipe.encode_images(picture, **tiling) for picture in pixels]
+        same = len({picture.size for picture in pictures}) == 1
+        return {"edit_latents": torch.stack(latents, dim=1) if same else latents}
 
 
 class QwenImageEditUnit_PromptEmbedder(PipelineUnit):
@@ -215,7 +217,7 @@ def model_fn_qwen_image_edit(
     dit: Any,
     latents: Tensor,
     timestep: Tensor,
-    edit_latents: Tensor,
+    edit_latents: EditLatents,
     prompt_embeds: Tensor,
     prompt_embeds_mask: Tensor | None = None,
     use_gradient_checkpointing: bool = False,
@@ -224,11 +226,15 @@ def model_fn_qwen_image_edit(
     """The velocity noise - x0, in the shape of `latents`: see `model_fn_qwen_image`.
 
     Args:
-        edit_latents: (B, pictures, C, h, w), clean; their tokens follow those of `latents`, and their outputs are cut.
+        edit_latents: (B, pictures, C, h, w), clean; of several sizes for each sample a list of (1, C, h, w), the sizes
+            alike in all samples. Their tokens follow those of `latents`, and their outputs are cut.
     """
     batch, _, height, width = latents.shape
     enable_checkpointing(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
-    pictures = [latents, *edit_latents.unbind(1)]
+    if isinstance(edit_latents, Tensor):
+        pictures = [latents, *edit_latents.unbind(1)]
+    else:
+        pictures = [latents, *(torch.cat(alike) for alike in zip(*edit_latents, strict=True))]
     prediction: Tensor = dit(
         hidden_states=torch.cat([pack_latents(picture) for picture in pictures], dim=1),
         timestep=timestep.expand(batch) / 1000,

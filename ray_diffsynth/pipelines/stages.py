@@ -182,6 +182,7 @@ def dataset_spec(
         picture_params=tuple(param for param in own if param not in pipe.video_params),
         parsers={**{column: file_list for param, column in columns.items() if param in files}, **task_columns},
         keep_size=keep_size,
+        target_sized=tuple(param for param in files if param not in pipe.reference_params),
         max_decode_bytes=int(config.max_decode_memory * 2**30),
         size=SizeRule(
             height=config.height,

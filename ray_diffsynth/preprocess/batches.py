@@ -10,6 +10,7 @@ from ray_diffsynth.cache.codec import CodecError
 from ray_diffsynth.cache.finite import all_finite
 from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.diffusion.out_of_memory import is_out_of_memory
+from ray_diffsynth.diffusion.transfer import map_tensors
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.base import BasePipeline, MissingModelError
 from ray_diffsynth.pipelines.graph import UnitGroup
@@ -104,17 +105,8 @@ def _checked(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | Failur
             why = f"{bad[0]} holds NaN or infinity; try --dtype float32, or look at the source"
             results.append(Failure(NonFiniteError.__name__, why))
         else:
-            results.append({name: _on_cpu(value) for name, value in values.items()})
+            results.append({name: map_tensors(torch.Tensor.cpu, value) for name, value in values.items()})
     return results
-
-
-def _on_cpu(value: Any) -> Any:
-    """The value with all its tensors on the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.cpu()
-    if type(value) in (list, tuple):
-        return type(value)(_on_cpu(item) for item in value)
-    return {key: _on_cpu(item) for key, item in value.items()} if type(value) is dict else value
 
 
 def _name(error: Exception) -> str:

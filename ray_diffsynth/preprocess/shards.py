@@ -52,6 +52,8 @@ def wanted_rows(group: GroupPlan, samples: Iterable[Sample], spec: SampleSpec) -
     """The rows of `group` that the samples need, in their order; first the empty caption, for caption dropout."""
     columns = {spec.columns[name] for name in group.inputs if name in spec.columns}
     params = [name for name in group.inputs if name in spec.file_params]
+    if any(name in spec.own_sized for name in params):  # their sizes stand in the bucket by their order
+        columns |= {spec.columns[name] for name in spec.own_sized}
     smallest = Bucket(16, 16)
     if group.caption_only:
         yield Wanted(group.key({"prompt": ""}), EMPTY_CAPTION, {spec.columns["prompt"]: ""}, ALL_SIZES, smallest)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ray_diffsynth.data.warnings import about
 from ray_diffsynth.diffusion.randomness import SampleKey
-from ray_diffsynth.diffusion.transfer import to_device
+from ray_diffsynth.diffusion.transfer import map_tensors, to_device
 from ray_diffsynth.pipelines.base import BasePipeline
 from ray_diffsynth.pipelines.stages import plan_stages, settings_of
 from ray_diffsynth.pipelines.unit import PipelineUnit, make_state, run_units
@@ -101,7 +101,7 @@ class DiffusionTrainingModule(nn.Module):
 
     def _on_device(self, row: Mapping[str, Any]) -> dict[str, Any]:
         device = self.pipe.device
-        return {name: to_device(v, device) if isinstance(v, torch.Tensor) else v for name, v in row.items()}
+        return {name: map_tensors(lambda tensor: to_device(tensor, device), value) for name, value in row.items()}
 
 
 def fix_unused(module: DiffusionTrainingModule, loss: torch.Tensor) -> list[str]:

@@ -20,6 +20,7 @@ from ray_diffsynth.data.metadata import Metadata, read_metadata
 from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, load_inputs, scan_file
 from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.data.warnings import about
+from ray_diffsynth.diffusion.transfer import map_tensors
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import SKETCH, part_sketch
 from ray_diffsynth.models.locate import ModelSource
@@ -88,7 +89,7 @@ class CacheSource:
 
     def _cast(self, value: Any) -> Any:
         # What a unit keeps in another dtype on purpose stays as it is.
-        return value.to(self._dtype) if isinstance(value, torch.Tensor) and value.dtype == self._encoded else value
+        return map_tensors(lambda tensor: tensor.to(self._dtype) if tensor.dtype == self._encoded else tensor, value)
 
 
 def check_manifest(

@@ -11,6 +11,7 @@ from PIL import Image
 from ray_diffsynth.pipelines import qwen_image_edit
 from ray_diffsynth.pipelines.base import PipelineError
 from ray_diffsynth.pipelines.qwen_image_edit import QwenImageEditPipeline, QwenImageEditPlusPipeline, scaled_size
+from ray_diffsynth.pipelines.unit import make_state, run_units
 from tests.families.cases import picture
 from tests.families.tiny.qwen_image_edit_plus import build
 
@@ -61,7 +62,33 @@ def test_errors_say_what_to_do(pipe: QwenImageEditPlusPipeline) -> None:
         one.pictures([picture(), picture()])
     with pytest.raises(PipelineError, match="holds 0 pictures"):
         pipe.pictures([])
-    with pytest.raises(PipelineError, match="several sizes.*32x48, 48x48"):
-        pipe.units[4].process(pipe, edit_image=[picture(32, 48), picture(48, 48)])
     with pytest.raises(PipelineError, match="stands for a picture"):
         pipe.encode_edit_prompt("a <|image_pad|>", [picture()])
+
+
+def test_pictures_of_several_sizes(pipe: QwenImageEditPlusPipeline) -> None:
+    """Each keeps its own; a batch of them is its samples one by one."""
+
+    def sample(seed: int) -> dict[str, Any]:
+        edit = [picture(32, 48, seed=seed), picture(64, 16, seed=seed + 1)]
+        inputs = {"input_image": picture(32, 32, seed=seed), "edit_image": edit, "prompt": "both", "height": 32}
+        inputs |= {"width": 32, **pipe.training_settings()}
+        (state,) = run_units(pipe.units, pipe, [make_state(pipe.units, inputs)])
+        return state.flat()
+
+    samples = [sample(1), sample(5)]
+    first, second = samples[0]["edit_latents"]
+    assert first.shape[-2:] == (4, 6) and second.shape[-2:] == (8, 2)
+    batch = pipe.collate(samples)
+
+    def predicted(batch: dict[str, Any]) -> torch.Tensor:
+        latents = batch["input_latents"]
+        return pipe.predict({**batch, "latents": latents, "timestep": torch.full((len(latents),), 500.0)})
+
+    with torch.no_grad():
+        whole = predicted(batch)
+        for index, one in enumerate(samples):
+            assert torch.allclose(whole[index], predicted(pipe.collate([one]))[0], atol=1e-5)
+    turned = [{**one, "edit_latents": one["edit_latents"][::-1]} for one in samples]
+    with torch.no_grad():
+        assert (predicted(pipe.collate(turned)) - whole).abs().max() > 1e-5
