@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-MAX_VALUE_BYTES = 2 << 30
-"""Of a value that is compressed; also what a page of Parquet can hold of one that is not."""
+MAX_VALUE_BYTES = (2 << 30) - (2 << 20)
+"""Of a value that is compressed, before and after; what a page of Parquet can hold behind the values before it."""
 _MAX_DIMENSIONS = 64
 _ZSTD_MAGIC = 0xFD2FB528
 _ZSTD_BLOCK = 128 << 10

@@ -32,6 +32,7 @@ from ray_diffsynth.cache.names import (
     leads_out,
     shard_path,
 )
+from ray_diffsynth.cache.schema import table_parameters, table_schema
 from ray_diffsynth.cache.store import (
     ForeignFileError,
     list_shards,
@@ -207,10 +208,11 @@ def _prune(cache: str, found: _Found, held: Lease, done: Repair) -> None:
 def _compact(cache: str, spec: GroupSpec, file: str, places: list[Place]) -> tuple[str, dict[tuple[int, int], Place]]:
     """A file with only the rows at `places`: its name, and where each row went. The file itself if it has no others."""
     path = shard_path(cache, spec.name, file)
-    with open_shard(path) as (parquet, header, _):
+    with open_shard(path, spec.parameters) as (parquet, header, _):
         if parquet.metadata.num_rows == len(places):
             return file, {}
         table = parquet.read()
+        table = table.cast(table_schema(table_parameters(table.schema)))  # whose offsets reach beyond 2 GiB
     # In the order of the table: places are sorted by row group and row.
     positions = [row_group * header["rows_per_group"] + row for row_group, row, _ in places]
     keys = [key for _, _, key in places]

@@ -14,9 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_diffsynth.cache.bounds import MAX_VALUE_BYTES
 from ray_diffsynth.cache.codec import check_codec
 from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError
+from ray_diffsynth.cache.layout import equal_groups, largest_cell, parquet_bytes
 from ray_diffsynth.cache.names import check_group, inside, is_shard, shard_path
 from ray_diffsynth.cache.row_warnings import Said, said
 from ray_diffsynth.cache.schema import KEY, row_views, table_from_rows, table_parameters, table_schema
@@ -91,7 +93,7 @@ def _as_table(
 ) -> pa.Table:
     if isinstance(rows, pa.Table):
         # Ray may hand on a table of another but equal layout (chunks, element names): back to the one on disk.
-        table = rows.combine_chunks().cast(table_schema(table_parameters(rows.schema)))
+        table = rows.cast(table_schema(table_parameters(rows.schema))).combine_chunks()
         for view in row_views(table):
             if not view.is_intact(codec):
                 raise CacheError(f"{where}: row {view.key} was damaged on its way, or not encoded with {codec}")
@@ -118,8 +120,9 @@ def write_shard(
 
     A table must come from `table_from_rows` with the same codec: its checksums are verified. `parameters` are the
     columns (default: those that the rows have, in order of appearance). One row group holds all rows unless
-    `rows_per_group` is given. Raises CacheError for no rows and none failed, repeated keys, or a checksum that does not
-    hold, UnsafeNameError for a `name` that is not 24 hexadecimal digits (see `shard_name`).
+    `rows_per_group` is given, or they are larger than a row group may be. Raises CacheError for no rows and none
+    failed, repeated keys, a checksum that does not hold or a value of more than 2 GiB; UnsafeNameError for a `name`
+    that is not 24 hexadecimal digits (see `shard_name`).
     """
     check_codec(codec)
     path = shard_path(cache, group, f"{name}.parquet")
@@ -130,17 +133,17 @@ def write_shard(
         raise CacheError(f"{path}: a shard needs at least one row, or one that failed")
     if repeated := sorted(key for key, count in Counter([*keys, *reasons]).items() if count > 1):
         raise CacheError(f"{path}: the key {repeated[0]} comes twice in one shard")
-    per_group = rows_per_group or max(len(keys), 1)
+    if (largest := largest_cell(table)) > MAX_VALUE_BYTES:
+        raise CacheError(
+            f"{path}: a value of {largest:,} bytes cannot be stored, only one of up to {MAX_VALUE_BYTES:,}; divide it"
+        )
+    per_group = rows_per_group or equal_groups(table)
     header: dict[str, Any] = {"version": SHARD_VERSION, "group": group, "bucket": bucket, "codec": codec}
     header |= {"rows_per_group": per_group, "failed": reasons}
     header |= {"warnings": warnings} if warnings else {}
     table = table.replace_schema_metadata({_METADATA: json.dumps(header, sort_keys=True)})
-    out = pa.BufferOutputStream()
     # Values are compressed already and each is its own: no dictionary, no compression, no min/max of whole latents.
-    pq.write_table(
-        table, out, row_group_size=per_group, compression="NONE", use_dictionary=False, write_statistics=[KEY]
-    )
-    data = out.getvalue()
+    data = parquet_bytes(table, per_group, compression="NONE", use_dictionary=False, write_statistics=[KEY])
     storage.write_bytes_atomic(path, data)
     return Shard(group, f"{name}.parquet", bucket, keys, data.size, codec, per_group, reasons, warnings or {})
 

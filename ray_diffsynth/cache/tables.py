@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_diffsynth.cache.errors import CacheError, UnreadableError, repair_advice
+from ray_diffsynth.cache.layout import parquet_bytes
 from ray_diffsynth.cache.names import inside
 from ray_diffsynth.data import storage
 from ray_diffsynth.data.parquet import open_parquet
@@ -16,9 +16,7 @@ from ray_diffsynth.data.parquet import open_parquet
 
 def table_bytes(table: pa.Table) -> pa.Buffer:
     """The table as a Parquet file."""
-    out = pa.BufferOutputStream()
-    pq.write_table(table, out, compression="zstd")
-    return out.getvalue()
+    return parquet_bytes(table, compression="zstd")
 
 
 def table_hash(data: bytes | pa.Buffer) -> str:
