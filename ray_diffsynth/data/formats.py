@@ -1,4 +1,4 @@
-"""Rows of a metadata file as it holds them: csv, json, jsonl, parquet, or a folder of pictures with captions in .txt.
+"""Rows of a metadata file as it holds them: csv, tsv, json, jsonl or parquet.
 
 Nothing is judged here but form: a row that cannot be read is passed on with the reason.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,10 @@ import pyarrow as pa
 
 from ray_diffsynth.data import storage
 from ray_diffsynth.data.parquet import open_parquet
+from ray_diffsynth.data.placeholders import HEAD, wrong_content
+from ray_diffsynth.data.text import TextError, decode_text
+from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.errors import UserError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-READ_THREADS = 16
-"""Captions, or tars, that are read at the same time."""
-VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".gif")
 
 
 class DatasetError(UserError):
@@ -63,19 +61,38 @@ def _read(path: str) -> bytes:
 
 def _text(path: str, data: bytes) -> str:
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DatasetError(f"{path} is not UTF-8 (line {line}, byte {error.start}); save it as UTF-8") from error
+        return decode_text(path, data)
+    except TextError as error:
+        raise DatasetError(f"{path} {error}") from error
 
 
 def _columns(rows: list[RawRow]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for row in rows for name in row.values or ()))
 
 
-def _csv_records(path: str, text: str) -> Iterator[tuple[int, list[str] | None, str]]:
+SEPARATORS: Mapping[str, str] = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def _separator(path: str, text: str) -> tuple[str, str]:
+    """What separates the fields of a csv, by its header, and the text below a first line `sep=;` as Excel writes it.
+
+    Commas, unless they give one column and just one other separator gives more; then it is warned of.
+    """
+    first, _, rest = text.partition("\n")
+    if re.fullmatch(r"sep=[,;|\t]\s*", first):
+        return first[4], rest
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    counts = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in SEPARATORS}
+    others = [mark for mark, count in counts.items() if mark != "," and count > 1]
+    if counts[","] > 1 or len(others) != 1:
+        return ",", text
+    warn("file_form", path, f"its columns are separated by {SEPARATORS[others[0]]}, read as such; commas are usual")
+    return others[0], text
+
+
+def _csv_records(path: str, text: str, separator: str) -> Iterator[tuple[int, list[str] | None, str]]:
     """(first line, fields, error) of every record that is not blank."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     while True:
         first = reader.line_num + 1
         try:
@@ -91,12 +108,27 @@ def _csv_records(path: str, text: str) -> Iterator[tuple[int, list[str] | None, 
             yield first, None, str(error)
             continue
         if fields:
+            fields[0] = fields[0].removeprefix("\ufeff")  # of a file that others were appended to
             yield first, fields, ""
 
 
 def read_csv(path: str) -> RawTable:
-    """Comma-separated, quoted with `"`, first record the header; UTF-8 with or without BOM."""
-    records = _csv_records(path, _text(path, _read(path)))
+    """Comma-separated, quoted with `"`, first record the header; UTF-8 with or without a byte order mark.
+
+    Semicolons, tabs or bars are read too where the header leaves no doubt, with a warning.
+    """
+    text = _text(path, _read(path))
+    separator, text = _separator(path, text)
+    return _csv_table(path, text, separator)
+
+
+def read_tsv(path: str) -> RawTable:
+    """As `read_csv`, with tabs."""
+    return _csv_table(path, _text(path, _read(path)), "\t")
+
+
+def _csv_table(path: str, text: str, separator: str) -> RawTable:
+    records = _csv_records(path, text, separator)
     _, header, error = next(records, (0, [], ""))
     if not header:
         raise DatasetError(f"{path} has no header line" + (f" ({error})" if error else ""))
@@ -109,10 +141,19 @@ def read_csv(path: str) -> RawTable:
         if fields is not None and len(fields) == len(columns):
             values = dict(zip(columns, fields, strict=True))
         elif fields is not None:
-            advice = "; quote a text that holds a comma" if len(fields) > len(columns) else ""
+            mark = SEPARATORS[separator].removesuffix("s")
+            advice = f"; quote a text that holds a {mark}" if len(fields) > len(columns) else ""
             error = f"{len(fields)} fields where the header has {len(columns)}{advice}"
         rows.append(RawRow(number, f"{path}:{line}", values, f"line {line}: {error}" if error else ""))
     return RawTable(tuple(columns), tuple(rows), null_words=True)
+
+
+def separator_advice(columns: Sequence[str]) -> str:
+    """What to do about a header whose names hold what may have been meant to separate them; else nothing."""
+    found = [name for mark, name in SEPARATORS.items() if mark != "," and any(mark in column for column in columns)]
+    return (
+        f"the header holds {found[0]}: separate the columns by commas, and quote texts that hold one; " if found else ""
+    )
 
 
 def _object_row(number: int, source: str, where: str, value: Any) -> RawRow:
@@ -126,6 +167,7 @@ def read_jsonl(path: str) -> RawTable:
     rows: list[RawRow] = []
     # Not splitlines: it also cuts at characters such as U+2028 that JSON strings may hold.
     for line, text in enumerate(_text(path, _read(path)).split("\n"), 1):
+        text = text.removeprefix("\ufeff")  # of a file that others were appended to
         if not text.strip():
             continue
         number, source = len(rows) + 1, f"{path}:{line}"
@@ -167,45 +209,18 @@ def read_parquet(path: str) -> RawTable:
         raise
     except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
         # ValueError: bytes that are no text, a date that Python has none for
-        raise DatasetError(f"{path} is not a readable Parquet file: {error}; write it again") from error
+        with storage.open_input(path) as file:
+            why = wrong_content(file.read(HEAD))
+        raise DatasetError(
+            f"{path} is {why}" if why else f"{path} is not a readable Parquet file: {error}; write it again"
+        ) from error
     rows = (RawRow(n, f"{path}#{n}", row) for n, row in enumerate(values, 1))
     return RawTable(tuple(columns), tuple(rows))
 
 
-def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
-    """Every picture below `folder` in order of its path, with the text of the `.txt` file of the same stem.
-
-    For the column "video", the videos too.
-    """
-    suffixes = (*IMAGE_SUFFIXES, *(VIDEO_SUFFIXES if file_column == "video" else ()))
-    names = storage.list_files(folder, suffix=(*suffixes, ".txt"), recursive=True)
-    captions = {name[: -len(".txt")]: name for name in names if name.lower().endswith(".txt")}
-
-    def row(number: int, name: str) -> RawRow:
-        values: dict[str, Any] = {file_column: name}
-        error = ""
-        if caption := captions.get(name.rpartition(".")[0]):
-            try:
-                values[text_column] = _text(caption, storage.read_bytes(storage.join(folder, caption))).strip()
-            except (DatasetError, OSError) as problem:
-                error = f"the caption file cannot be read: {problem}"
-        return RawRow(number, storage.join(folder, name), None if error else values, error)
-
-    pictures = [name for name in names if not name.lower().endswith(".txt")]
-    with ThreadPoolExecutor(READ_THREADS) as pool:  # a request each, on an object store
-        rows = list(pool.map(row, range(1, len(pictures) + 1), pictures))
-    if not rows:
-        raise DatasetError(
-            f"{folder} has neither a metadata file ({', '.join('metadata' + s for s in READERS)}) nor pictures "
-            f"({', '.join(dict.fromkeys(suffixes))}); check --dataset_base_path, or name the file with "
-            "--dataset_metadata_path"
-        )
-    absent = "is absent: there is no .txt file of the same stem beside the picture"
-    return RawTable((file_column, text_column), tuple(rows), absent_text=absent)
-
-
 READERS: Mapping[str, Callable[[str], RawTable]] = {
     ".csv": read_csv,
+    ".tsv": read_tsv,
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import re
 import struct
 import threading
 import time
@@ -20,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ray_diffsynth.data import storage
 from ray_diffsynth.data.color import profile_problem, raw_mode, to_srgb
+from ray_diffsynth.data.placeholders import HEAD, wrong_content
 from ray_diffsynth.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,13 @@ PASSING = (SourceUnavailable, SourceChanged)
 """Errors that are not the content's: the next run tries again."""
 
 
+def _of_windows(path: str) -> str:
+    """What to do about a path that only Windows knows; else nothing."""
+    if "\\" not in path and not re.search(r"(^|/)[A-Za-z]:/", path):
+        return ""
+    return "; it is a path of Windows: write it with / and relative to --dataset_base_path"
+
+
 def _fetched(path: str, read: Callable[[], T]) -> T:
     """What `read` returns, tried again where the storage fails. Raises MediaError, SourceUnavailable among them."""
     for attempt in range(1, READS + 1):
@@ -83,7 +92,7 @@ def _fetched(path: str, read: Callable[[], T]) -> T:
         except (UserError, MemoryError):
             raise
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise MediaError(path, "no such file") from error
+            raise MediaError(path, f"no such file{_of_windows(path)}") from error
         except IsADirectoryError as error:
             raise MediaError(path, "is a folder, not a picture") from error
         except PermissionError as error:
@@ -104,6 +113,8 @@ def fetch(path: str) -> bytes:
     data = _fetched(path, lambda: storage.read_bytes(path))
     if not data:
         raise MediaError(path, "the file is empty (0 bytes)")
+    if why := wrong_content(data[:HEAD]):
+        raise MediaError(path, f"is {why}")
     return data
 
 
@@ -137,6 +148,9 @@ def reading(path: str) -> Iterator[IO[bytes]]:
     with _fetched(path, lambda: storage.open_input(path)) as file:
         if file.size() == 0:
             raise MediaError(path, "the file is empty (0 bytes)")
+        if why := wrong_content(file.read(HEAD)):
+            raise MediaError(path, f"is {why}")
+        file.seek(0)
         watched = _Watched(cast("IO[bytes]", file))
         try:
             with decoding(path):

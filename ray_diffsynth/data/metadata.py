@@ -13,7 +13,10 @@ from typing import Any
 import pyarrow as pa
 
 from ray_diffsynth.data import storage
-from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable, read_folder
+from ray_diffsynth.data.folder import read_folder
+from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable, separator_advice
+from ray_diffsynth.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.data.webdataset import read_tars
 from ray_diffsynth.errors import did_you_mean
 
@@ -46,9 +49,16 @@ class Metadata:
 def resolve_file(base_path: str, value: str) -> str:
     """Path or URL of a file that a metadata row names: relative to `base_path`, absolute, or a URL.
 
-    A name stored in another Unicode normal form than the disk's (a dataset zipped on macOS) is found too.
+    A name stored in another Unicode normal form than the disk's (a dataset zipped on macOS) is found too, and one with
+    the backslashes of Windows.
     """
     path = storage.join(base_path, value)
+    if (
+        "\\" in value
+        and not storage.exists(path)
+        and storage.exists(other := storage.join(base_path, value.replace("\\", "/")))
+    ):
+        return other
     if not storage.is_remote(path) and not os.path.exists(path):
         for form in ("NFC", "NFD"):
             other = storage.join(base_path, unicodedata.normalize(form, value))
@@ -81,7 +91,13 @@ def _tars(base_path: str, metadata_path: str | None, path: str | None) -> list[s
         return [found] if path.lower().endswith(".tar") and not storage.is_folder(path) else []
     if base_path.lower().endswith(".tar") and not storage.is_folder(base_path):
         return [storage.absolute(base_path)]
-    return storage.list_files(base_path, suffix=".tar")
+    names = storage.list_files(base_path)
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    if tars:
+        loose = [name for name in names if name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))]
+        for name in loose:
+            warn("file_left_out", name, "it lies beside tars, which are the dataset; put it in a folder of its own")
+    return tars
 
 
 def _read(
@@ -108,7 +124,8 @@ def _check_columns(path: str, raw: RawTable, required: Sequence[str]) -> None:
     for column in required:
         if column not in raw.columns:
             raise DatasetError(
-                f"{path} has no column {column!r}; its columns are {', '.join(raw.columns)}; rename one, or choose "
+                f"{path} has no column {column!r}; its columns are {', '.join(raw.columns)}; "
+                f"{separator_advice(raw.columns)}rename one, or choose "
                 f"others with --data_file_keys; {did_you_mean(column, raw.columns)}"
             )
     if "sample_id" in raw.columns:

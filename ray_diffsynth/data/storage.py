@@ -246,10 +246,28 @@ def is_temporary(name: str) -> bool:
     return bool(_TEMPORARY.match(posixpath.basename(name)))
 
 
-def list_files(folder: str, *, suffix: str | tuple[str, ...] = "", recursive: bool = False) -> list[str]:
-    """Files in `folder`, as sorted paths relative to it with `/`; hidden ones (and unfinished writes) are left out.
+_HIDDEN = re.compile(r"(^|/)\.")
+_IN_HIDDEN_FOLDER = re.compile(r"(^|/)\.[^/]*/")
 
-    An absent folder holds no files. `suffix` is compared without regard to case.
+
+def is_hidden(name: str) -> bool:
+    """Whether a path relative to a listed folder has a part that begins with a dot."""
+    return bool(_HIDDEN.search(name))
+
+
+def list_files(
+    folder: str,
+    *,
+    suffix: str | tuple[str, ...] = "",
+    recursive: bool = False,
+    hidden: bool = False,
+    follow_links: bool = False,
+) -> list[str]:
+    """Files in `folder`, as sorted paths relative to it with `/`; an absent folder holds no files.
+
+    Hidden files (and unfinished writes) are left out without `hidden`, what is in hidden folders always. `suffix` is
+    compared without regard to case. `follow_links`: links to folders are gone into too, each folder once: not those
+    that lie in `folder` anyway.
     """
     suffixes = tuple(s.lower() for s in ((suffix,) if isinstance(suffix, str) else suffix))
     found: list[str] = []
@@ -262,12 +280,30 @@ def list_files(folder: str, *, suffix: str | tuple[str, ...] = "", recursive: bo
         found = [path[len(root) :] for path in paths if path.startswith(root)]
     else:
         root = os.path.abspath(_local(folder))
-        for parent, folders, names in os.walk(root):
-            folders[:] = [name for name in folders if not name.startswith(".")] if recursive else []
+        here = os.path.realpath(root)
+        gone_into: set[str] = set()
+        for parent, folders, names in os.walk(root, followlinks=follow_links):
+            folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
+            if follow_links:
+                folders[:] = [name for name in folders if _is_new(os.path.join(parent, name), here, gone_into)]
             inside = os.path.relpath(parent, root)
             found += [name if inside == "." else f"{inside.replace(os.sep, '/')}/{name}" for name in names]
-    hidden = re.compile(r"(^|/)\.")
-    return sorted(name for name in found if name.lower().endswith(suffixes) and not hidden.search(name))
+    left_out = _IN_HIDDEN_FOLDER if hidden else _HIDDEN
+    return sorted(name for name in found if name.lower().endswith(suffixes) and not left_out.search(name))
+
+
+def _is_new(folder: str, root: str, gone_into: set[str]) -> bool:
+    """Whether a folder, or what a link leads to, is not listed by another path; a link that leads back never is."""
+    real = os.path.realpath(folder)
+    if os.path.islink(folder):
+        inside = os.path.relpath(real, root).replace(os.sep, "/")
+        above = f"{root}{os.sep}".startswith(f"{real.rstrip(os.sep)}{os.sep}")
+        if above or not is_hidden(inside):  # "..", what lies outside, begins with a dot too
+            return False
+    if real in gone_into:
+        return False
+    gone_into.add(real)
+    return True
 
 
 def file_sizes(folder: str) -> dict[str, int]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ray_diffsynth.data.formats import VIDEO_SUFFIXES
 from ray_diffsynth.data.media import MAX_DECODE_BYTES, MediaError, check_decode_bytes, reading
+from ray_diffsynth.data.suffixes import VIDEO_SUFFIXES
 from ray_diffsynth.errors import UserError
 
 # Signs of a display matrix (a b / c d), which takes x, y to a*x + c*y, b*x + d*y, y downwards.

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 WHAT: Mapping[str, str] = {
     "caption_cut": "captions longer than the text encoder reads, and cut",
+    "file_form": "files of another form than is usual, read as they are meant",
+    "file_left_out": "files that look like part of the dataset, and were left out",
+    "caption_alone": "caption files without a picture, left out",
     "batch_halved": "batches that did not fit into memory, and were halved",
 }
 """Kind -> what happened, for people. A new kind is a line here."""
@@ -80,7 +83,9 @@ class DataWarnings:
             kind: {
                 "what": WHAT[kind],
                 "count": len(found),
-                "samples": [{"sample_id": name, "detail": detail} for name, detail in list(found)[:LISTED]],
+                "samples": [
+                    {"sample_id": printable(name), "detail": printable(detail)} for name, detail in list(found)[:LISTED]
+                ],
             }
             for kind, found in self._sorted()
         }

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 import tarfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, cast
 
 from ray_diffsynth.data import storage
-from ray_diffsynth.data.formats import IMAGE_SUFFIXES, READ_THREADS, VIDEO_SUFFIXES, DatasetError, RawRow, RawTable
+from ray_diffsynth.data.folder import on_threads
+from ray_diffsynth.data.formats import DatasetError, RawRow, RawTable
+from ray_diffsynth.data.placeholders import HEAD, wrong_content
+from ray_diffsynth.data.suffixes import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, VIDEO_SUFFIXES, why_unreadable
+from ray_diffsynth.data.text import decode_text
+from ray_diffsynth.data.warnings import warn
 
 _MEDIA = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+_OWN = re.compile(r"__[^/]*__($|/)")
+"""Beginnings of names that WebDataset keeps for itself, such as `__meta__/index.json`: no samples."""
 
 
 def read_tars(base_path: str, names: Sequence[str], file_column: str, text_column: str) -> RawTable:
     """The samples of the tars `names` (relative to `base_path`), in their order; only headers and texts are read.
 
     A member is named `<stem>.<extension>`. Of a sample, the picture or video is `file_column`, `.txt` is `text_column`,
-    the values of `.json` are columns of their names, and `<stem>.<column>.<suffix>` is a further file of that column. A
+    the values of `.json` are columns of their names, and `<stem>.<column>.<suffix>` is a further file of that column.
+    Members named `__x__…` are not samples, by WebDataset's rule. Pictures of a form that is not read are warned of. A
     tar that cannot be read to its end gives what it has, and a row that says so.
     """
     rows: list[RawRow] = []
     columns: dict[str, None] = {file_column: None, text_column: None}
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        tars = list(
-            pool.map(lambda name: _read_tar(storage.join(base_path, name), name, file_column, text_column), names)
-        )
+    tars = on_threads(lambda name: _read_tar(storage.join(base_path, name), name, file_column, text_column), names)
     for name, (samples, problem) in zip(names, tars, strict=True):
         for stem, (values, error) in samples.items():
             rows.append(RawRow(len(rows) + 1, f"{name}/{stem}", None if error else values, error))
@@ -51,6 +56,11 @@ def _read_tar(path: str, name: str, file_column: str, text_column: str) -> tuple
             for member in archive:
                 if not member.isfile() or posixpath.basename(member.name).startswith("."):
                     continue
+                if _OWN.match(member.name):
+                    continue
+                if member.name.lower().endswith(UNREADABLE_SUFFIXES):
+                    warn("file_left_out", f"{name}/{member.name}", why_unreadable(member.name))
+                    continue
                 folder, base = posixpath.split(member.name)
                 stem, _, extension = base.partition(".")
                 values, error = samples.get(stem := posixpath.join(folder, stem), ({}, ""))
@@ -67,8 +77,20 @@ def _read_tar(path: str, name: str, file_column: str, text_column: str) -> tuple
     except FileNotFoundError as error:
         raise DatasetError(f"the tar {path} does not exist; check --dataset_base_path") from error
     except (OSError, tarfile.TarError) as error:
+        if why := _wrong_content(path):
+            return samples, f"{name} is {why}"
         return samples, f"{name} cannot be read to its end ({error}); {len(samples)} samples were found"
-    return samples, ""
+    # `__meta__.json` describes the tar too.
+    return {stem: row for stem, row in samples.items() if not _OWN.match(stem) or file_column in row[0]}, ""
+
+
+def _wrong_content(path: str) -> str | None:
+    """What a file that is no tar is instead, if that can be told."""
+    try:
+        with storage.open_input(path) as file:
+            return wrong_content(file.read(HEAD))
+    except OSError:
+        return None
 
 
 def _values(
@@ -81,7 +103,7 @@ def _values(
     content = archive.extractfile(member) if extension in ("txt", "json") else None
     if content is None:
         return {}
-    text = content.read().decode("utf-8-sig")
+    text = decode_text(member.name, content.read())
     if extension == "txt":
         return {text_column: text.strip()}
     values = json.loads(text)

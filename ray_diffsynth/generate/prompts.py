@@ -13,6 +13,7 @@ from ray_diffsynth.data import storage
 from ray_diffsynth.data.formats import READERS, DatasetError
 from ray_diffsynth.data.metadata import resolve_file
 from ray_diffsynth.data.samples import file_list
+from ray_diffsynth.data.text import TextError, decode_text
 from ray_diffsynth.errors import UserError, did_you_mean
 from ray_diffsynth.pipelines.base import BasePipeline
 
@@ -72,9 +73,9 @@ def _read(path: str, pictures: Collection[str]) -> list[Prompt]:
         raise DatasetError(f"{path} does not exist; check --prompt_path")
     if suffix == ".txt":
         try:
-            text = storage.read_bytes(path).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DatasetError(f"{path} is no UTF-8 text ({error}); save it as UTF-8, one prompt a line") from error
+            text = decode_text(path, storage.read_bytes(path))
+        except TextError as error:
+            raise DatasetError(f"{path} {error}; it must hold one prompt a line") from error
         found = [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
     elif suffix in READERS:
         raw = READERS[suffix](path)

@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
+from ray_diffsynth.printable import printable
 from ray_diffsynth.report.charts import bar_chart
 from ray_diffsynth.report.document import plain, write_text
 from ray_diffsynth.report.load import load_lines
@@ -53,6 +54,7 @@ def render(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_finalized,
     )
     environment.filters.update(number=number, size=size, duration=duration)
     charts = {"train": lambda: training_charts(metrics), "preprocess": lambda: preprocess_charts(content)}
@@ -66,6 +68,11 @@ def render(
         options=options(content["config"], CONFIGS[job]),
         load=load_lines(content, output_path),
     )
+
+
+def _finalized(value: Any) -> Any:
+    """Whatever text comes into the page: without control characters, which HTML does not take. Charts are whole."""
+    return printable(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def lookup(report: Mapping[str, Any], key: str) -> Any:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.storage import is_remote, join, write_bytes_atomic
+from ray_diffsynth.data.text import TextError, decode_text
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.training.sample_grids import SAMPLES_FOLDER, Shown, encode, grid, grid_name
 from ray_diffsynth.training.setup import Setup, TrainingError
@@ -40,9 +41,11 @@ def read_prompts(given: str) -> list[str]:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"--validation_prompts {path} cannot be read: {error}; save it as UTF-8 text") from error
+        return decode_text(path, Path(path).read_bytes())
+    except TextError as error:
+        raise TrainingError(f"--validation_prompts {path} {error}") from error
+    except OSError as error:
+        raise TrainingError(f"--validation_prompts {path} cannot be read: {error}") from error
 
 
 def check_models(setup: Setup) -> None:

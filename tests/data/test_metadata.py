@@ -203,7 +203,7 @@ def test_unusable_files(tmp_path: Path) -> None:
     fails(tmp_path, "list of objects", "m.json", '{"image": "a"}')
     fails(tmp_path, "no readable row; the first: line 1 is not JSON", "m.jsonl", "{broken")
     fails(tmp_path, "not a readable Parquet", "m.parquet", b"PAR1")
-    fails(tmp_path, "supported are .csv, .json, .jsonl, .parquet", "m.xlsx", b"x")
+    fails(tmp_path, "supported are .csv, .tsv, .json, .jsonl, .parquet", "m.xlsx", b"x")
     for name in ("absent.csv", "absent.parquet"):
         with pytest.raises(DatasetError, match="does not exist; check --dataset_metadata_path"):
             read_metadata(str(tmp_path), str(tmp_path / name))

@@ -80,6 +80,18 @@ def test_warnings_are_counted_and_the_first_are_named() -> None:
     assert "Warnings" not in Dom(train_page(warnings={})[1]).text
 
 
+def test_control_characters_are_escaped_wherever_text_comes_into_the_page() -> None:
+    text = "one\0two\x1b[2J\u2028\ud800\u202e and 🧑\u200d🚀\nline"
+    pictures = [Picture(b"", text, text)]
+    report, page = preprocess_page(pictures)
+    report["quarantine"]["first"][0]["message"] = text
+    report["config"]["output_path"] = text
+    page = render(report, pictures=pictures, output_path=text)
+    assert page.encode().decode() == page
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u2028\u202e\ud800]", page)
+    assert page.count(r"one\x00two\x1b[2J\u2028\ud800\u202e and 🧑\u200d🚀".replace(r"\u200d", "\u200d")) >= 4
+
+
 def test_a_run_without_steps_or_lora_has_a_page() -> None:
     report = make_report(
         counts={"steps": 0, "steps_total": 4},

@@ -1,0 +1,100 @@
+"""A folder of pictures or videos with captions in `.txt` files beside them, as rows; what is left out is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+from ray_diffsynth.data import storage
+from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable
+from ray_diffsynth.data.suffixes import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, VIDEO_SUFFIXES, why_unreadable
+from ray_diffsynth.data.text import TextError, decode_text
+from ray_diffsynth.data.warnings import warn
+
+READ_THREADS = 16
+"""Captions, or tars, that are read at the same time."""
+CAPTION = ".txt"
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def on_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """The results in order (on an object store each is a request); warnings come to the caller's collection."""
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        futures = [pool.submit(copy_context().run, function, item) for item in items]
+        return [future.result() for future in futures]
+
+
+def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
+    """Every picture below `folder` in order of its path, with the text of the `.txt` file of the same stem.
+
+    For the column "video", the videos too. Links to folders are followed. Files that look like pictures or videos, or
+    have a caption, and cannot be used are warned of. Raises DatasetError for a folder without any picture.
+    """
+    suffixes = (*IMAGE_SUFFIXES, *(VIDEO_SUFFIXES if file_column == "video" else ()))
+    names = storage.list_files(folder, recursive=True, hidden=True, follow_links=True)
+    seen = [name for name in names if not storage.is_hidden(name)]
+    captions = {name[: -len(CAPTION)]: name for name in seen if name.lower().endswith(CAPTION)}
+
+    def row(item: tuple[int, str]) -> RawRow:
+        number, name = item
+        values: dict[str, Any] = {file_column: name}
+        error = ""
+        if caption := captions.get(name.rpartition(".")[0]):
+            try:
+                values[text_column] = decode_text(caption, storage.read_bytes(storage.join(folder, caption))).strip()
+            except TextError as problem:
+                error = f"the caption file cannot be read: {caption} {problem}"
+            except OSError as problem:
+                error = f"the caption file cannot be read: {problem}"
+        return RawRow(number, storage.join(folder, name), None if error else values, error)
+
+    pictures = [name for name in seen if name.lower().endswith(suffixes)]
+    warn_of_left_out(names, suffixes, captions)
+    rows = on_threads(row, enumerate(pictures, 1))
+    if not rows:
+        raise DatasetError(
+            f"{folder} has neither a metadata file ({', '.join('metadata' + s for s in READERS)}) nor pictures "
+            f"({', '.join(dict.fromkeys(suffixes))}); {_what_is_there(names)}check --dataset_base_path, or name the "
+            "file with --dataset_metadata_path"
+        )
+    absent = "is absent: there is no .txt file of the same stem beside the picture"
+    return RawTable((file_column, text_column), tuple(rows), absent_text=absent)
+
+
+def _what_is_there(names: Sequence[str]) -> str:
+    strange = [name for name in names if name.lower().endswith((*UNREADABLE_SUFFIXES, *VIDEO_SUFFIXES))]
+    return f"it has {strange[0]} ({len(strange)} such files), which is not read here; " if strange else ""
+
+
+def warn_of_left_out(names: Sequence[str], read: tuple[str, ...], captions: Iterable[str] = ()) -> None:
+    """Warn of files (`names`, hidden ones too) that look like pictures or videos, or have a caption, and are not read.
+
+    read: suffixes of the files that are read. captions: stems of the caption files.
+    """
+    captions = set(captions)
+    alone = set(captions)
+    for name in names:
+        lower, stem = name.lower(), name.rpartition(".")[0]
+        if storage.is_hidden(name):
+            if lower.endswith((*read, *UNREADABLE_SUFFIXES, *VIDEO_SUFFIXES)):
+                warn("file_left_out", name, "hidden: its name begins with a dot")
+            continue
+        if lower.endswith(CAPTION):
+            continue
+        alone.discard(stem)
+        if lower.endswith(read):
+            continue
+        if lower.endswith(VIDEO_SUFFIXES):
+            warn("file_left_out", name, "a video, where pictures are trained on")
+        elif lower.endswith(UNREADABLE_SUFFIXES):
+            warn("file_left_out", name, why_unreadable(name))
+        elif lower.endswith(".tar"):
+            warn("file_left_out", name, "a tar in a folder of pictures; name it by --dataset_metadata_path")
+        elif stem in captions:
+            warn("file_left_out", name, "it has a caption, but its ending is that of no known picture; rename it")
+    for stem in sorted(alone):
+        warn("caption_alone", f"{stem}{CAPTION}", "")
