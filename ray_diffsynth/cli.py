@@ -25,11 +25,13 @@ from jsonargparse import ArgumentParser
 
 from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
 from ray_diffsynth.console import prepare_process
-from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, DECIDED_BY_STUDENT, NO_EFFECT, REFUSED
+from ray_diffsynth.diffsynth_flags import NO_EFFECT, REFUSED
 from ray_diffsynth.errors import ConfigError, UserError, nearest
 from ray_diffsynth.job_config import JobConfig
+from ray_diffsynth.option_effects import without_effect
 from ray_diffsynth.output_path import check_output_path
 from ray_diffsynth.system_errors import explain
+from ray_diffsynth.yaml_config import read_options, read_value
 
 C = TypeVar("C", bound=JobConfig)
 
@@ -93,18 +95,16 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = prog or Path(sys.argv[0]).name
     try:
-        arguments, given = _arguments(config_class, argv)
-        values = vars(_make_parser(config_class, prog).parse_args(arguments))
+        arguments, given, mappings = _arguments(config_class, argv)
+        values = vars(_make_parser(config_class, prog).parse_args(arguments)) | mappings
         config = config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
         check_output_path(config.output_path, writes=not getattr(config, "dry_run", False))
     except ConfigError as error:
         _refuse(prog, str(error))
-    if isinstance(config, TrainConfig) and config.reads_cache:
-        for name in sorted(given & DECIDED_BY_CACHE.keys()):
-            _note(name, DECIDED_BY_CACHE[name])
-    if isinstance(config, TrainConfig) and config.task.startswith("direct_distill"):
-        for name in sorted(given & DECIDED_BY_STUDENT.keys()):
-            _note(name, DECIDED_BY_STUDENT[name])
+    if not isinstance(config, GenerateConfig):
+        for name, effect in without_effect(config, sorted(given)):
+            if effect.noted:
+                _note(name, effect.reason)
     return config
 
 
@@ -200,14 +200,17 @@ def _sentences(config_class: type[JobConfig]) -> dict[str, str]:
     return sentences
 
 
-def _arguments(config_class: type[JobConfig], argv: list[str]) -> tuple[list[str], set[str]]:
-    """``argv`` without the options that have no effect here, and the names of the fields that are given.
+def _arguments(config_class: type[JobConfig], argv: list[str]) -> tuple[list[str], set[str], dict[str, Any]]:
+    """``argv`` without the options that have no effect here, the names of the fields that are given, and the values of
+    those that may hold anything: of their texts jsonargparse would make numbers again.
 
     A bare boolean flag gets its ``true``, and a YAML file is read and checked here, to be handed on as JSON.
     """
     hints = get_type_hints(config_class)
     arguments: list[str] = []
     given: set[str] = set()
+    mappings: dict[str, Any] = {}
+    free = {name for name, hint in hints.items() if "Any" in str(hint)}
     for flag, value in _flags(argv):
         name = flag.removeprefix("--")
         if not flag.startswith("--") or name in ("help", "print_config"):
@@ -217,13 +220,19 @@ def _arguments(config_class: type[JobConfig], argv: list[str]) -> tuple[list[str
                 raise ConfigError("--config needs the path of a YAML file")
             settings = _read_yaml(config_class, value)
             given |= settings.keys()
+            mappings |= {name: value for name, value in settings.items() if name in free and isinstance(value, dict)}
             arguments += ["--config", _as_json(settings, value)]
         elif _is_field(config_class, name.split(".")[0], name, flag):
             given.add(name)
             if value is None and hints.get(name) is bool:
                 value = "true"
+            elif value is not None:
+                value, mapping = read_value(name, hints.get(name), value)
+                if name.split(".")[0] in free:
+                    mappings.pop(name.split(".")[0], None)
+                    mappings |= {name: mapping} if mapping is not None else {}
             arguments += [flag] if value is None else [f"{flag}={value}"]
-    return arguments, given
+    return arguments, given, mappings
 
 
 def _flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -242,8 +251,11 @@ def _flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
 
 def _read_yaml(config_class: type[JobConfig], path: str) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    # ValueError: not UTF-8, or a date that is none; RecursionError: nested without end.
+        text = Path(path).read_text(encoding="utf-8-sig")
+        settings = read_options(text, get_type_hints(config_class))
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    # ValueError: not UTF-8; RecursionError: nested without end.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}; mend the file") from error
     if settings is None:

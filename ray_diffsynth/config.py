@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 from ray_diffsynth.errors import ConfigError, did_you_mean
 from ray_diffsynth.generate_config import GenerateConfig as GenerateConfig
 from ray_diffsynth.job_config import JobConfig, JobName
+from ray_diffsynth.option_effects import check_effects, resolve_defaults
 from ray_diffsynth.train_options import TrainOptions, worker_range
 
 
@@ -208,21 +209,21 @@ class TrainConfig(TrainOptions, CommonConfig):
     """What to do: sft:train from a cache, sft from pictures without one, direct_distill:train or direct_distill."""
     dataset_repeat: int = 1
     """How often every sample is seen in one epoch."""
-    learning_rate: float = 1e-4
-    """Learning rate of AdamW."""
+    learning_rate: float | None = None
+    """Learning rate; when not given 1e-4 for AdamW, and customized_optimizer's own default."""
     num_epochs: int | None = None
     """Passes over the data, each dataset_repeat times as long as the data; 1 when max_steps is not given either."""
     max_steps: int | None = None
     """Optimizer steps, in as many passes as they take; with num_epochs the smaller of the two ends the run."""
-    weight_decay: float = 0.01
-    """Weight decay of AdamW."""
+    weight_decay: float | None = None
+    """Weight decay; when not given 0.01 for AdamW, and customized_optimizer's own default."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     lora_target_modules: str | None = None
     """Comma-separated layer names that get a LoRA, or re:<regular expression>; the family's list when not given. For
     several models dit=to_q,to_k;text_encoder=q_proj,v_proj."""
-    lora_rank: int = 32
-    """Rank of the LoRA."""
+    lora_rank: int | None = None
+    """Rank of the LoRA; 32 when not given."""
     lora_alpha: float | None = None
     """Scale of the LoRA times its rank; the rank itself when not given."""
     lora_checkpoint: str | None = None
@@ -258,7 +259,12 @@ class TrainConfig(TrainOptions, CommonConfig):
     def __post_init__(self) -> None:
         """Check what the base does not, see there."""
         super().__post_init__()
-        if not self.learning_rate > 0:
+        worker_range(self.num_workers)
+        if self.use_gradient_checkpointing_offload:
+            object.__setattr__(self, "use_gradient_checkpointing", True)
+        check_effects(self)
+        resolve_defaults(self)
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise ConfigError(f"learning_rate={self.learning_rate} trains nothing; use a number above 0, e.g. 1e-4")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise ConfigError(f"lora_alpha={self.lora_alpha} switches the LoRA off; use a number above 0")
@@ -268,15 +274,11 @@ class TrainConfig(TrainOptions, CommonConfig):
                 f"min_timestep_boundary={low} and max_timestep_boundary={high} enclose nothing; "
                 "use fractions with 0 <= min < max <= 1"
             )
-        if self.preset_lora_model and not self.preset_lora_path:
-            raise ConfigError("preset_lora_model is given without preset_lora_path; give the file too, or neither")
         if self.preset_lora_path and not self.preset_lora_model:
             object.__setattr__(self, "preset_lora_model", (*self.lora_models, "dit")[0])
         self._check_loras()
         self.check_options()
-        worker_range(self.num_workers)
-        if self.use_gradient_checkpointing_offload:
-            object.__setattr__(self, "use_gradient_checkpointing", True)
+        self._check_optimisation()
         if not self.resume:
             raise ConfigError("resume is empty; use auto, never, or the folder of a checkpoint")
 
@@ -306,6 +308,15 @@ class TrainConfig(TrainOptions, CommonConfig):
         one = len(self.lora_models) == 1
         paths = (self.lora_checkpoint,) if one and self.lora_checkpoint else split_names(self.lora_checkpoint)
         return dict(zip(self.lora_models, paths, strict=bool(paths)))
+
+    def _check_optimisation(self) -> None:
+        if "weight_decay" in (self.optimizer_arguments or {}) and self.weight_decay is not None:
+            raise ConfigError("weight_decay is given twice, also in optimizer_arguments; leave one of them out")
+        if self.max_steps is not None and self.lr_warmup_steps >= self.max_steps:
+            raise ConfigError(
+                f"lr_warmup_steps={self.lr_warmup_steps} leaves nothing of max_steps={self.max_steps}: the learning "
+                "rate would never be reached; warm up for fewer steps, or train longer"
+            )
 
     def _check_loras(self) -> None:
         models = self.lora_models

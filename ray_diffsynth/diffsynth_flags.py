@@ -42,26 +42,3 @@ REFUSED: dict[str, str] = {
     "tokenizer_1_path": "the tokenizer is read from the model's folder, see --model",
     "tokenizer_2_path": "the tokenizer is read from the model's folder, see --model",
 }
-
-# What a cache already decides: given to sft:train, these fields of the configuration do nothing.
-DECIDED_BY_CACHE: dict[str, str] = {
-    "data_file_keys": "the cache was made from these columns in preprocess",
-    "dataset_metadata_path": "the cache has an index of its own",
-    "extra_inputs": "the cache holds the inputs that preprocess was given",
-    "height": "the cache holds encoded pictures, whose size is fixed",
-    "fps": "the cache holds encoded videos, whose frames are fixed",
-    "max_pixels": "the cache holds encoded pictures, whose size is fixed",
-    "num_frames": "the cache holds encoded videos, whose frames are fixed",
-    "resolution": "the cache holds encoded pictures, whose size is fixed",
-    "width": "the cache holds encoded pictures, whose size is fixed",
-}
-
-# What direct_distill decides itself: it runs the student's whole sampling schedule, and draws no timestep.
-_WHOLE = "direct_distill runs every step of the student's schedule"
-DECIDED_BY_STUDENT: dict[str, str] = dict.fromkeys(
-    (
-        *("loss_weighting", "min_timestep_boundary", "max_timestep_boundary", "timestep_sampling", "logit_mean"),
-        *("logit_std", "mode_scale", "timestep_shift"),
-    ),
-    _WHOLE,
-)

@@ -20,7 +20,7 @@ import yaml
 
 from ray_diffsynth.cli import find_user_error, main, parse
 from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
-from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, DECIDED_BY_STUDENT, NO_EFFECT, REFUSED
+from ray_diffsynth.diffsynth_flags import NO_EFFECT, REFUSED
 from ray_diffsynth.errors import ConfigError, UserError
 from ray_diffsynth.job_config import JobConfig
 from ray_diffsynth.progress import Progress
@@ -147,17 +147,23 @@ def test_what_the_cache_decides_is_noted_only_with_a_cache(capsys: pytest.Captur
     parse(TrainConfig, sizes)
     assert notes(capsys.readouterr().err) == {"height", "width", "max_pixels", "dataset_metadata_path"}
     parse(TrainConfig, [*sizes, "--task", "sft"])
+    assert notes(capsys.readouterr().err) == {"max_pixels"}  # beside a fixed size
+    parse(TrainConfig, [*GIVEN, *sizes[-4:], "--task", "sft"])
     assert notes(capsys.readouterr().err) == set()
-    assert {f.name for f in dataclasses.fields(TrainConfig)} >= set(DECIDED_BY_CACHE)
 
 
-def test_what_the_student_decides_is_noted_only_for_direct_distill(capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = [*GIVEN, "--loss_weighting", "none", "--max_timestep_boundary", "0.5"]
-    parse(TrainConfig, [*chosen, "--task", "direct_distill"])
-    assert notes(capsys.readouterr().err) == {"loss_weighting", "max_timestep_boundary"}
-    parse(TrainConfig, chosen)
+def test_what_the_student_decides_is_noted_or_refused_only_for_direct_distill(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The flag of DiffSynth-Studio is accepted; an option of ours would be ignored."""
+    boundary = [*GIVEN, "--max_timestep_boundary", "0.5"]
+    parse(TrainConfig, [*boundary, "--task", "direct_distill"])
+    assert notes(capsys.readouterr().err) == {"max_timestep_boundary"}
+    weighting = [*GIVEN, "--loss_weighting", "none"]
+    error = refusal(TrainConfig, [*weighting, "--task", "direct_distill"], capsys)
+    assert "loss_weighting: direct_distill runs every step" in error
+    parse(TrainConfig, [*boundary, *weighting[-2:]])
     assert notes(capsys.readouterr().err) == set()
-    assert {f.name for f in dataclasses.fields(TrainConfig)} >= set(DECIDED_BY_STUDENT)
 
 
 def test_generate_has_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:

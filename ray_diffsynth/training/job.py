@@ -39,7 +39,7 @@ from ray_diffsynth.training.elastic import nodes as machines
 from ray_diffsynth.training.failure import WorkerError, is_lost_connection, reason
 from ray_diffsynth.training.loop import train
 from ray_diffsynth.training.metrics import TrainingProgress
-from ray_diffsynth.training.optim import optimizer_class
+from ray_diffsynth.training.optim import customized
 from ray_diffsynth.training.ray_worker import (
     POLL_SECONDS,
     Collector,
@@ -132,7 +132,7 @@ def check_files(config: TrainConfig, *, going_on: bool) -> None:
         check_lora_file(path)
     check_trackers(config)
     if config.customized_optimizer:
-        optimizer_class(config.customized_optimizer)
+        customized(config.customized_optimizer, config)
 
 
 def worker_group(config: TrainConfig) -> Group:

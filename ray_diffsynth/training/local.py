@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -15,6 +16,8 @@ from ray_diffsynth.training.setup import TrainingError
 from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.summary import finish
 
+logger = logging.getLogger(__name__)
+
 
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train in this process; rank 0 returns what it wrote into report.json, the others nothing.
@@ -25,6 +28,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     context = LocalContext()
     if threading.current_thread() is threading.main_thread():
         context.catch_sigterm()
+    for name in ("resources", "ray_address", "sample_resources"):
+        if context.world_rank == 0 and getattr(config, name) is not None:
+            logger.warning("--%s has no effect here: this run is without Ray", name)
     if config.resume != "auto" and context.world_size > 1:
         raise TrainingError(
             f"--resume {config.resume} does not work under torchrun, where every process starts alike; use "

@@ -39,6 +39,7 @@ from ray_diffsynth.training.nonfinite import Seen, dump_not_finite
 from ray_diffsynth.training.observe import SIGMA_BUCKETS, StepOutcome, StepSums, Window
 from ray_diffsynth.training.optim import (
     OptimizerError,
+    base_learning_rate,
     depends_on_length,
     learning_rate,
     make_optimizer,
@@ -125,6 +126,11 @@ class _Run:
         self.total = total_steps(config.num_epochs, config.max_steps, self.per_epoch)
         if config.num_epochs is not None and config.max_steps is not None:
             self._say(describe_length(config.num_epochs, config.max_steps, self.per_epoch))
+        if config.lr_warmup_steps >= self.total:
+            raise TrainingError(
+                f"--lr_warmup_steps {config.lr_warmup_steps} leaves nothing of the run's {self.total} steps: the "
+                "learning rate would never be reached; warm up for fewer steps, or train longer"
+            )
         if depends_on_length(config):
             self.identity["lr_total_steps"] = self.total
         if checkpoint:
@@ -170,8 +176,8 @@ class _Run:
         parameters = self.module.trainable()
         if not parameters:
             raise TrainingError("no trainable parameter reaches the loss; choose other lora_target_modules")
-        self.learning_rate = learning_rate(config, self.total)
         optimizer = make_optimizer(parameters.values(), config)
+        self.learning_rate = learning_rate(config, self.total, base_learning_rate(optimizer, config))
         ema = Ema(parameters, config.ema_decay) if config.ema_decay else None
         self.state = TrainingState(parameters, optimizer, getattr(self.engine, "scaler", None), ema)
         if ema is not None and has_modes(optimizer):

@@ -65,7 +65,7 @@ def savings(found: Footprint, config: TrainConfig, workers: int) -> list[str]:
     ways: list[str] = []
     if found.activations and not config.use_gradient_checkpointing:
         ways.append(f"--use_gradient_checkpointing most of {_gb(found.activations)}, for about a third more time")
-    elif found.activations and config.gradient_checkpointing_every > 1:
+    elif found.activations and (config.gradient_checkpointing_every or 1) > 1:
         ways.append(f"--gradient_checkpointing_every 1 a part of {_gb(found.activations)}")
     elif found.activations and not config.use_gradient_checkpointing_offload:
         ways.append(f"--use_gradient_checkpointing_offload a part of {_gb(found.activations)}")

@@ -23,20 +23,44 @@ class OptimizerError(UserError):
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
-    """AdamW, fused on CUDA; or `config.customized_optimizer`. Raises OptimizerError."""
+    """AdamW, fused on CUDA; or `config.customized_optimizer`, whose own defaults hold for what is not given.
+
+    Raises OptimizerError.
+    """
     found = list(parameters)
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.customized_optimizer is None:
-        betas = (config.adam_beta1, config.adam_beta2)
-        return AdamW(found, **settings, betas=betas, eps=config.adam_epsilon, fused=all(p.is_cuda for p in found))
-    path = config.customized_optimizer
+        settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        settings |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+        return AdamW(found, **settings, fused=all(p.is_cuda for p in found))
+    cls, arguments = customized(config.customized_optimizer, config)
+    try:
+        return cls(found, **arguments)
+    except (TypeError, ValueError) as error:
+        raise OptimizerError(
+            f"--customized_optimizer {config.customized_optimizer}: {error}; see --optimizer_arguments"
+        ) from error
+
+
+def customized(path: str, config: TrainConfig) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The class that an import path names, and what it is called with. Raises OptimizerError for an option that it does
+    not take, and one that it cannot do without.
+    """
     cls = optimizer_class(path)
     known = inspect.signature(cls).parameters
-    own = {name: value for name, value in settings.items() if name in known}
-    try:
-        return cls(found, **{**own, **(config.optimizer_arguments or {})})
-    except (TypeError, ValueError) as error:
-        raise OptimizerError(f"--customized_optimizer {path}: {error}; see --optimizer_arguments") from error
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    arguments = dict(config.optimizer_arguments or {})
+    for name, option in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        value = getattr(config, option)
+        if value is None:
+            if name in known and known[name].default is inspect.Parameter.empty and name not in arguments:
+                raise OptimizerError(f"--{option} is missing: --customized_optimizer {path} has no default of its own")
+        elif name in known or anything:
+            arguments[name] = value
+        else:
+            raise OptimizerError(
+                f"--{option} is given, but --customized_optimizer {path} takes no {name}; leave it out"
+            )
+    return cls, arguments
 
 
 def optimizer_class(path: str) -> type[Optimizer]:
@@ -53,19 +77,26 @@ def optimizer_class(path: str) -> type[Optimizer]:
     return found
 
 
-def learning_rate(config: TrainConfig, total: int) -> LearningRate:
+def base_learning_rate(optimizer: Optimizer, config: TrainConfig) -> float:
+    """What the schedule scales: the option, or the optimizer's own default. Ask before a checkpoint is restored."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return float(optimizer.param_groups[0].get("lr", 0.0))
+
+
+def learning_rate(config: TrainConfig, total: int, base: float) -> LearningRate:
     """The schedule of diffusers (`diffusers.optimization.get_scheduler`) over `total` steps, as a pure function."""
     if config.lr_scheduler == "constant":
-        return lambda step: config.learning_rate
+        return lambda step: base
     from diffusers.optimization import get_scheduler
 
     # Its factors do not depend on the optimizer, which it wants all the same.
-    holder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    holder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base)
     schedule = get_scheduler(
         config.lr_scheduler, holder, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total
     )
     (factor,) = schedule.lr_lambdas
-    return lambda step: config.learning_rate * float(factor(step))
+    return lambda step: base * float(factor(step))
 
 
 def depends_on_length(config: TrainConfig) -> bool:

@@ -14,13 +14,13 @@ from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig, split_names
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.data.storage import absolute
-from ray_diffsynth.diffsynth_flags import DECIDED_BY_CACHE, DECIDED_BY_STUDENT
 from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import part_sketch
 from ray_diffsynth.models.locate import ModelSource, locate_configured
 from ray_diffsynth.models.lora import LoraInfo, add_lora, leave_casts_to_autocast
 from ray_diffsynth.models.lora_file import lora_digest
+from ray_diffsynth.option_effects import DEFAULTS, has_effect
 from ray_diffsynth.pipelines.base import BasePipeline
 from ray_diffsynth.pipelines.lora_keys import fuse_model_lora, load_model_lora, submodule
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
@@ -90,10 +90,7 @@ class Setup:
             min_timestep_boundary=config.min_timestep_boundary,
             max_timestep_boundary=config.max_timestep_boundary,
             timestep_sampling=config.timestep_sampling,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-            mode_scale=config.mode_scale,
-            timestep_shift=config.timestep_shift,
+            **_given(config, "logit_mean", "logit_std", "mode_scale", "timestep_shift"),
         )
         pipe = get_pipeline_class(family).configured(source)
         settings = settings_of(pipe, task, config.pipeline_settings)
@@ -132,7 +129,7 @@ class Setup:
         if self.config.reads_cache:
             copies = None
             if self.config.shard_cache:
-                copies = LocalCopies(self.config.shard_cache, int(self.config.shard_cache_gb * 1e9))
+                copies = LocalCopies(self.config.shard_cache, int((self.config.shard_cache_gb or 0) * 1e9))
             reader = CacheReader(absolute(self.config.dataset_base_path), copies=copies)
             return CacheSource(reader, getattr(torch, self.config.dtype))
         return DatasetSource(self.sample, self._metadata_path())
@@ -148,12 +145,8 @@ class Setup:
 
     def identity(self, data: SampleSource) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must share, as JSON values."""
-        without = set(FREE_FIELDS)
-        if self.config.reads_cache:  # it decides these, whatever is given
-            without |= DECIDED_BY_CACHE.keys()
-        if self.task.as_sampled:
-            without |= DECIDED_BY_STUDENT.keys()
-        settings = {name: value for name, value in self.config.to_dict().items() if name not in without}
+        values = self.config.to_dict()
+        settings = {n: v for n, v in values.items() if n not in FREE_FIELDS and has_effect(self.config, n)}
         settings["task"] = task_family(self.config.task)
         if preset := self.config.preset_lora_path:  # what is in it counts, not where it lies
             settings["preset_lora_path"] = f"content {lora_digest(preset, 8)}"
@@ -162,7 +155,8 @@ class Setup:
 
     def identity_defaults(self) -> dict[str, Any]:
         """What a checkpoint was made with whose version did not have an option yet."""
-        return {field.name: field.default for field in fields(self.config) if field.default is not MISSING}
+        there = {field.name: field.default for field in fields(self.config) if field.default is not MISSING}
+        return {**there, **DEFAULTS}
 
     def footprint(self) -> Footprint:
         """About what the models take before anything is added: as much as their files, half of it for 8 bits."""
@@ -205,10 +199,16 @@ class Setup:
             _submodule(pipe, name).requires_grad_(True).float()
         for name in config.trained:
             _submodule(pipe, name).train()
+        packed = 0
         for name in pipe.in_iteration_models:
-            checkpoint_every(getattr(pipe, name), config.gradient_checkpointing_every)
+            checkpoint_every(getattr(pipe, name), config.gradient_checkpointing_every or 1)
             if config.fp8_base:
-                quantize(getattr(pipe, name), place if on_cpu else device)
+                packed += quantize(getattr(pipe, name), place if on_cpu else device)
+        if config.fp8_base and not packed:
+            raise TrainingError(
+                f"--fp8_base finds no frozen linear layer in {', '.join(pipe.in_iteration_models)}, so that it would "
+                "save nothing; leave it out"
+            )
         if not on_cpu:
             pipe.to(device)
         module = DiffusionTrainingModule(
@@ -238,7 +238,7 @@ class Setup:
         model = _submodule(pipe, name)
         info = add_lora(
             model,
-            rank=config.lora_rank,
+            rank=config.lora_rank or 0,  # never: it is resolved where there is a LoRA
             alpha=config.lora_alpha,
             target_modules=targets,
             seed=config.seed,
@@ -250,6 +250,11 @@ class Setup:
         if fresh and name in config.lora_checkpoints:
             load_model_lora(pipe, name, config.lora_checkpoints[name], info)
         return info
+
+
+def _given(config: TrainConfig, *names: str) -> dict[str, Any]:
+    """Those of the options that are given, by name; the others keep the defaults of who takes them."""
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
 def _submodule(pipe: BasePipeline, name: str) -> torch.nn.Module:

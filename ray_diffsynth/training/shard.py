@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from ray_diffsynth.training.engine import same_everywhere
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.setup import TrainingError
+
+logger = logging.getLogger(__name__)
 
 
 def shard_base(module: DiffusionTrainingModule, device: torch.device, world_size: int, lanes: int) -> None:
@@ -26,6 +29,7 @@ def shard_base(module: DiffusionTrainingModule, device: torch.device, world_size
     pipe = module.pipe
     pipe.device = device
     if world_size == 1:
+        logger.warning("--shard_base has no effect with one worker, which has nobody to share the base with")
         pipe.to(device)
         return
     if lanes % world_size:

@@ -27,16 +27,16 @@ LORA = "to_q,to_k,to_v,to_out.0,to_add_out,img_mlp.net.2"
 
 def make_config(model: Path, base: Path, output: Path, **changes: Any) -> TrainConfig:
     """A short fp32 run; `changes` on top."""
+    lora = "trainable_models" not in changes or changes.get("lora_base_model")
     values: dict[str, Any] = {
         "model": str(model),
         "dataset_base_path": str(base),
         "output_path": str(output),
         "dtype": "float32",
-        "lora_rank": 4,
-        "lora_target_modules": LORA,
         "learning_rate": 1e-2,
         "task": "sft:train",
         **({} if "max_steps" in changes else {"num_epochs": 4}),
+        **({"lora_rank": 4, "lora_target_modules": LORA} if lora else {}),
         **changes,
     }
     return TrainConfig(**values)

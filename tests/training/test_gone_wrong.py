@@ -215,10 +215,10 @@ def test_an_option_that_a_checkpoint_does_not_know_had_its_default(
             run(tiny_qwen, make_cache(), output, max_steps=1)
         return output
 
-    output = forget("logit_mean")
+    output = forget("lora_dropout")
     assert run(tiny_qwen, make_cache(), output, max_steps=2).started_at == 1
-    with pytest.raises(CheckpointError, match=r"logit_mean: 0.0 there, 0.5 here"):
-        run(tiny_qwen, make_cache(), output, max_steps=3, logit_mean=0.5)
+    with pytest.raises(CheckpointError, match=r"lora_dropout: 0.0 there, 0.5 here"):
+        run(tiny_qwen, make_cache(), output, max_steps=3, lora_dropout=0.5)
 
 
 @pytest.mark.slow

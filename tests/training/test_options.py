@@ -15,6 +15,7 @@ from torch import nn
 
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.diffusion.randomness import SampleKey
+from ray_diffsynth.diffusion.timestep_sampling import TimestepSampling
 from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.models.lora import read_lora
 from ray_diffsynth.training import memory
@@ -24,10 +25,10 @@ from ray_diffsynth.training.feed import Feed
 from ray_diffsynth.training.held_out import ValidationError, choose_rows
 from ray_diffsynth.training.loop import train
 from ray_diffsynth.training.metrics import read_metrics
-from ray_diffsynth.training.optim import OptimizerError, learning_rate, make_optimizer
+from ray_diffsynth.training.optim import OptimizerError, base_learning_rate, learning_rate, make_optimizer
 from ray_diffsynth.training.quantize import ScaledLinear, quantize
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.setup import Setup
+from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.trackers import TrackerError
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import Runs, make_config
@@ -50,7 +51,7 @@ def test_learning_rates_are_those_of_diffusers(tmp_path: Path, name: str) -> Non
     config = make_config(tmp_path, tmp_path, tmp_path, lr_scheduler=name, lr_warmup_steps=4, learning_rate=0.1)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=20)
-    rate = learning_rate(config, 20)
+    rate = learning_rate(config, 20, 0.1)
     for step in range(20):
         assert rate(step) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -59,14 +60,34 @@ def test_learning_rates_are_those_of_diffusers(tmp_path: Path, name: str) -> Non
     assert make_config(tmp_path, tmp_path, tmp_path, lr_warmup_steps=4).lr_scheduler == "constant_with_warmup"
 
 
+class NoDecay(torch.optim.SGD):
+    """Takes a learning rate, which it has no default for, and no weight decay."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+
+
 def test_optimizers_by_import_path(tmp_path: Path) -> None:
     def made(**changes: Any) -> torch.optim.Optimizer:
         return make_optimizer([nn.Parameter(torch.zeros(2))], make_config(tmp_path, tmp_path, tmp_path, **changes))
 
     default = made(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6).param_groups[0]
     assert (default["betas"], default["eps"]) == ((0.8, 0.95), 1e-6)
+    assert (made().param_groups[0]["betas"], made().param_groups[0]["eps"]) == ((0.9, 0.999), 1e-8)
+    assert made(learning_rate=None).param_groups[0]["lr"] == 1e-4 and made().param_groups[0]["weight_decay"] == 0.01
     other = made(customized_optimizer="torch.optim:SGD", optimizer_arguments={"momentum": 0.5})
     assert type(other) is torch.optim.SGD and other.param_groups[0]["momentum"] == 0.5
+    own = made(customized_optimizer="torch.optim:Adadelta", learning_rate=None)  # its own defaults hold
+    assert (own.param_groups[0]["lr"], own.param_groups[0]["weight_decay"]) == (1.0, 0)
+    config = make_config(tmp_path, tmp_path, tmp_path, customized_optimizer="torch.optim:Adadelta", learning_rate=None)
+    assert base_learning_rate(own, config) == 1.0 and learning_rate(config, 5, 1.0)(3) == 1.0
+    given = made(customized_optimizer="torch.optim:Adadelta", learning_rate=0.5, weight_decay=0.1).param_groups[0]
+    assert (given["lr"], given["weight_decay"]) == (0.5, 0.1)
+    here = "tests.training.test_options"
+    with pytest.raises(OptimizerError, match="--weight_decay is given, but .*NoDecay takes no weight_decay"):
+        made(customized_optimizer=f"{here}:NoDecay", weight_decay=0.1)
+    with pytest.raises(OptimizerError, match="--learning_rate is missing: .*NoDecay has no default"):
+        made(customized_optimizer=f"{here}:NoDecay", learning_rate=None)
     for path, words in (("torch.optim:Nothing", "Nothing"), ("no_module:X", "no_module"), ("torch:zeros", "zeros")):
         with pytest.raises(OptimizerError, match=words):
             made(customized_optimizer=path)
@@ -83,6 +104,24 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
         ({"fp8_base": True, "use_dora": True}, "DoRA"),
         ({"customized_optimizer": "SGD!"}, "module:Class"),
         ({"gradient_checkpointing_every": 0}, "at least 1"),
+        ({"timestep_sampling": "shift", "timestep_shift": 0.0}, "timestep_shift=0.0 is out of range"),
+        ({"timestep_sampling": "shift", "timestep_shift": 1e300}, "timestep_shift=1e.300 is out of range"),
+        ({"timestep_sampling": "logit_normal", "logit_mean": -1e6}, "logit_mean=-1000000.0 is out of range"),
+        ({"timestep_sampling": "logit_normal", "logit_mean": float("nan")}, "logit_mean=nan is out of range"),
+        ({"timestep_sampling": "logit_normal", "logit_std": 1e6}, "logit_std=1000000.0 is out of range"),
+        ({"timestep_sampling": "mode", "mode_scale": 5.0}, "mode_scale=5.0 is out of range; use -1 to 1.75"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon=0.0 is out of range"),
+        ({"lr_warmup_steps": 8, "max_steps": 8}, "lr_warmup_steps=8 leaves nothing of max_steps=8"),
+        ({"lr_scheduler": "constant_with_warmup"}, "needs lr_warmup_steps"),
+        ({"log_with": "none,csv"}, "none stands beside others"),
+        (
+            {
+                "customized_optimizer": "torch.optim:SGD",
+                "optimizer_arguments": {"weight_decay": 1},
+                "weight_decay": 0.1,
+            },
+            "weight_decay is given twice",
+        ),
         ({"customized_optimizer": "torch.optim:SGD", "optimizer_arguments": {"lr": 1.0}}, "use learning_rate"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -126,6 +165,17 @@ def test_caption_dropout_in_the_unsplit_task_and_without_an_empty_caption(
     assert losses(tmp_path / "all") != losses(tmp_path / "none")
     with pytest.raises(CacheError, match="holds no empty caption"):  # this cache was not written by stage 1
         run(tiny_qwen, make_cache(), tmp_path / "cache", caption_dropout=0.5)
+
+
+def test_a_warm_up_beyond_the_run_is_refused(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="--lr_warmup_steps 10 leaves nothing of the run's 10 steps"):
+        run(tiny_qwen, make_cache(), tmp_path, max_steps=None, num_epochs=1, lr_warmup_steps=10)
+
+
+@pytest.mark.parametrize("values", [(20.0, 20.0), (-20.0, 20.0), (20.0, 0.0), (-20.0, 0.0)])
+def test_the_widest_logits_stay_in_the_schedule(values: tuple[float, float]) -> None:
+    drawn = TimestepSampling("logit_normal", *values)
+    assert all(0 <= drawn.position(key) < 1 for key in keys(500))
 
 
 def test_held_out_samples_are_never_trained_on() -> None:
@@ -307,3 +357,8 @@ def test_two_workers_share_the_base(runs: Runs, tiny_qwen: Path, make_cache: Cac
     frozen = sum(p.numel() * p.element_size() for p in whole.parameters() if not p.requires_grad)
     held = [json.loads((tmp_path / f"two.meet-{rank}.json").read_text()) for rank in (0, 1)]
     assert sum(held) == pytest.approx(frozen, rel=0.02) and max(held) < 0.55 * frozen
+
+
+def test_eight_bits_without_a_frozen_layer_are_refused(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="--fp8_base finds no frozen linear layer in dit"):
+        run(tiny_qwen, make_cache(), tmp_path, fp8_base=True, trainable_models="dit")

@@ -40,8 +40,11 @@ def test_prompts_from_a_file_and_from_the_option(tmp_path: Path) -> None:
         read_prompts(str(tmp_path / "binary.txt"))
 
 
+DRAWN: dict[str, Any] = {"sample_inference_steps": 2, "validation_prompts": "a cat"}
+
+
 def test_pictures_follow_the_weights(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
-    config = make_config(tiny_qwen, make_cache(), tmp_path, height=64, width=64, sample_inference_steps=2)
+    config = make_config(tiny_qwen, make_cache(), tmp_path, height=64, width=64, **DRAWN)
     sampler = Sampler(config, ["a cat", "a dog"], torch.device("cpu"))
     names = [name for name in dict(sampler.module.named_parameters()) if "lora_B" in name]
     weights = {name: torch.zeros_like(sampler.module.get_parameter(name)) for name in names}
@@ -56,7 +59,7 @@ def test_pictures_follow_the_weights(tiny_qwen: Path, make_cache: CacheMaker, tm
 def test_pictures_in_bfloat16_of_what_is_trained_in_fp32(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    size: dict[str, Any] = {"height": 32, "width": 32, "sample_inference_steps": 2, "log_with": "none"}
+    size: dict[str, Any] = {"height": 32, "width": 32, "log_with": "none", **DRAWN}
     config = make_config(tiny_qwen, make_cache(), tmp_path, dtype="bfloat16", **size, **changes)
     sampler = Sampler(config, ["a cat"], torch.device("cpu"))
     weights = {name: p.detach().clone() for name, p in sampler.module.named_parameters() if p.requires_grad}
@@ -70,8 +73,7 @@ def test_pictures_in_bfloat16_of_what_is_trained_in_fp32(
 def test_step_0_is_the_base_model_or_the_lora_that_it_starts_from(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path
 ) -> None:
-    size: dict[str, Any] = {"height": 32, "width": 32}
-    size["sample_inference_steps"] = 2
+    size: dict[str, Any] = {"height": 32, "width": 32, **DRAWN}
     config = make_config(tiny_qwen, make_cache(), tmp_path / "new", **size)
     shown = Shown.of(config, ["a cat"], 0)
     assert not is_drawn(str(tmp_path / "new"), 0, shown)
