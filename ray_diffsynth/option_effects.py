@@ -93,6 +93,7 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
     "resolution": (_PICTURES,),
     "num_frames": (_VIDEOS,),
     "fps": (_VIDEOS,),
+    "max_decode_memory": (_by_cache("nothing is decoded: the cache holds encoded pictures"),),
     "tokenizer_path": (_TOKENS,),
     "processor_path": (_TOKENS,),
     "num_workers": (_POOLS,),

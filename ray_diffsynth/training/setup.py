@@ -54,6 +54,7 @@ FREE_FIELDS = frozenset(
         *("model", "model_id_with_origin_paths", "model_paths", "tokenizer_path", "processor_path", "family"),
         *("num_workers", "resources", "ray_address", "verbose", "dataset_num_workers", "resume", "keep_checkpoints"),
         *("log_every", "use_gradient_checkpointing", "use_gradient_checkpointing_offload", "lora_checkpoint"),
+        "max_decode_memory",  # what it rejects is part of the data
         *("gradient_checkpointing_every", "shard_base", "lora_format", "log_with", "shard_cache", "shard_cache_gb"),
         *("validation_steps", "validation_prompts", "sample_steps", "sample_inference_steps", "sample_resources"),
     )
