@@ -7,6 +7,7 @@ import io
 import os
 import select
 import sys
+import tempfile
 from typing import TextIO
 
 _GONE = (errno.EPIPE, errno.EIO)
@@ -18,12 +19,14 @@ def prepare_process() -> None:
 
     Where Python would take another encoding than UTF-8 for file names (an ASCII locale without Python's own remedies,
     Latin-1), the process starts over in UTF-8 mode, which the processes that it starts inherit. A closed stdin, stdout
-    or stderr becomes /dev/null. What the terminal's encoding lacks is written as an escape.
+    or stderr becomes /dev/null. What the terminal's encoding lacks is written as an escape. A user without a home (a
+    container's number that no account has) gets one below the temporary folder: Ray cannot be imported without.
     """
     if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     _open_closed()
+    _give_home()
     sys.stdout, sys.stderr = _tolerant(sys.stdout, 1), _tolerant(sys.stderr, 2)
 
 
@@ -56,6 +59,17 @@ def _tolerant(stream: TextIO, descriptor: int) -> TextIO:
         return stream
     stream.flush()
     return open_stream(descriptor, stream.encoding, closefd=False)
+
+
+def _give_home() -> None:
+    if os.path.expanduser("~") != "~":
+        return
+    folder = os.path.join(tempfile.gettempdir(), f"home-{os.getuid()}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.lstat(folder).st_uid != os.getuid():  # someone else has taken the name
+        folder = tempfile.mkdtemp(prefix="home-")
+    os.environ["HOME"] = folder
+    print(f"note: this user has no home; {folder} is taken, set HOME for another", file=sys.stderr)
 
 
 def _open_closed() -> None:

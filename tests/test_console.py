@@ -90,6 +90,23 @@ def test_help_into_a_pipe_that_ends(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"usage: train.py")
 
 
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(path: str) -> str:
+        return path.replace("~", os.environ["HOME"]) if "HOME" in os.environ else path
+
+    monkeypatch.setattr(os.path, "expanduser", nowhere)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("HOME")
+    prepare_process()
+    assert os.environ["HOME"] == str(tmp_path / f"home-{os.getuid()}") and os.path.isdir(os.environ["HOME"])
+    assert os.stat(os.environ["HOME"]).st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    monkeypatch.delenv("HOME")
+    (tmp_path / "home-12345").mkdir()
+    prepare_process()
+    assert os.environ["HOME"] not in ("", str(tmp_path / "home-12345")), "a folder of someone else is not taken"
+
+
 def test_streams_of_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     own, notebook = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", own)

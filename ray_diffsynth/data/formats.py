@@ -173,7 +173,7 @@ def read_jsonl(path: str) -> RawTable:
         number, source = len(rows) + 1, f"{path}:{line}"
         try:
             rows.append(_object_row(number, source, f"line {line}", json.loads(text)))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: a whole number of thousands of digits too
             rows.append(RawRow(number, source, None, f"line {line} is not JSON: {error}"))
     return RawTable(_columns(rows), tuple(rows))
 
@@ -187,6 +187,8 @@ def read_json(path: str) -> RawTable:
         raise DatasetError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}{advice}") from error
     except RecursionError as error:
         raise DatasetError(f"{path} is nested too deeply to read; it must be a list of objects") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise DatasetError(f"{path} cannot be read: {error}; write that number as a text in quotes") from error
     entries = content.get("data") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         kind = type(content).__name__

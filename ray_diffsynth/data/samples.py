@@ -138,7 +138,7 @@ def file_list(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value  # a file whose name has brackets
 
 

@@ -67,7 +67,7 @@ def _read_tar(path: str, name: str, file_column: str, text_column: str) -> tuple
                 place = storage.member_path(name, member.offset_data, member.size, member.name)
                 try:
                     values |= _values(archive, member, extension.lower(), place, file_column, text_column)
-                except ValueError as problem:
+                except (ValueError, RecursionError) as problem:
                     error = f"{member.name}: {problem}"
                 if values or error:  # else a README or the like
                     samples[stem] = (values, error)
@@ -76,7 +76,8 @@ def _read_tar(path: str, name: str, file_column: str, text_column: str) -> tuple
             return samples, f"{name} is cut short: it ends before its last member does"
     except FileNotFoundError as error:
         raise DatasetError(f"the tar {path} does not exist; check --dataset_base_path") from error
-    except (OSError, tarfile.TarError) as error:
+    # Beside TarError: numbers in a damaged header are ValueErrors, or too large for a file's offset.
+    except (OSError, tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         if why := _wrong_content(path):
             return samples, f"{name} is {why}"
         return samples, f"{name} cannot be read to its end ({error}); {len(samples)} samples were found"

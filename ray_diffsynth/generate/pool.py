@@ -161,6 +161,10 @@ class _Pool:
             if isinstance(error.cause, UserError):
                 raise
             self._fail(item, f"{type(error.cause).__name__}: {error.cause}")
+        except ray.exceptions.RayActorError:
+            raise
+        except ray.exceptions.RayError as error:  # its error cannot be sent, or its result is lost
+            self._fail(item, f"{type(error).__name__}: {' '.join(str(error).split())}")
         del self._given[number][task]
         self._on_done(1)
 

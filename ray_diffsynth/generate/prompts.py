@@ -76,6 +76,8 @@ def _read(path: str, pictures: Collection[str]) -> list[Prompt]:
             text = decode_text(path, storage.read_bytes(path))
         except TextError as error:
             raise DatasetError(f"{path} {error}; it must hold one prompt a line") from error
+        except OSError as error:
+            raise DatasetError(f"{path} cannot be read: {error}; give a text file, one prompt a line") from error
         found = [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
     elif suffix in READERS:
         raw = READERS[suffix](path)

@@ -82,7 +82,7 @@ def file_digest(path: Path) -> str:
     """Hex blake2b of a file's bytes, from the memo when size, times and inode are those of the last time."""
     before = _stamp(path)
     memo = _memo_file(path)
-    known = _read_memo(memo)
+    known = _read_memo(memo) if memo is not None else None
     if known is not None and known.get("stamp") == before and isinstance(known.get("digest"), str):
         return str(known["digest"])
     digest = hashlib.blake2b(digest_size=16)
@@ -94,7 +94,7 @@ def file_digest(path: Path) -> str:
         raise ModelFolderError(f"{path} cannot be read: {err}") from err
     if _stamp(path) != before:
         raise ModelFolderError(f"{path} changed while it was read; wait until it is written, then start again")
-    if time.time() - path.stat().st_mtime > _SETTLED:
+    if memo is not None and time.time() - before[1] / 1e9 > _SETTLED:
         _write_memo(memo, {"path": str(path.resolve()), "stamp": before, "digest": digest.hexdigest()})
     return digest.hexdigest()
 
@@ -108,16 +108,19 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _memo_file(path: Path) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+def _memo_file(path: Path) -> Path | None:
+    """None for a user without a home, in a container."""
+    base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if base.startswith("~"):
+        return None
     name = hashlib.blake2b(str(path.resolve()).encode(errors="surrogateescape"), digest_size=16).hexdigest()
-    return Path(base).expanduser() / "ray_diffsynth" / "fingerprints" / f"{name}.json"
+    return Path(base) / "ray_diffsynth" / "fingerprints" / f"{name}.json"
 
 
 def _read_memo(memo: Path) -> dict[str, object] | None:
     try:
         value = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # absent or damaged: the file is read again
     return value if isinstance(value, dict) else None
 

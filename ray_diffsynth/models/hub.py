@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ray_diffsynth.models.folder import PICKLE_SUFFIXES, ModelFolderError
+from ray_diffsynth.system_errors import explain
 
 BASE_PATH_VARIABLE = "DIFFSYNTH_MODEL_BASE_PATH"
 # Small files that every loader may ask for: configs, indices, tokenizers. In the hub's patterns "*" crosses "/".
@@ -69,6 +70,8 @@ def find_repository(
             )
         )
     except Exception as err:  # some of the hub's own errors and of the network's derive from Exception alone
+        if explain(err):  # a full disk, rights: nothing that another place would help
+            raise
         if cached is not None:
             return cached
         reason = (str(err).strip().splitlines() or [""])[0]

@@ -48,7 +48,7 @@ def read_metrics(output_path: str) -> list[dict[str, Any]]:
     for line in read_bytes(path).decode("utf-8", errors="replace").splitlines():
         try:
             found.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     return found
 

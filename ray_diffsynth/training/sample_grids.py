@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from os.path import basename
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ray_diffsynth.config import TrainConfig
@@ -67,9 +67,10 @@ def shown_by(data: bytes) -> Shown | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             text = image.info.get(_KEY)
-    except UnidentifiedImageError:
+        return None if text is None else Shown(**json.loads(text))
+    # Pillow of a damaged PNG; JSON, or fields, of another version.
+    except (OSError, ValueError, SyntaxError, TypeError, RecursionError, Image.DecompressionBombError):
         return None
-    return None if text is None else Shown(**json.loads(text))
 
 
 def is_drawn(output_path: str, step: int, shown: Shown) -> bool:

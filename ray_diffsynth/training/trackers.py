@@ -202,9 +202,9 @@ def curves(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _import(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # ImportError, or whatever a version raises that does not fit the other packages
         raise TrackerError(
-            f"--log_with {package}: {error}; install it (pip install {package}), or leave it out"
+            f"--log_with {package}: {type(error).__name__}: {error}; install it (pip install {package}), or omit it"
         ) from error
 
 
