@@ -40,6 +40,7 @@ test: $(STAMP) browser ## Run all tests (those marked gpu are skipped without CU
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff check --preview --select PLW1514 ray_diffsynth jobs benchmarks
+	for finding in findings/*.sh; do bash -n $$finding || exit 1; done
 	$(BIN)/ruff format --check .
 
 format: $(STAMP) ## Repair style
