@@ -118,7 +118,7 @@ def test_never_goes_on_after_a_kill_and_starts_anew_when_it_has_finished(
     runs: Runs, whole: Path, tmp_path: Path, kill: dict[str, int]
 ) -> None:
     """The very command that was killed goes on from its own checkpoints; what lay there before is not mixed in."""
-    assert go(runs, tmp_path, max_steps=2, seed=3, lr_scheduler="constant") == 0
+    assert go(runs, tmp_path, max_steps=4, seed=3, lr_scheduler="constant") == 0
     (tmp_path / "samples").mkdir()
     assert go(runs, tmp_path, kill, resume="never") == -9
     found = newest_checkpoint(str(tmp_path))
