@@ -41,7 +41,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Data": (
         *("dataset_base_path", "dataset_metadata_path", "data_file_keys", "extra_inputs", "dataset_repeat"),
         *("dataset_num_workers", "height", "width", "max_pixels", "resolution", "num_frames", "fps", "cache_codec"),
-        "max_decode_memory",
+        *("max_upscale", "max_crop", "max_decode_memory"),
         *("max_quarantine", "retry_quarantined", "shard_cache", "shard_cache_gb"),
     ),
     "Model": (

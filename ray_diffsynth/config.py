@@ -80,6 +80,10 @@ class CommonConfig(JobConfig):
     """Frames of every video, 4n+1; of a shorter one as many as it has. 81 for a model of videos when not given."""
     fps: float | None = None
     """Frames per second at which videos are read; every frame in turn when not given."""
+    max_upscale: float | None = None
+    """Largest factor by which a picture may be enlarged, 1 for none; one that needs more goes to quarantine."""
+    max_crop: float | None = None
+    """Largest fraction of a picture that may be cut away, e.g. 0.3; one that loses more goes to quarantine."""
     max_decode_memory: float = 4.0
     """GiB of main memory that decoding one file may take, by its header; a larger one goes to quarantine."""
     trainable_models: str | None = None
@@ -102,6 +106,10 @@ class CommonConfig(JobConfig):
                 f"height={self.height} and width={self.width}: give both for one fixed size, or neither for dynamic"
             )
         self._check_resolution()
+        if self.max_upscale is not None and not self.max_upscale >= 1:
+            raise ConfigError(f"max_upscale={self.max_upscale} is a factor; give 1 (nothing is enlarged) or more")
+        if self.max_crop is not None and not 0 <= self.max_crop <= 1:
+            raise ConfigError(f"max_crop={self.max_crop} is a fraction of the picture; give a number from 0 to 1")
         if not 0 < self.max_decode_memory < math.inf:
             raise ConfigError(
                 f"max_decode_memory={self.max_decode_memory} lets no file be decoded; give GiB above 0, e.g. 4"

@@ -93,6 +93,8 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
     "resolution": (_PICTURES,),
     "num_frames": (_VIDEOS,),
     "fps": (_VIDEOS,),
+    "max_upscale": (_PICTURES,),
+    "max_crop": (_PICTURES,),
     "max_decode_memory": (_by_cache("nothing is decoded: the cache holds encoded pictures"),),
     "tokenizer_path": (_TOKENS,),
     "processor_path": (_TOKENS,),

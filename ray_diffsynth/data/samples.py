@@ -15,6 +15,7 @@ from PIL import Image
 
 from ray_diffsynth.data import storage
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule, assign_bucket
+from ray_diffsynth.data.fit import SizeFit
 from ray_diffsynth.data.media import (
     MAX_DECODE_BYTES,
     MediaError,
@@ -75,6 +76,10 @@ class SampleSpec:
     target's shape; any other gets a size by its own shape."""
     max_decode_bytes: int = MAX_DECODE_BYTES
     """Main memory that decoding one file, with the frames that it becomes, may take."""
+    max_upscale: float | None = None
+    """Largest factor by which a file may be enlarged; None allows any."""
+    max_crop: float | None = None
+    """Largest fraction of a file that may be cut away; None allows any."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -191,7 +196,8 @@ def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bu
     """Bucket of a sample: that of its first file (the target; further ones are conditions of it), with `references`.
 
     A video has as many frames as the shortest of its sample's videos gives. Raises BucketError: see `assign_bucket`; a
-    target that would not keep its size where it must. Raises MediaError for a file that would take too much memory.
+    target that would not keep its size where it must; a file that would be enlarged or cut more than it may. Raises
+    MediaError for a file that would take too much memory.
     """
     target = files[spec.file_params[0]][0]
     frames = target.available_frames(spec.size.fps)
@@ -206,7 +212,17 @@ def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bu
     pictures = 1 + sum(len(files[param]) - 1 for param in spec.file_params[1:])
     own = [_reference_size(file, param, target, bucket, spec) for param in spec.own_sized for file in files[param]]
     same = all(size == (bucket.height, bucket.width) for size in own)
-    return replace(bucket, pictures=pictures, references=() if same else tuple(own))
+    bucket = replace(bucket, pictures=pictures, references=() if same else tuple(own))
+    for fit in size_fits(files, bucket, spec):
+        fit.check(spec)
+    return bucket
+
+
+def size_fits(files: Mapping[str, Sequence[SourceFile]], bucket: Bucket, spec: SampleSpec) -> list[SizeFit]:
+    """How each file of a sample, once, fits the size that it is cut to."""
+    layout = _layout({param: len(found) for param, found in files.items()}, bucket, spec)
+    pairs = [pair for param, found in files.items() for pair in zip(found, layout[param], strict=True)]
+    return [SizeFit.of(file, size) for file, size in dict.fromkeys(pairs)]
 
 
 def _reference_size(

@@ -24,6 +24,9 @@ WHAT: Mapping[str, str] = {
     "file_left_out": "files that look like part of the dataset, and were left out",
     "caption_alone": "caption files without a picture, left out",
     "batch_halved": "batches that did not fit into memory, and were halved",
+    "enlarged": "pictures or videos smaller than their size, and enlarged",
+    "cropped": "pictures or videos of another shape than their size, and more than a tenth cut away",
+    "left_aside": "files of which something could not be used",
 }
 """Kind -> what happened, for people. A new kind is a line here."""
 

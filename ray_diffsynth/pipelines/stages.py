@@ -183,6 +183,8 @@ def dataset_spec(
         parsers={**{column: file_list for param, column in columns.items() if param in files}, **task_columns},
         keep_size=keep_size,
         target_sized=tuple(param for param in files if param not in pipe.reference_params),
+        max_upscale=config.max_upscale,
+        max_crop=config.max_crop,
         max_decode_bytes=int(config.max_decode_memory * 2**30),
         size=SizeRule(
             height=config.height,

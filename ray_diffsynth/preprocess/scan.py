@@ -12,9 +12,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.data.fit import Fits
 from ray_diffsynth.data.media import MAX_DECODE_BYTES
 from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
-from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, file_stamp, pixel_keys, scan_file
+from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, file_stamp, pixel_keys, scan_file, size_fits
 from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.memo import Memo
@@ -144,9 +145,13 @@ def _places(rows: Iterable[Mapping[str, Any]], spec: SampleSpec) -> dict[str, st
 def assign(
     rows: Iterable[Mapping[str, Any]], files: Mapping[str, Scanned], spec: SampleSpec
 ) -> tuple[list[Sample], list[Quarantined]]:
-    """Give every row its bucket and key inputs, or its reason for quarantine. `files`: by the names in the rows."""
+    """Give every row its bucket and key inputs, or its reason for quarantine. `files`: by the names in the rows.
+
+    Warns of what is enlarged, cut or left aside.
+    """
     samples: list[Sample] = []
     bad: list[Quarantined] = []
+    fits = Fits()
     for row in rows:
         sample_id = row["sample_id"]
         found = {param: [files[name] for name in _names(row, param, spec)] for param in spec.file_params}
@@ -162,9 +167,11 @@ def assign(
                 inputs = {param: row[column] for param, column in spec.columns.items() if param not in good}
                 inputs |= {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames}
                 inputs |= pixel_keys(row, good, bucket, spec)
+                fits.add(sample_id, size_fits(good, bucket, spec))
                 samples.append(Sample(sample_id, source, row, bucket, inputs))
         except UserError as error:
             failure = Failure.of(error)
         if failure is not None:
             bad.append(Quarantined(sample_id, source, failure.error, failure.message))
+    fits.tell()
     return samples, bad

@@ -16,8 +16,9 @@ import torch
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
+from ray_diffsynth.data.fit import Fits
 from ray_diffsynth.data.metadata import Metadata, read_metadata
-from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, load_inputs, scan_file
+from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, load_inputs, scan_file, size_fits
 from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.data.warnings import about
 from ray_diffsynth.diffusion.transfer import map_tensors
@@ -180,6 +181,7 @@ class DatasetSource:
         rows = metadata.table.to_pylist()
         require_video_support(path for row in rows for param in spec.file_params for path in spec.paths(row, param))
         found: list[tuple[Bucket, dict[str, Any], list[str]]] = []
+        fits = Fits()
         for row in rows:
             try:
                 files = {param: [_scanned(path, spec) for path in spec.paths(row, param)] for param in spec.file_params}
@@ -187,7 +189,9 @@ class DatasetSource:
             except UserError as error:
                 self.rejected.append((row["sample_id"], str(error)))
                 continue
+            fits.add(row["sample_id"], size_fits(files, bucket, spec))
             found.append((bucket, row, [file.digest for found in files.values() for file in found]))
+        fits.tell()
         for sample_id, reason in self.rejected:
             logger.warning("left out %s: %s", sample_id, reason)
         if not found:
