@@ -62,6 +62,8 @@ NOTED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "resolution": ("64", {}, UNSPLIT),
     "num_frames": (5, {}, UNSPLIT),
     "fps": (5.0, {}, UNSPLIT),
+    "max_upscale": (2.0, {}, UNSPLIT),
+    "max_crop": (0.5, {}, UNSPLIT),
     "max_decode_memory": (2.0, {}, UNSPLIT),
     "tokenizer_path": ("a", {}, {"trainable_models": "text_encoder"}),
     "processor_path": ("a", {}, {"validation_prompts": "a cat"}),
