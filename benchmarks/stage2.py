@@ -89,5 +89,8 @@ class Timed:
         # Asked at the start of a step, which is still done.
         return self._stop_after is not None and len(self.done) + 1 >= self._stop_after
 
+    def own_samples(self, setup: Any) -> list[Any]:
+        return []
+
     def draw_samples(self, step: int, weights: Mapping[str, Any]) -> None:
         raise RuntimeError("benchmarks make no pictures")

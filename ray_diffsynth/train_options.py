@@ -81,14 +81,15 @@ class TrainOptions:
     validation_steps: int | None = None
     """Steps between two validation losses; at each checkpoint when not given."""
     validation_prompts: str | None = None
-    """Text file with a prompt a line, or prompts with | between them: pictures of them are made during training, the
-    first by the base model."""
+    """Prompts with | between them, a text file with a prompt a line, or a csv or jsonl file as jobs/generate.py takes,
+    with the pictures that a family needs: drawn during training, in its size, first by the base model."""
     sample_steps: int | None = None
     """Steps between two grids of sample pictures; at each checkpoint when not given."""
     sample_inference_steps: int | None = None
     """Inference steps of the sample pictures; the family's default when not given."""
     sample_resources: dict[str, float] | None = None
-    """Ray resources of the actor that makes the sample pictures; a GPU when the workers leave one."""
+    """Ray resources of the actor that makes the sample pictures; a GPU when the workers leave one, else the workers
+    draw between steps."""
     log_with: str = "tensorboard"
     """Comma-separated: tensorboard, csv, wandb, mlflow; none for metrics.jsonl alone."""
 

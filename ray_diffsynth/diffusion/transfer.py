@@ -24,6 +24,24 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return {key: map_tensors(change, item) for key, item in value.items()} if type(value) is dict else value
 
 
+def moved(value: Any, where: device) -> Any:
+    """`value` with all its tensors at `where`."""
+    return map_tensors(lambda tensor: to_device(tensor, where), value)
+
+
 def pinned(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with their tensors in pinned memory, for `to_device`; for a thread that has the time."""
     return {name: map_tensors(Tensor.pin_memory, value) for name, value in values.items()}
+
+
+def as_stored(value: Any) -> Any:
+    """`value` with its tensors as they come back from a cache: contiguous, by the order of their axes.
+
+    Other strides may take another kernel, whose last bits differ.
+    """
+    return map_tensors(_plain, value)
+
+
+def _plain(value: Tensor) -> Tensor:
+    whole = value.detach().resolve_conj().resolve_neg().contiguous()
+    return whole.view(-1).view(whole.shape)

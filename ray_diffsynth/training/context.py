@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
 from ray_diffsynth.training.metrics import TrainingProgress
-
-logger = logging.getLogger(__name__)
+from ray_diffsynth.training.sample_prompts import SamplePrompt, plan_samples
+from ray_diffsynth.training.setup import Setup
 
 
 class Context(Protocol):
@@ -39,8 +38,15 @@ class Context(Protocol):
         """Whether this worker was asked to end; asked once a step. The run then saves a checkpoint and ends."""
         ...
 
+    def own_samples(self, setup: Setup) -> Sequence[SamplePrompt]:
+        """The sample pictures that the workers draw themselves, between steps; none where an actor does it."""
+        ...
+
     def draw_samples(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Have sample pictures made with these trained weights (by parameter name); called by rank 0, does not wait."""
+        """Have sample pictures made with these trained weights (by parameter name); called by rank 0, does not wait.
+
+        Not called where the workers draw themselves.
+        """
         ...
 
 
@@ -54,7 +60,6 @@ class LocalContext:
         self.device = torch.device(device or (cuda if torch.cuda.is_available() else "cpu"))
         self._progress = TrainingProgress() if progress else None
         self._stop = threading.Event()
-        self._said = False
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         if self._progress is not None:
@@ -63,10 +68,11 @@ class LocalContext:
     def stop_requested(self) -> bool:
         return self._stop.is_set()
 
+    def own_samples(self, setup: Setup) -> Sequence[SamplePrompt]:
+        return plan_samples(setup)
+
     def draw_samples(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
-        if not self._said:
-            logger.warning("no sample pictures: they are made by an actor of Ray, and this run is without Ray")
-            self._said = True
+        raise RuntimeError("without Ray there is no actor that draws")
 
     def request_stop(self) -> None:
         self._stop.set()

@@ -49,7 +49,7 @@ from ray_diffsynth.training.ray_worker import (
 )
 from ray_diffsynth.training.result import TrainResult, merged
 from ray_diffsynth.training.sample_grids import Shown, is_drawn
-from ray_diffsynth.training.sampler import check_models, read_prompts
+from ray_diffsynth.training.sample_prompts import SamplePrompt, plan_samples
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.summary import finish
@@ -75,9 +75,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     started = time.monotonic()
     config = absolute_paths(config)
     setup = Setup.of(config)  # every error of configuration comes here, before Ray starts
-    prompts = read_prompts(config.validation_prompts) if config.validation_prompts else []
-    if prompts:
-        check_models(setup)
+    samples = plan_samples(setup)
     start = Start.of(config)
     check_files(config, going_on=start.goes_on or start.chosen is not None)
     setup.check_data()
@@ -86,7 +84,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     # In this order: Ray sets a handler of its own when it starts.
     with ray_session(config.ray_address, verbose=config.verbose), sigterm() as terminated:
         group = worker_group(config)
-        result, workers = _fit_until_done(config, group, prompts, terminated)
+        result, workers = _fit_until_done(config, group, samples, terminated)
     report = finish(config, result, workers=workers, seconds=time.monotonic() - started)
     if terminated.is_set() and not result.finished:
         raise SystemExit(TERMINATED)
@@ -174,16 +172,17 @@ def _lanes(output_path: str) -> int | None:
 
 
 def _fit_until_done(
-    config: TrainConfig, group: Group, prompts: list[str], terminated: threading.Event
+    config: TrainConfig, group: Group, samples: list[SamplePrompt], terminated: threading.Event
 ) -> tuple[TrainResult, int]:
     """Train, with another group of workers whenever one is lost or another number fits; also the last group's size."""
     environment = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
     collector = Collector.options(scheduling_strategy=on_this_node()).remote(environment)  # type: ignore[attr-defined]
-    sampler = _sampler(config, group, prompts, collector)
+    sampler = _sampler(config, group, samples, collector)
     arguments = {
         "config": config,
         "collector": collector,
         "sampler": sampler,
+        "samples": [] if sampler is not None else samples,
         "folder": os.getcwd(),
     }
     failures, workers, results = 0, group.most, list[TrainResult]()
@@ -245,28 +244,42 @@ def _fit(arguments: dict[str, Any], group: Group, workers: int) -> None:
     ).fit()
 
 
-def _sampler(config: TrainConfig, group: Group, prompts: list[str], collector: Any = None) -> Any:
-    """The actor that makes sample pictures; None without prompts. Raises ClusterError when nothing is left for it."""
-    if not prompts:
-        return None
-    _, gpus = cluster_devices()
-    wanted = dict(config.sample_resources or {})
-    if config.sample_resources is None and gpus:
-        if gpus - group.most * group.resources.get("GPU", 0.0) < 1:
+def sampler_resources(config: TrainConfig, group: Group) -> dict[str, float] | None:
+    """What the actor that makes sample pictures reserves; None if the workers leave it no GPU and draw themselves.
+
+    Without GPUs it reserves nothing, and computes beside the workers. Raises ClusterError for --sample_resources that
+    no machine has, which would wait for ever.
+    """
+    if config.sample_resources is not None:
+        if room(config.sample_resources, machines()) < 1:
             raise ClusterError(
-                "the workers leave no GPU for --validation_prompts; lower --num_workers, or give the actor something "
-                "else, e.g. --sample_resources '{\"CPU\": 4}'"
+                f"--sample_resources {config.sample_resources} does not fit on any machine of the cluster; lower it, "
+                "or leave it out: where no GPU is left the workers draw between steps"
             )
-        wanted = {"GPU": 1.0}
+        return dict(config.sample_resources)
+    _, gpus = cluster_devices()
+    if not gpus:
+        return {}
+    return {"GPU": 1.0} if gpus - group.most * group.resources.get("GPU", 0.0) >= 1 else None
+
+
+def _sampler(config: TrainConfig, group: Group, samples: list[SamplePrompt], collector: Any = None) -> Any:
+    """The actor that makes sample pictures; None if there are none, or the workers draw them."""
+    if not samples:
+        return None
+    wanted = sampler_resources(config, group)
+    if wanted is None:
+        logger.info("no GPU is left for the sample pictures: the workers draw them between steps, which takes time")
+        return None
     cpu, gpu = wanted.pop("CPU", 0.0), wanted.pop("GPU", 0.0)
     options = SamplerActor.options(  # type: ignore[attr-defined]
         num_cpus=cpu, num_gpus=gpu, resources=wanted or None
     )
     fresh = not list_checkpoints(config.output_path)
-    start = fresh or not is_drawn(config.output_path, 0, Shown.of(config, prompts, 0))
+    start = fresh or not is_drawn(config.output_path, 0, Shown.of(config, samples, 0))
     if not start:  # all that it draws comes with the weights of a step
         config = replace(config, lora_checkpoint=None)
-    actor = options.remote(config, prompts, start, collector)
+    actor = options.remote(config, samples, start, collector)
     if start:
         actor.begin.remote()  # beside the start of the workers
     return actor
@@ -293,7 +306,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         os.chdir(arguments["folder"])
     for name, value in ray.get(arguments["collector"].environment.remote()).items():
         os.environ.setdefault(name, value)
-    context = RayContext(arguments["collector"], arguments["sampler"])
+    context = RayContext(arguments["collector"], arguments["sampler"], arguments["samples"])
     try:
         with messages_to_driver(context):
             result = train(arguments["config"], context)

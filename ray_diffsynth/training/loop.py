@@ -51,6 +51,7 @@ from ray_diffsynth.training.plan import lanes_of
 from ray_diffsynth.training.quantize import describe_packed
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.said import SaidOfData
+from ray_diffsynth.training.sampler import WorkerSampler
 from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.shard import check_equal_work, shard_base
 from ray_diffsynth.training.source import CacheSource
@@ -94,6 +95,8 @@ class _Run:
             )
         self.said = SaidOfData(own, checkpoint.position.get("warnings", ()) if checkpoint else ())
         self._plan(checkpoint)
+        samples = context.own_samples(setup)
+        self.sampler = WorkerSampler(setup, samples, context) if samples else None  # before the model takes memory
         self.module: DiffusionTrainingModule
         self.trained: Trained
         self._build(checkpoint)
@@ -160,6 +163,8 @@ class _Run:
             self.module, self.trained = self.setup.build(device, fresh=fresh, on_cpu=config.shard_base)
         with self._memory_explained():
             self._prepare(checkpoint)
+        if self.sampler is not None and checkpoint is None:
+            self.sampler.draw(0, self.module)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what loading took is not what a step takes
         self._say(describe(self.trained, list(self.state.parameters.values())))
@@ -245,6 +250,7 @@ class _Run:
     def _after(self, done: int, outcome: StepOutcome) -> None:
         """Validation, the log, sample pictures and checkpoints that are due after `done` steps."""
         save, config = self._save_due(done), self.config
+        draw = bool(config.validation_prompts) and (done == self.total or self._due(done, config.sample_steps))
         self.loss = outcome.loss
         self.window.add(outcome)
         extra: dict[str, Any] = {}
@@ -260,7 +266,7 @@ class _Run:
                 self.trackers.write(metrics)
                 self.context.report(metrics)
                 self.window = Window()
-            if config.validation_prompts and (done == self.total or self._due(done, config.sample_steps)):
+            if draw and self.sampler is None:
                 with evaluated(self.state.optimizer):
                     weights = {name: p.detach().cpu().clone() for name, p in self.state.parameters.items()}
                 self.context.draw_samples(done, weights)
@@ -268,6 +274,9 @@ class _Run:
             self._save(done, export=save)
             if self.log is not None:
                 self.log.flush()
+        if draw and self.sampler is not None and not outcome.stop:
+            with evaluated(self.state.optimizer):
+                self.sampler.draw(done, self.module)
 
     def _memory_explained(self) -> AbstractContextManager[None]:
         return memory.explained(self._footprint, self.config, self.context.world_size, self._restart)

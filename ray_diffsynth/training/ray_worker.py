@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.warnings import DataWarnings, collecting
+from ray_diffsynth.training.sample_prompts import SamplePrompt
+from ray_diffsynth.training.setup import Setup
 
 POLL_SECONDS = 0.5
 PENDING_PICTURES = 4
@@ -22,15 +24,15 @@ PENDING_PICTURES = 4
 
 
 class RayContext:
-    """A worker of Ray Train. collector, sampler: handles of the actors below; no sampler, no pictures."""
+    """A worker of Ray Train. collector, sampler: handles of the actors below; samples: those that no actor draws."""
 
-    def __init__(self, collector: Any, sampler: Any = None) -> None:
+    def __init__(self, collector: Any, sampler: Any = None, samples: Sequence[SamplePrompt] = ()) -> None:
         context = ray.train.get_context()
         self.world_rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         # Without a GPU of its own Ray Train would name the first of the machine's.
         self.device: torch.device = ray.train.torch.get_device() if ray.get_gpu_ids() else torch.device("cpu")
-        self.collector, self.sampler = collector, sampler
+        self.collector, self.sampler, self._samples = collector, sampler, samples
         self._unsent: dict[str, Any] | None = None
         self._sent_at = 0.0
         self._drawing: list[Any] = []
@@ -60,6 +62,9 @@ class RayContext:
         elif ray.wait([self._asked], timeout=0)[0]:
             self._stop, self._asked = bool(ray.get(self._asked)), None
         return self._stop
+
+    def own_samples(self, setup: Setup) -> Sequence[SamplePrompt]:
+        return self._samples
 
     def draw_samples(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
         if self.sampler is None:
@@ -176,8 +181,8 @@ class SamplerActor:
     start: make those of step 0 before all others. collector: gets the message of a failure.
     """
 
-    def __init__(self, config: TrainConfig, prompts: list[str], start: bool, collector: Any) -> None:
-        self._config, self._prompts, self._start, self._collector = config, prompts, start, collector
+    def __init__(self, config: TrainConfig, samples: list[SamplePrompt], start: bool, collector: Any) -> None:
+        self._config, self._samples, self._start, self._collector = config, samples, start, collector
         self._sampler: Any = None
         self._told = DataWarnings()
         self._drawn: list[str] = []
@@ -199,7 +204,7 @@ class SamplerActor:
 
         if self._sampler is None:
             device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-            sampler = Sampler(self._config, self._prompts, device)
+            sampler = Sampler(self._config, self._samples, device)
             if self._start:  # here, as calls of the driver and of a worker come in any order, and a step's weights stay
                 self._drawn.append(sampler.draw(0, {}))
             self._sampler = sampler

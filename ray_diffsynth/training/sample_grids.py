@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os.path import basename
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -17,6 +17,9 @@ from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.storage import exists, join, list_files, read_bytes
 from ray_diffsynth.report import Picture
 
+if TYPE_CHECKING:
+    from ray_diffsynth.training.sample_prompts import SamplePrompt
+
 SAMPLES_FOLDER = "samples"
 """Where the grids lie."""
 MAX_PICTURES = 12
@@ -24,22 +27,25 @@ MAX_PICTURES = 12
 BASE = "Base model"
 """Title of step 0, when no LoRA was loaded."""
 _KEY = "ray_diffsynth"
-_OPTIONS = ("seed", "height", "width", "sample_inference_steps")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What a grid shows, written into its file: `title` stands below it, `prompts` are its pictures row by row."""
+    """What a grid shows, written into its file: `title` stands below it, `prompts` are its pictures row by row.
+
+    `options`: `samples`, of each its seed, the arguments of `__call__` and the pictures that it is made from.
+    """
 
     title: str
     prompts: list[str]
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, config: TrainConfig, prompts: Sequence[str], step: int) -> Shown:
+    def of(cls, config: TrainConfig, samples: Sequence[SamplePrompt], step: int) -> Shown:
         """Of a grid after `step` steps; step 0 is what the training starts from."""
-        options = {name: getattr(config, name) for name in _OPTIONS}
-        return cls(f"Step {step}" if step else start_title(config), list(prompts), options)
+        options = json.loads(json.dumps([[s.seed, dict(s.arguments), dict(s.pictures)] for s in samples]))
+        title = f"Step {step}" if step else start_title(config)
+        return cls(title, [sample.prompt for sample in samples], {"samples": options})
 
 
 def start_title(config: TrainConfig) -> str:

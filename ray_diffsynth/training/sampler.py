@@ -1,12 +1,10 @@
-"""Sample pictures while a run trains: a model of its own that takes the trained weights of a step and paints."""
+"""Sample pictures while a run trains: by an actor with a model of its own, or by the workers between two steps."""
 
 from __future__ import annotations
 
-import os
-import re
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -15,63 +13,25 @@ from PIL import Image
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.storage import is_remote, join, write_bytes_atomic
-from ray_diffsynth.data.text import TextError, decode_text
-from ray_diffsynth.pipelines.registry import get_pipeline_class
+from ray_diffsynth.training.context import Context
+from ray_diffsynth.training.drawing import Drawing, encode_samples
+from ray_diffsynth.training.engine import gather
+from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.sample_grids import SAMPLES_FOLDER, Shown, encode, grid, grid_name
-from ray_diffsynth.training.setup import Setup, TrainingError
+from ray_diffsynth.training.sample_prompts import SamplePrompt
+from ray_diffsynth.training.setup import Setup
 
-
-def read_prompts(given: str) -> list[str]:
-    """The lines of the file `given`, if it is one, else the prompts between its |. Raises TrainingError."""
-    # os.path: unlike pathlib it takes a prompt that is too long for a file's name.
-    if os.path.isfile(given):
-        text = _read(given).splitlines()
-    elif re.fullmatch(r"[^|]*\.(txt|csv|jsonl?|md)", given.strip()):
-        raise TrainingError(
-            f"--validation_prompts {given} does not exist; give a text file with a prompt a line, or the prompts "
-            "themselves with | between them"
-        )
-    else:
-        text = given.split("|")
-    prompts = [line.strip() for line in text if line.strip()]
-    if not prompts:
-        raise TrainingError(f"--validation_prompts {given!r} has no prompt; write one a line, or with | between them")
-    return prompts
-
-
-def _read(path: str) -> str:
-    try:
-        return decode_text(path, Path(path).read_bytes())
-    except TextError as error:
-        raise TrainingError(f"--validation_prompts {path} {error}") from error
-    except OSError as error:
-        raise TrainingError(f"--validation_prompts {path} cannot be read: {error}") from error
-
-
-def check_models(setup: Setup) -> None:
-    """Raise TrainingError if a model that sampling needs is not in the model folder: stage 2 may do without it."""
-    parts = _parts(setup)
-    absent = [name for name, subfolder in parts.items() if not setup.source.has(subfolder)]
-    if absent:
-        raise TrainingError(
-            f"--validation_prompts needs the whole model, but {', '.join(absent)} is not given; name the whole folder "
-            "by --model, or leave --validation_prompts out"
-        )
-
-
-def _parts(setup: Setup) -> dict[str, str]:
-    return {name: part.subfolder for name, part in get_pipeline_class(setup.family).parts.items()}
+logger = logging.getLogger(__name__)
 
 
 class Sampler:
-    """The whole pipeline with the run's LoRA, and the prompts. Made once; `draw` takes other weights each time."""
+    """A model of its own with the run's LoRA, and the prompts. Made once; `draw` takes other weights each time."""
 
-    def __init__(self, config: TrainConfig, prompts: Sequence[str], device: torch.device) -> None:
-        setup = Setup.of(config)
-        self.config, self.prompts = config, list(prompts)
-        self.output_path = setup.output_path
-        self.module, _ = replace(setup, models=tuple(_parts(setup))).build(device)
-        self.module.eval()
+    def __init__(self, config: TrainConfig, samples: Sequence[SamplePrompt], device: torch.device) -> None:
+        self.setup, self.samples = Setup.of(config), samples
+        encoded = encode_samples(self.setup, samples, range(len(samples)), device)
+        self.module, _ = self.setup.build(device)
+        self._drawing = Drawing(self.setup, self.module, samples, encoded)
         self._parameters = dict(self.module.named_parameters())
 
     @torch.no_grad()
@@ -82,32 +42,89 @@ class Sampler:
         """
         for name, value in weights.items():
             self._parameters[name].copy_(value)
-        pipe: Any = self.module.pipe
-        options: dict[str, Any] = {"height": self.config.height, "width": self.config.width}
-        if self.config.sample_inference_steps:
-            options["num_inference_steps"] = self.config.sample_inference_steps
-        seed, size = self.config.seed, {name: value for name, value in options.items() if value}
-        kind, dtype = pipe.device.type, pipe.torch_dtype
-        with torch.autocast(kind, dtype, enabled=dtype is not torch.float32):  # what is trained is in fp32
-            pictures = [_picture(pipe(prompt, seed=seed + n, **size)) for n, prompt in enumerate(self.prompts)]
-        sheet = grid(pictures)
-        path = join(self.output_path, SAMPLES_FOLDER, grid_name(step))
-        write_bytes_atomic(path, encode(sheet, Shown.of(self.config, self.prompts, step)))
-        if "tensorboard" in self.config.trackers and not is_remote(self.output_path):
-            self._to_tensorboard(step, sheet)
-        return path
-
-    def _to_tensorboard(self, step: int, sheet: Image.Image) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer: Any = SummaryWriter(join(self.output_path, "tensorboard"), filename_suffix=".samples")
-        writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-        writer.close()
+        return write_grid(self.setup, self.samples, step, [self._drawing.draw(n) for n in range(len(self.samples))])
 
 
-def _picture(made: Any) -> Image.Image:
-    """A picture; of a video its middle frame."""
-    if isinstance(made, Image.Image):
-        return made.convert("RGB")
-    frame = made[len(made) // 2]
-    return frame.convert("RGB") if isinstance(frame, Image.Image) else Image.fromarray(np.asarray(frame))
+class WorkerSampler:
+    """The workers draw between two steps, each its part of the prompts, where nothing is left for an actor.
+
+    The prompts are encoded when this is made, before the model is loaded; the model that trains draws, and is left as
+    it was: a run with pictures trains what the run without them does. A failure ends only the pictures, except where
+    the workers share a model out (--shard_base) and would wait for each other.
+    """
+
+    def __init__(self, setup: Setup, samples: Sequence[SamplePrompt], context: Context) -> None:
+        self.setup, self.samples, self.context = setup, samples, context
+        rank, world = context.world_rank, context.world_size
+        # As many pictures on each worker: a sharded model gathers its weights in all of them at once.
+        rounds = range(rank, -(-len(samples) // world) * world, world)
+        self._numbers = [number % len(samples) for number in rounds if setup.config.shard_base or number < len(samples)]
+        self._error: str | None = None
+        self._ended = False
+        self._encoded: Any = {}
+        self._attempt(self._encode)
+
+    def _encode(self) -> None:
+        self._encoded = encode_samples(self.setup, self.samples, self._numbers, self.context.device)
+
+    def draw(self, step: int, module: DiffusionTrainingModule) -> None:
+        """Write the grid after `step` steps; all workers must call it."""
+        if self._ended:
+            return
+        pictures: list[tuple[int, bytes]] = []
+        self._attempt(lambda: pictures.extend(self._draw(module)))
+        found = gather([(self._error, pictures)], self.context.world_size)
+        errors = [error for error, _ in found if error is not None]
+        self._ended = bool(errors)
+        if self.context.world_rank != 0:
+            return
+        if errors:
+            logger.warning("the sample pictures ended early: step %d: %s", step, errors[0])
+            return
+        by_number = {number: data for _, part in found for number, data in part}
+        sheets = [Image.open(BytesIO(by_number[number])) for number in range(len(self.samples))]
+        write_grid(self.setup, self.samples, step, sheets)
+
+    def _draw(self, module: DiffusionTrainingModule) -> list[tuple[int, bytes]]:
+        drawing = Drawing(self.setup, module, self.samples, self._encoded)
+        try:
+            return [(number, _png(drawing.draw(number))) for number in self._numbers]
+        finally:
+            drawing.release()
+
+    def _attempt(self, work: Any) -> None:
+        if self._error is not None:
+            return
+        try:
+            work()
+        except Exception as error:
+            if self.setup.config.shard_base and self.context.world_size > 1:
+                raise
+            # As text: the error itself holds its frames, and with them the tensors on the device.
+            self._error = f"{type(error).__name__}: {error}"
+        if self._error is not None and self.context.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def write_grid(setup: Setup, samples: Sequence[SamplePrompt], step: int, pictures: Sequence[Image.Image]) -> str:
+    """Write the grid of `step`, as PNG and in TensorBoard; returns its path."""
+    sheet = grid(pictures)
+    path = join(setup.output_path, SAMPLES_FOLDER, grid_name(step))
+    write_bytes_atomic(path, encode(sheet, Shown.of(setup.config, samples, step)))
+    if "tensorboard" in setup.config.trackers and not is_remote(setup.output_path):
+        _to_tensorboard(setup.output_path, step, sheet)
+    return path
+
+
+def _to_tensorboard(output_path: str, step: int, sheet: Image.Image) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(join(output_path, "tensorboard"), filename_suffix=".samples")
+    writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+    writer.close()
+
+
+def _png(picture: Image.Image) -> bytes:
+    data = BytesIO()
+    picture.save(data, format="PNG")
+    return data.getvalue()

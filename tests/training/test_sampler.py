@@ -20,32 +20,24 @@ from ray_diffsynth.report import make_report, render
 from ray_diffsynth.training import job
 from ray_diffsynth.training.elastic import Group
 from ray_diffsynth.training.sample_grids import MAX_PICTURES, Shown, encode, grid, is_drawn, sample_grids
-from ray_diffsynth.training.sampler import Sampler, read_prompts
-from ray_diffsynth.training.setup import TrainingError
+from ray_diffsynth.training.sample_prompts import SamplePrompt
+from ray_diffsynth.training.sampler import Sampler
 from tests.report.browser import Dom
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
 
 
-def test_prompts_from_a_file_and_from_the_option(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \n")
-    assert read_prompts(str(tmp_path / "prompts.txt")) == read_prompts("a cat | a dog") == ["a cat", "a dog"]
-    assert read_prompts("a" * 5000) == ["a" * 5000]  # no file's name is so long
-    with pytest.raises(TrainingError, match="has no prompt"):
-        read_prompts(" | ")
-    with pytest.raises(TrainingError, match="prompts/absent.txt does not exist; give a text file"):
-        read_prompts("prompts/absent.txt")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(TrainingError, match="binary.txt cannot be read"):
-        read_prompts(str(tmp_path / "binary.txt"))
+def samples(*prompts: str, **arguments: Any) -> list[SamplePrompt]:
+    return [SamplePrompt(prompt, number, tuple(sorted(arguments.items()))) for number, prompt in enumerate(prompts)]
 
 
-DRAWN: dict[str, Any] = {"sample_inference_steps": 2, "validation_prompts": "a cat"}
+SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2}
 
 
 def test_pictures_follow_the_weights(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
-    config = make_config(tiny_qwen, make_cache(), tmp_path, height=64, width=64, **DRAWN)
-    sampler = Sampler(config, ["a cat", "a dog"], torch.device("cpu"))
+    config = make_config(tiny_qwen, make_cache(), tmp_path)
+    asked = samples("a cat", "a dog", height=64, width=64, num_inference_steps=2)
+    sampler = Sampler(config, asked, torch.device("cpu"))
     names = [name for name in dict(sampler.module.named_parameters()) if "lora_B" in name]
     weights = {name: torch.zeros_like(sampler.module.get_parameter(name)) for name in names}
     first, again = (Image.open(sampler.draw(step, weights)).tobytes() for step in (1, 2))
@@ -59,9 +51,8 @@ def test_pictures_follow_the_weights(tiny_qwen: Path, make_cache: CacheMaker, tm
 def test_pictures_in_bfloat16_of_what_is_trained_in_fp32(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    size: dict[str, Any] = {"height": 32, "width": 32, "log_with": "none", **DRAWN}
-    config = make_config(tiny_qwen, make_cache(), tmp_path, dtype="bfloat16", **size, **changes)
-    sampler = Sampler(config, ["a cat"], torch.device("cpu"))
+    config = make_config(tiny_qwen, make_cache(), tmp_path, dtype="bfloat16", log_with="none", **changes)
+    sampler = Sampler(config, samples("a cat", **SMALL), torch.device("cpu"))
     weights = {name: p.detach().clone() for name, p in sampler.module.named_parameters() if p.requires_grad}
     assert {value.dtype for value in weights.values()} == {torch.float32}
     first = Image.open(sampler.draw(1, weights)).tobytes()
@@ -73,16 +64,16 @@ def test_pictures_in_bfloat16_of_what_is_trained_in_fp32(
 def test_step_0_is_the_base_model_or_the_lora_that_it_starts_from(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path
 ) -> None:
-    size: dict[str, Any] = {"height": 32, "width": 32, **DRAWN}
-    config = make_config(tiny_qwen, make_cache(), tmp_path / "new", **size)
-    shown = Shown.of(config, ["a cat"], 0)
+    config, cat = make_config(tiny_qwen, make_cache(), tmp_path / "new"), samples("a cat", **SMALL)
+    shown = Shown.of(config, cat, 0)
     assert not is_drawn(str(tmp_path / "new"), 0, shown)
-    base = Image.open(Sampler(config, ["a cat"], torch.device("cpu")).draw(0, {}))
+    base = Image.open(Sampler(config, cat, torch.device("cpu")).draw(0, {}))
     pipe = QwenImagePipeline.from_pretrained(tiny_qwen, torch_dtype=torch.float32)
     plain: Any = pipe("a cat", seed=config.seed, height=32, width=32, num_inference_steps=2)
     assert np.array_equal(np.asarray(base), np.asarray(plain))  # the model as it came
     assert is_drawn(str(tmp_path / "new"), 0, shown)
-    assert not is_drawn(str(tmp_path / "new"), 0, Shown.of(config, ["a dog"], 0))
+    for other in (samples("a dog", **SMALL), samples("a cat", **{**SMALL, "height": 64})):
+        assert not is_drawn(str(tmp_path / "new"), 0, Shown.of(config, other, 0))
     events = EventAccumulator(str(tmp_path / "new/tensorboard"))
     events.Reload()
     assert [event.step for event in events.Images("samples")] == [0]
@@ -92,9 +83,9 @@ def test_step_0_is_the_base_model_or_the_lora_that_it_starts_from(
     state["transformer_blocks.0.attn.to_q.lora_B.weight"] = torch.ones(width, 4)
     lora = str(tmp_path / "zorp.safetensors")
     export_lora(state, prefix="transformer.", rank=4, alpha=4, path=lora)
-    preset = make_config(tiny_qwen, make_cache(), tmp_path / "preset", preset_lora_path=lora, **size)
-    other = Image.open(Sampler(preset, ["a cat"], torch.device("cpu")).draw(0, {}))
-    assert not np.array_equal(np.asarray(base), np.asarray(other))
+    preset = make_config(tiny_qwen, make_cache(), tmp_path / "preset", preset_lora_path=lora)
+    moved = Image.open(Sampler(preset, cat, torch.device("cpu")).draw(0, {}))
+    assert not np.array_equal(np.asarray(base), np.asarray(moved))
     (values, _), (started, _) = sample_grids(str(tmp_path / "new"), 99), sample_grids(str(tmp_path / "preset"), 99)
     assert (values[0]["title"], started[0]["title"]) == ("Base model", "Start, with zorp.safetensors")
 
@@ -113,7 +104,7 @@ def test_a_run_draws_step_0_when_it_begins_and_not_again_when_it_goes_on(
         def options(self, **resources: object) -> Actor:
             return self
 
-        def remote(self, config: TrainConfig, prompts: list[str], start: bool, collector: object) -> Actor:
+        def remote(self, config: TrainConfig, given: list[SamplePrompt], start: bool, collector: object) -> Actor:
             asked.append(start)
             return self
 
@@ -124,12 +115,12 @@ def test_a_run_draws_step_0_when_it_begins_and_not_again_when_it_goes_on(
 
     def begins(prompt: str) -> bool:
         asked.clear()
-        job._sampler(config, group, [prompt])
+        job._sampler(config, group, samples(prompt))
         assert asked in ([True, "begin"], [False])
         return asked[0] is True
 
     (tmp_path / "samples").mkdir()
-    data = encode(Image.new("RGB", (4, 4)), Shown.of(config, ["a cat"], 0))
+    data = encode(Image.new("RGB", (4, 4)), Shown.of(config, samples("a cat"), 0))
     assert begins("a cat")
     (tmp_path / "samples/step-00000000.png").write_bytes(data)
     assert begins("a cat")  # a new run: another model may have drawn it
@@ -146,7 +137,9 @@ def test_the_report_shows_the_steps_beside_the_base_model(tmp_path: Path) -> Non
     (tmp_path / "samples").mkdir()
     sheet = Image.new("RGB", (8, 4))
     for step in range(0, 40, 2):
-        (tmp_path / f"samples/step-{step:08d}.png").write_bytes(encode(sheet, Shown.of(config, ["ein <Bär>"], step)))
+        (tmp_path / f"samples/step-{step:08d}.png").write_bytes(
+            encode(sheet, Shown.of(config, samples("ein <Bär>"), step))
+        )
     values, pictures = sample_grids(str(tmp_path), 10**9)
     assert len(values) == len(pictures) == MAX_PICTURES
     assert [(v["step"], v["title"]) for v in (values[0], values[-1])] == [(0, "Base model"), (38, "Step 38")]
@@ -164,7 +157,7 @@ def test_a_grid_that_someone_else_left_does_not_end_a_run(tmp_path: Path) -> Non
     Image.new("RGB", (4, 4)).save(data, format="PNG")
     (tmp_path / "samples/step-00000007.png").write_bytes(data.getvalue())
     (tmp_path / "samples/step-00000000.png").write_bytes(b"cut")
-    assert not is_drawn(str(tmp_path), 0, Shown.of(config, ["a"], 0))
+    assert not is_drawn(str(tmp_path), 0, Shown.of(config, samples("a"), 0))
     values, pictures = sample_grids(str(tmp_path), 10**9)
     assert [v["title"] for v in values] == ["Step 0", "Step 7"] and pictures[1].alt == "Sample pictures, Step 7"
 
