@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -164,6 +165,12 @@ def _itemsize(dtype: str) -> int:
     if dtype not in _DTYPES:
         raise CodecError(f"dtype {dtype!r} is unknown; the cache was written by a newer version, or is damaged")
     return _DTYPES[dtype].itemsize
+
+
+def as_cached(row: Mapping[str, Any], codec: str = "planes-zstd") -> dict[str, Any]:
+    """A row of parameters as it comes back from a cache; for tests of units. Raises CodecError, as `encode_value`."""
+    stored = {name: encode_value(value, codec) for name, value in row.items()}
+    return {name: decode_value(each.data, each.shape, each.dtype, codec) for name, each in stored.items()}
 
 
 def _encode_array(value: np.ndarray[Any, Any] | np.generic, codec: str) -> Encoded:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray_diffsynth.pipelines.base import BasePipeline as BasePipeline
     from ray_diffsynth.pipelines.base import Part as Part
+    from ray_diffsynth.pipelines.check import check_units as check_units
     from ray_diffsynth.pipelines.graph import split_units as split_units
     from ray_diffsynth.pipelines.registry import family_of as family_of
     from ray_diffsynth.pipelines.registry import get_pipeline_class as get_pipeline_class
@@ -19,6 +20,7 @@ _HOMES = {
     "Part": "base",
     "PipelineUnit": "unit",
     "PipelineUnitRunner": "unit",
+    "check_units": "check",
     "family_of": "registry",
     "get_pipeline_class": "registry",
     "split_units": "graph",

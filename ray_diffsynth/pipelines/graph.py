@@ -43,6 +43,8 @@ class UnitGroup:
     inputs: tuple[str, ...]
     """Names that may flow into the group from outside: what its units read, and its parameters (a unit may return
     without writing one, which then passes through). A name that is neither in the data nor a setting is made inside."""
+    sided: tuple[str, ...] = ()
+    """Those of the parameters that are kept with their sides: see `sides.sided_parameters`."""
 
 
 def model_root(name: str) -> str:

@@ -1,7 +1,7 @@
 """What each stage of a task runs, reads and loads, derived from the pipeline's declarations alone, without weights."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ray_diffsynth.config import CommonConfig
@@ -11,6 +11,7 @@ from ray_diffsynth.data.storage import absolute
 from ray_diffsynth.errors import did_you_mean
 from ray_diffsynth.pipelines.base import BasePipeline, PipelineError
 from ray_diffsynth.pipelines.graph import UnitGroup, cached_parameters, group_units, model_root, split_units
+from ray_diffsynth.pipelines.sides import sided_parameters
 from ray_diffsynth.pipelines.unit import PipelineUnit
 
 
@@ -53,6 +54,8 @@ class Stages:
     parameters: tuple[str, ...]
     groups: tuple[UnitGroup, ...]
     trainable: tuple[str, ...]
+    sided: tuple[str, ...] = ()
+    """Those of `parameters` that the cache keeps with their sides."""
 
     def stage1_models(self) -> tuple[str, ...]:
         """Models that stage 1 loads: those of the groups that lead to a cached parameter."""
@@ -83,8 +86,12 @@ def plan_stages(pipe: BasePipeline, task: LossContract, trainable: Sequence[str]
         provided=(*task.provides, *pipe.collate_outputs, *settings),
         inputs=inputs,
     )
-    groups = group_units(stage1, parameters)
-    return Stages(tuple(stage1), tuple(stage2), tuple(parameters), tuple(groups), tuple(trainable))
+    sided = sided_parameters(pipe.units, stage1, stage2, parameters)
+    groups = tuple(
+        replace(group, sided=tuple(name for name in group.parameters if name in sided))
+        for group in group_units(stage1, parameters)
+    )
+    return Stages(tuple(stage1), tuple(stage2), tuple(parameters), groups, tuple(trainable), sided)
 
 
 def settings_of(pipe: BasePipeline, task: TaskContract, given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -114,6 +114,11 @@ class UnitState:
     posi: dict[str, Any] = field(default_factory=dict)
     nega: dict[str, Any] = field(default_factory=dict)
 
+    def sides(self, name: str) -> dict[str, Any]:
+        """Side -> value, of the sides on which the parameter lies."""
+        every = {"shared": self.shared, "posi": self.posi, "nega": self.nega}
+        return {side: values[name] for side, values in every.items() if name in values}
+
     def flat(self) -> dict[str, Any]:
         """What the positive side, `model_fn` and the loss see."""
         return {**self.shared, **self.posi}
@@ -157,21 +162,28 @@ def run_units(units: Sequence[PipelineUnit], pipe: Any, states: Sequence[UnitSta
 
 
 def make_state(units: Sequence[PipelineUnit], inputs: Mapping[str, Any]) -> UnitState:
-    """Put each input on the side from which `units` use it; a name used from more than one side, or none, is shared."""
+    """Put each input on the side from which `units`, all those of a pipeline, use it.
+
+    That is where `input_params_posi` or `input_params_nega` name it; a name used from both, or by a separate-CFG unit
+    from the shared side, is shared. What only other units use, which find it on either, lies where a caller of a
+    pipeline puts it: `prompt` and `negative_prompt` on their sides, everything else on the shared one.
+    """
     sides: dict[str, set[str]] = {}
     for unit in units:
-        posi = (unit.input_params_posi or {}).values()
-        nega = (unit.input_params_nega or {}).values()
-        shared = [*(unit.input_params or ()), *(() if unit.seperate_cfg else unit.fetch_output_params())]
+        shared = unit.input_params or () if unit.seperate_cfg else ()
+        posi, nega = (unit.input_params_posi or {}).values(), (unit.input_params_nega or {}).values()
         for side, names in (("posi", posi), ("nega", nega), ("shared", shared)):
             for name in names:
                 sides.setdefault(name, set()).add(side)
     state = UnitState()
     for name, value in inputs.items():
-        used = sides.get(name, set())
+        used = sides.get(name) or {_CALLERS_SIDE.get(name, "shared")}
         side = next(iter(used)) if len(used) == 1 else "shared"
         getattr(state, side)[name] = value
     return state
+
+
+_CALLERS_SIDE = {"prompt": "posi", "negative_prompt": "nega"}
 
 
 def _names(names: Sequence[str] | None) -> tuple[str, ...] | None:

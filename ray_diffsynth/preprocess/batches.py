@@ -14,6 +14,7 @@ from ray_diffsynth.diffusion.transfer import map_tensors
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.base import BasePipeline, MissingModelError
 from ray_diffsynth.pipelines.graph import UnitGroup
+from ray_diffsynth.pipelines.sides import row_of
 from ray_diffsynth.pipelines.unit import MissingInputError, UnitError, make_state, run_units
 from ray_diffsynth.preprocess.scan import Failure
 
@@ -88,11 +89,10 @@ def _encode_batch(
     pipe: BasePipeline, group: UnitGroup, settings: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any] | Failure]:
     """All samples in one batch."""
-    states = [make_state(group.units, {**settings, **sample}) for sample in inputs]
+    states = [make_state(pipe.units, {**settings, **sample}) for sample in inputs]
     with torch.no_grad():
         states = run_units(group.units, pipe, states)
-    # A unit may return less than it declares.
-    found = [{name: state[name] for name in group.parameters if name in state} for state in (s.flat() for s in states)]
+    found = [row_of(state, group.parameters, group.sided) for state in states]
     return _checked(found)
 
 

@@ -84,6 +84,8 @@ def plan_group(
     parts |= {f"weights:{name}": value for name, value in model_fingerprints(type(pipe), source, group.models).items()}
     parts |= {f"setting:{name}": json.dumps(value) for name, value in settings.items()}
     parts["dtype"] = dtype
+    if group.sided:  # they are stored in another form
+        parts["sides"] = ", ".join(group.sided)
     if has_pixels:
         parts["transform"] = TRANSFORM
     bucketed = has_pixels or any(name in inputs for name in ("height", "width", "num_frames"))

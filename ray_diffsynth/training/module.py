@@ -10,8 +10,9 @@ from torch import nn
 
 from ray_diffsynth.data.warnings import about
 from ray_diffsynth.diffusion.randomness import SampleKey
-from ray_diffsynth.diffusion.transfer import map_tensors, to_device
+from ray_diffsynth.diffusion.transfer import as_stored, moved
 from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.sides import row_of, state_of
 from ray_diffsynth.pipelines.stages import plan_stages, settings_of
 from ray_diffsynth.pipelines.unit import PipelineUnit, make_state, run_units
 from ray_diffsynth.tasks import LossOutput, Task
@@ -68,7 +69,10 @@ class DiffusionTrainingModule(nn.Module):
         sample_ids: by which warnings name the samples.
         """
         rows = samples if self.split else self._encode_all(samples, sample_ids or [""] * len(samples))
-        states = [make_state(self._stage2, {**self.settings, **self._on_device(row)}) for row in rows]
+        states = [
+            state_of(self.pipe.units, {**self.settings, **moved(dict(row), self.pipe.device)}, self.stages.sided)
+            for row in rows
+        ]
         values = [state.flat() for state in run_units(self._stage2, self.pipe, states)]
         own = {name for row in rows for name in row} | {n for unit in self._stage2 for n in unit.fetch_output_params()}
         names = [name for name in dict.fromkeys(self._reads) if name in own and name in values[0]]
@@ -89,19 +93,15 @@ class DiffusionTrainingModule(nn.Module):
 
         Outside the loop's autocast, as stage 1 knows none: its rules on a GPU would change what encoders return.
         """
-        state = make_state(self._stage1, {**self.settings, **sample})
+        state = make_state(self.pipe.units, {**self.settings, **sample})
         with torch.autocast(self.pipe.device.type, enabled=False):
             (state,) = run_units(self._stage1, self.pipe, [state])
-        values = state.flat()
-        return {name: values[name] for name in self.stages.parameters if name in values}
+        row: dict[str, Any] = as_stored(row_of(state, self.stages.parameters, self.stages.sided))
+        return row
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name, in a fixed order."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def _on_device(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        device = self.pipe.device
-        return {name: map_tensors(lambda tensor: to_device(tensor, device), value) for name, value in row.items()}
 
 
 def fix_unused(module: DiffusionTrainingModule, loss: torch.Tensor) -> list[str]:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ray_diffsynth.cache.codec import decode_value, encode_value
+from ray_diffsynth.cache.codec import as_cached
 from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.models.lora import LoraInfo, add_lora, load_lora_file, lora_parameters
 from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.check import check_units
 from ray_diffsynth.pipelines.lora_keys import lora_names
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
 from ray_diffsynth.pipelines.stages import plan_stages
@@ -43,11 +44,6 @@ def module_of(case: FamilyCase, pipe: BasePipeline, *, split: bool = False, **fl
     module = DiffusionTrainingModule(pipe, SFT(), trained=["dit"], inputs=input_names(case), split=split, **flags)
     module.settings.update(case.settings)
     return module
-
-
-def through_the_cache(row: Mapping[str, Any]) -> dict[str, Any]:
-    stored = {name: encode_value(value) for name, value in row.items()}
-    return {name: decode_value(e.data, e.shape, e.dtype, "planes-zstd") for name, e in stored.items()}
 
 
 def with_lora(
@@ -142,6 +138,17 @@ def test_the_cache_holds_no_more_than_it_must(case: FamilyCase, pipe: BasePipeli
                 assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "sampling"])
+def test_units_do_what_they_declare_and_nothing_else(
+    case: FamilyCase, pipe: BasePipeline, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not training:
+        monkeypatch.setattr(pipe, "scheduler", pipe.sampling_schedule(torch.zeros(1, 16, 4, 6), 4))
+    given = {**pipe.training_settings(), **case.settings, **case.inputs(1), "negative_prompt": "blur", "cfg_scale": 4.0}
+    values = check_units(pipe, given)
+    assert {"input_latents", "prompt_embeds"} <= values.keys() and ("latents" in values) is not training
+
+
 def test_encoding_in_batches_equals_one_by_one(case: FamilyCase, pipe: BasePipeline) -> None:
     module = module_of(case, pipe)
     units = [unit for group in module.stages.groups for unit in group.units]
@@ -169,7 +176,7 @@ def test_a_padded_batch_equals_its_samples(case: FamilyCase, pipe: BasePipeline)
 def test_split_equals_unsplit_bit_for_bit(case: FamilyCase, root: Path, pipe: BasePipeline) -> None:
     """Stage 2 loads the dit alone and trains on what went through the cache's codec (laws 1 and 5)."""
     encoder = module_of(case, pipe)
-    cached = [through_the_cache(encoder.encode(case.inputs(index))) for index in range(ROWS)]
+    cached = [as_cached(encoder.encode(case.inputs(index))) for index in range(ROWS)]
     planned = plan_stages(type(pipe).skeleton(), SFT(), ["dit"], input_names(case))
     assert planned.stage2_models(type(pipe).skeleton()) == ("dit",)
     lean, _ = with_lora(case, root)
@@ -188,7 +195,7 @@ def test_split_equals_unsplit_under_cudas_autocast(case: FamilyCase, root: Path,
     encoders = copy.deepcopy(loaded).to(torch.bfloat16)
     encoders.scheduler.set_timesteps(training=True)
     encoder = module_of(case, encoders)
-    cached = [through_the_cache(encoder.encode(case.inputs(index))) for index in range(ROWS)]
+    cached = [as_cached(encoder.encode(case.inputs(index))) for index in range(ROWS)]
     lean, _ = with_lora(case, root, dtype=torch.bfloat16)
     whole, _ = with_lora(case, root, encoders, dtype=torch.bfloat16)
     names = [name for name in whole.parts if name != "dit"]
@@ -264,7 +271,7 @@ def test_a_text_encoder_can_be_trained(case: FamilyCase, loaded: BasePipeline) -
         module.settings.update(case.settings)
         assert "prompt" in module.stages.parameters
         assert not any(name in group.models for group in module.stages.groups)
-        rows = [through_the_cache(module.encode(case.inputs(index))) for index in range(2)]
+        rows = [as_cached(module.encode(case.inputs(index))) for index in range(2)]
         _, found = gradients(module, rows)
         assert any(gradient.abs().max() > 0 for gradient in found.values())
 
