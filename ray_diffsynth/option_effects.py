@@ -91,7 +91,7 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
         Effect(lambda config: not config.resolution, "resolution has buckets of its own", noted=True),
     ),
     "resolution": (_PICTURES,),
-    "num_frames": (_VIDEOS,),
+    "num_frames": (dataclasses.replace(_SIDES, reason=_VIDEOS.reason),),
     "fps": (_VIDEOS,),
     "max_upscale": (_PICTURES,),
     "max_crop": (_PICTURES,),

@@ -57,8 +57,8 @@ def test_prompts_from_a_file_and_from_the_option(tmp_path: Path) -> None:
     for absent in ("prompts/absent.txt", "absent.csv", "absent.jsonl"):
         with pytest.raises(TrainingError, match=f"{absent} does not exist; give a text file"):
             texts(absent)
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(DatasetError, match="binary.txt is no UTF-8 text"):
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xff")
+    with pytest.raises(DatasetError, match="binary.txt is not UTF-8"):
         texts(str(tmp_path / "binary.txt"))
 
 
