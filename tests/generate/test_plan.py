@@ -87,7 +87,7 @@ def test_a_file_that_cannot_be_used_is_refused_before_anything_is_made(
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"a cat \xff\xfe")
-    with pytest.raises(DatasetError, match="p.txt is no UTF-8 text"):
+    with pytest.raises(DatasetError, match="p.txt is not UTF-8"):
         read_prompts(config(prompt_path=str(tmp_path / "p.txt")))
 
 

@@ -138,11 +138,12 @@ def test_who_draws(
 ) -> None:
     monkeypatch.setattr(job, "cluster_devices", lambda: (4.0, gpus))
     monkeypatch.setattr(job, "machines", lambda: {"a": {"CPU": 4.0, "GPU": gpus}})
-    config = TrainConfig(model="m", dataset_base_path="c", sample_resources=asked)
+    given = {"model": "m", "dataset_base_path": "c", "validation_prompts": "a cat"}
+    config = TrainConfig(**given, sample_resources=asked)  # type: ignore[arg-type]
     group = Group(1, 1, workers, 1)
     assert job.sampler_resources(config, group) == expected
     if expected is None:
         assert job._sampler(config, group, [SamplePrompt("a", 0)]) is None
-    too_much = TrainConfig(model="m", dataset_base_path="c", sample_resources={"GPU": 2.0 + gpus})
+    too_much = TrainConfig(**given, sample_resources={"GPU": 2.0 + gpus})  # type: ignore[arg-type]
     with pytest.raises(ClusterError, match="does not fit on any machine"):
         job.sampler_resources(too_much, group)
