@@ -23,6 +23,8 @@ WHAT: Mapping[str, str] = {
     "file_form": "files of another form than is usual, read as they are meant",
     "file_left_out": "files that look like part of the dataset, and were left out",
     "caption_alone": "caption files without a picture, left out",
+    "row_left_out": "rows that cannot be used, left out",
+    "sample_replaced": "samples that cannot be decoded, in whose place another of their size was trained on",
     "batch_halved": "batches that did not fit into memory, and were halved",
     "enlarged": "pictures or videos smaller than their size, and enlarged",
     "cropped": "pictures or videos of another shape than their size, and more than a tenth cut away",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from typing import Any, Literal, cast
@@ -94,6 +95,12 @@ class _Run:
                 f"the workers see different checkpoints in {setup.output_path}; all nodes must share --output_path"
             )
         self.said = SaidOfData(own, checkpoint.position.get("warnings", ()) if checkpoint else ())
+        self._tell_of_data()
+        if not same_everywhere(zlib.crc32(self.data.identity.encode()), context.world_size, context.device):
+            raise TrainingError(
+                f"the workers see different samples in {self.config.dataset_base_path}; all nodes must see the same "
+                "files"
+            )
         self._plan(checkpoint)
         samples = context.own_samples(setup)
         self.sampler = WorkerSampler(setup, samples, context) if samples else None  # before the model takes memory

@@ -14,6 +14,7 @@ from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig, split_names
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.data.storage import absolute
+from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import part_sketch
@@ -138,7 +139,8 @@ class Setup:
     def check_data(self) -> None:
         """Raise DatasetError for metadata that cannot be read; a cache is looked at by `of`."""
         if not self.config.reads_cache:
-            read_rows(self.sample, self._metadata_path())
+            with collecting():  # the workers say it
+                read_rows(self.sample, self._metadata_path())
 
     def _metadata_path(self) -> str | None:
         given = self.config.dataset_metadata_path

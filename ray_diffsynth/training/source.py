@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,16 +19,15 @@ from ray_diffsynth.data.fit import Fits
 from ray_diffsynth.data.metadata import Metadata, read_metadata
 from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, load_inputs, scan_file, size_fits
 from ray_diffsynth.data.video_stream import require_video_support
-from ray_diffsynth.data.warnings import about
+from ray_diffsynth.data.warnings import about, warn
 from ray_diffsynth.diffusion.transfer import map_tensors
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import SKETCH, part_sketch
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.base import Part
 from ray_diffsynth.tasks import task_family
+from ray_diffsynth.training.decode_check import CHECKED_PICTURES, CHECKED_VIDEOS, NOT_THE_SAMPLES, undecodable
 from ray_diffsynth.training.plan import open_shards
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -170,8 +168,9 @@ def _scanned(path: str, spec: SampleSpec) -> SourceFile:
 class DatasetSource:
     """Pictures and metadata, decoded when they are asked for (`--task sft`), in the order of a cache's index.
 
-    Rows that cannot be used (no picture, smaller than a bucket, …) are left out and counted in `rejected`, as stage 1
-    does; a picture with a good header and damaged pixels is an error when it is reached.
+    Rows that cannot be used (no picture, smaller than a bucket, damaged, …) are left out, warned of and counted in
+    `rejected`, as stage 1 does. Up to `CHECKED_PICTURES` samples all are decoded first; in a larger dataset a damaged
+    one is replaced when it is reached, by the next of its bucket that can be decoded: the same on any worker.
     """
 
     def __init__(self, spec: SampleSpec, metadata_path: str | None) -> None:
@@ -192,10 +191,15 @@ class DatasetSource:
             fits.add(row["sample_id"], size_fits(files, bucket, spec))
             found.append((bucket, row, [file.digest for found in files.values() for file in found]))
         fits.tell()
+        if len(found) <= (CHECKED_VIDEOS if spec.size.video else CHECKED_PICTURES):
+            bad = undecodable(found, lambda item: load_inputs(item[1], item[0], spec))
+            self.rejected += [(found[position][1]["sample_id"], why) for position, why in bad.items()]
+            found = [item for position, item in enumerate(found) if position not in bad]
         for sample_id, reason in self.rejected:
-            logger.warning("left out %s: %s", sample_id, reason)
+            warn("row_left_out", sample_id, reason)
         if not found:
-            raise SourceError(f"{spec.base_path} has no usable sample ({len(self.rejected)} rejected)")
+            first = "; the first, " + ": ".join(self.rejected[0]) if self.rejected else ""
+            raise SourceError(f"{spec.base_path} has no usable sample ({len(self.rejected)} rejected{first})")
         found.sort(key=lambda item: item[0].sort_key)  # stable: dataset order within a bucket
         self.sample_ids: Sequence[str] = [row["sample_id"] for _, row, _ in found]
         self.buckets: Mapping[str, range] = _ranges([bucket.name for bucket, _, _ in found])
@@ -204,11 +208,23 @@ class DatasetSource:
         self.identity = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def fetch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        samples = []
-        for bucket, row in (self._rows[i] for i in rows):
-            with about(row["sample_id"]):
-                samples.append(load_inputs(row, bucket, self.spec))
-        return samples
+        return [self._decoded(row) for row in rows]
+
+    def _decoded(self, index: int) -> dict[str, Any]:
+        """The sample of a row, or the next of its bucket that can be decoded. Raises SourceError if none can."""
+        bucket = self.buckets[self._rows[index][0].name]
+        first = ""
+        for step in range(len(bucket)):
+            size, row = self._rows[bucket[(index - bucket.start + step) % len(bucket)]]
+            try:
+                with about(row["sample_id"]):
+                    return load_inputs(row, size, self.spec)
+            except NOT_THE_SAMPLES:
+                raise
+            except Exception as error:
+                warn("sample_replaced", row["sample_id"], str(error) or type(error).__name__)
+                first = first or f"{row['sample_id']}: {error}"
+        raise SourceError(f"none of the {len(bucket)} samples of one size can be decoded any more; {first}")
 
     def empty_caption(self) -> Mapping[str, Any]:
         return {"prompt": ""}
