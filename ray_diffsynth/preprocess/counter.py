@@ -1,20 +1,14 @@
 """What the driver knows of the tasks while they run: an actor beside it that they tell."""
 
+import itertools
 import os
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import ray
 
-Stage = Literal["decode", "decoded", "encode", "encoded"]
-
-
-class End(NamedTuple):
-    """Where a shard was last: its stage, the rows that were encoded at that moment, the last words of the process."""
-
-    stage: Stage | None
-    batch: tuple[str, ...] = ()
-    words: str = ""
+from ray_diffsynth.preprocess.attempts import Attempt, Attempts, Stage, Unfinished
 
 
 class Counts(NamedTuple):
@@ -29,7 +23,7 @@ class Counts(NamedTuple):
 
 @ray.remote(num_cpus=0)
 class Counter:
-    """Rows written and failed so far, encoders that came to life, and which stage each shard has reached."""
+    """Rows written and failed so far, encoders that came to life, and the attempts at each shard."""
 
     def __init__(self) -> None:
         self.written = 0
@@ -38,20 +32,18 @@ class Counter:
         self.encoders = 0
         self.fatal = ""
         self.running: dict[str, Any] = {}
-        self.loading: dict[str, int] = {}
-        self.stages: dict[str, Stage] = {}
-        self.batches: dict[str, Sequence[str]] = {}
-        self.words: dict[str, str] = {}
+        self.loading: dict[str, list[str]] = {}
+        self.attempts = Attempts()
 
-    def begin_loading(self, actor_id: str) -> int:
-        """An encoder begins to load its models; returns how often it did so without coming to the end."""
-        self.loading[actor_id] = self.loading.get(actor_id, 0) + 1
+    def begin_loading(self, actor_id: str, node: str) -> list[str]:
+        """An encoder begins to load its models; the node of each time that it did so without coming to the end."""
+        self.loading.setdefault(actor_id, []).append(node)
         return self.loading[actor_id]
 
     def loaded(self, actor_id: str, encoder: Any) -> None:
         """An encoder has its models: its actor's id and handle."""
         self.encoders += 1
-        self.loading[actor_id] = 0
+        self.loading.pop(actor_id, None)
         self.running[actor_id] = encoder
 
     def end_encoders(self) -> None:
@@ -60,22 +52,25 @@ class Counter:
             ray.kill(encoder)
         self.running.clear()
 
-    def reach(self, shard: str, stage: Stage) -> None:
-        """A shard has reached a stage; if its process dies, this tells where."""
-        self.stages[shard] = stage
-        self.batches.pop(shard, None)
+    def begin(self, attempt: Attempt) -> None:
+        """A process begins to work on a shard; if it dies, this tells where."""
+        self.attempts.begin(attempt)
 
-    def begin_batch(self, shard: str, keys: Sequence[str]) -> None:
+    def begin_batch(self, attempt: Attempt, keys: Sequence[str]) -> None:
         """These rows of the shard are encoded now."""
-        self.batches[shard] = keys
+        self.attempts.begin_batch(attempt, keys)
 
-    def reached(self, shards: Sequence[str]) -> list[End]:
-        """How far each shard came."""
-        return [End(self.stages.get(n), tuple(self.batches.get(n, ())), self.words.get(n, "")) for n in shards]
-
-    def last_words(self, shard: str, words: str) -> None:
+    def last_words(self, attempt: Attempt, words: str) -> None:
         """A process is about to end itself while it works on the shard."""
-        self.words[shard] = words
+        self.attempts.last_words(attempt, words)
+
+    def end(self, attempt: Attempt) -> None:
+        """A process came to the end of its work on a shard."""
+        self.attempts.end(attempt)
+
+    def unfinished(self, shards: Sequence[str]) -> list[tuple[Unfinished, ...]]:
+        """The attempts at each shard that did not come to their end."""
+        return [self.attempts.unfinished(name) for name in shards]
 
     def give_up(self, reason: str) -> None:
         """Nothing can be encoded: the first reason stays."""
@@ -90,22 +85,29 @@ class Counter:
         return Counts(self.written, self.failed, self.nbytes, self.encoders, self.fatal)
 
 
-_connected: set[str] = set()
+_numbers = itertools.count()
 
 
-def reach(counter: Any, shard: str, stage: Stage) -> None:
-    """Tell the counter where the shard is now: this process may die any moment."""
+@contextmanager
+def attempt_at(counter: Any, shard: str, stage: Stage) -> Iterator[Attempt | None]:
+    """Within it this process works on the shard, which the counter knows before: the process may die any moment.
+
+    None without a counter.
+    """
     if counter is None:
+        yield None
         return
-    told = counter.reach.remote(shard, stage)
-    if repr(counter) not in _connected:
-        # A process's first call looks for the counter, which may last longer than the process; the next go out at once.
-        ray.get(told)
-        _connected.add(repr(counter))
+    context = ray.get_runtime_context()
+    attempt = Attempt(shard, stage, context.get_node_id(), context.get_worker_id(), next(_numbers))
+    ray.get(counter.begin.remote(attempt))
+    try:
+        yield attempt
+    finally:
+        counter.end.remote(attempt)
 
 
-def end_this_process(counter: Any, shard: str, words: str) -> None:
+def end_this_process(counter: Any, attempt: Attempt | None, words: str) -> None:
     """End the process as a crash would, so that Ray starts another in its place."""
     if counter is not None:
-        ray.get(counter.last_words.remote(shard, words))
+        ray.get(counter.last_words.remote(attempt, words))
     os._exit(1)

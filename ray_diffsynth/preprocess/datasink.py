@@ -15,6 +15,7 @@ from ray.data.datasource import WriteResult
 
 from ray_diffsynth.cache.row_warnings import said
 from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
+from ray_diffsynth.preprocess.counter import attempt_at
 from ray_diffsynth.preprocess.handover import described, give_up, unpack
 
 logger = logging.getLogger(__name__)
@@ -42,13 +43,14 @@ class ShardSink(Datasink[list[dict[str, Any]]]):
                 if item["fatal"]:
                     written.append({"fatal": item["fatal"]})
                     continue
-                try:
-                    written.append(self._write(item))
-                except Exception as error:
-                    # Whatever is raised here would only make Ray Data drop the shard.
-                    logger.exception("shard %s cannot be written", item["name"])
-                    reason = f"{self.group} cannot be written to {self.cache}: {described(error)}"
-                    written.append({"fatal": give_up(item, self.counter, reason)["fatal"]})
+                with attempt_at(self.counter, item["name"], "write"):
+                    try:
+                        written.append(self._write(item))
+                    except Exception as error:
+                        # Whatever is raised here would only make Ray Data drop the shard.
+                        logger.exception("shard %s cannot be written", item["name"])
+                        reason = f"{self.group} cannot be written to {self.cache}: {described(error)}"
+                        written.append({"fatal": give_up(item, self.counter, reason)["fatal"]})
         return written
 
     def _write(self, item: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ray_diffsynth.data.samples import load_inputs
 from ray_diffsynth.data.storage import StorageError
 from ray_diffsynth.data.video_stream import VideoSupportError
 from ray_diffsynth.data.warnings import collecting
-from ray_diffsynth.preprocess.counter import reach
+from ray_diffsynth.preprocess.counter import attempt_at
 from ray_diffsynth.preprocess.handover import EncoderSpec, described, give_up, pack
 
 logger = logging.getLogger(__name__)
@@ -27,15 +27,14 @@ class Decoder:
         self.counter = counter
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        reach(self.counter, shard["name"], "decode")
-        try:
-            decoded = self._decode(shard)
-        except Exception as error:
-            # Whatever is raised here would only make Ray Data drop the shard.
-            logger.exception("shard %s cannot be decoded", shard["name"])
-            return give_up(shard, self.counter, f"the inputs of {self.spec.group} cannot be read: {described(error)}")
-        reach(self.counter, shard["name"], "decoded")
-        return decoded
+        with attempt_at(self.counter, shard["name"], "decode"):
+            try:
+                return self._decode(shard)
+            except Exception as error:
+                # Whatever is raised here would only make Ray Data drop the shard.
+                logger.exception("shard %s cannot be decoded", shard["name"])
+                why = f"the inputs of {self.spec.group} cannot be read: {described(error)}"
+                return give_up(shard, self.counter, why)
 
     def _decode(self, shard: dict[str, Any]) -> dict[str, Any]:
         keys: list[str] = []

@@ -11,9 +11,11 @@ import torch
 from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.pipelines.stages import plan_stages
+from ray_diffsynth.preprocess.attempts import Attempt
 from ray_diffsynth.preprocess.batches import DeviceError, encode
-from ray_diffsynth.preprocess.counter import end_this_process, reach
+from ray_diffsynth.preprocess.counter import attempt_at, end_this_process
 from ray_diffsynth.preprocess.handover import EncoderError, EncoderSpec, described, give_up, pack, unpack
+from ray_diffsynth.preprocess.nodes import living
 from ray_diffsynth.preprocess.scan import Failure
 from ray_diffsynth.ray_session import own_device
 from ray_diffsynth.tasks import get_task
@@ -22,6 +24,18 @@ logger = logging.getLogger(__name__)
 
 LOADS = 4
 """How often an actor may die while it loads its models."""
+
+
+def died_loading(nodes: Sequence[str]) -> int:
+    """How often an actor died by itself while it loaded. `nodes`: where it began to; the last time is the current one.
+
+    What died with its machine does not count.
+    """
+    before = nodes[:-1]
+    if len(before) < LOADS:  # most of the time: the machines need not be asked
+        return len(before)
+    alive = living(set(before))
+    return sum(node in alive for node in before)
 
 
 class Encoder:
@@ -43,8 +57,9 @@ class Encoder:
     def _load(self) -> None:
         spec = self.spec
         if self.counter is not None:
-            actor_id = ray.get_runtime_context().get_actor_id()
-            if ray.get(self.counter.begin_loading.remote(actor_id)) > LOADS:
+            context = ray.get_runtime_context()
+            begun = ray.get(self.counter.begin_loading.remote(context.get_actor_id(), context.get_node_id()))
+            if died_loading(begun) >= LOADS:
                 raise EncoderError(
                     "its process died each time while it loaded its models; the machine may lack memory for them (see "
                     "Ray's logs, or run with --verbose), or lower the number of actors"
@@ -66,27 +81,25 @@ class Encoder:
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
         if shard["fatal"]:
             return shard
-        reach(self.counter, shard["name"], "encode")
-        try:
-            encoded = self._encode(shard)
-        except DeviceError as error:
-            logger.error("the device is lost, so this process ends: %s", error)
-            end_this_process(self.counter, shard["name"], str(error))
-            raise
-        except Exception as error:
-            # Whatever is raised here would only make Ray Data drop the shard.
-            logger.exception("shard %s cannot be encoded", shard["name"])
-            return give_up(shard, self.counter, f"{self.spec.group} could not be encoded: {described(error)}")
-        reach(self.counter, shard["name"], "encoded")
-        return encoded
+        with attempt_at(self.counter, shard["name"], "encode") as attempt:
+            try:
+                return self._encode(shard, attempt)
+            except DeviceError as error:
+                logger.error("the device is lost, so this process ends: %s", error)
+                end_this_process(self.counter, attempt, str(error))
+                raise
+            except Exception as error:
+                # Whatever is raised here would only make Ray Data drop the shard.
+                logger.exception("shard %s cannot be encoded", shard["name"])
+                return give_up(shard, self.counter, f"{self.spec.group} could not be encoded: {described(error)}")
 
-    def _encode(self, shard: dict[str, Any]) -> dict[str, Any]:
+    def _encode(self, shard: dict[str, Any], attempt: Attempt | None) -> dict[str, Any]:
         rows = unpack(shard["inputs"])
         inputs, size = [values for _, values in rows], self.batch_sizes.get(shard["bucket"], self.spec.batch_size)
 
         def on_batch(start: int, end: int) -> None:
-            if self.counter is not None:
-                self.counter.begin_batch.remote(shard["name"], [key for key, _ in rows[start:end]])
+            if attempt is not None:
+                self.counter.begin_batch.remote(attempt, [key for key, _ in rows[start:end]])
 
         with collecting() as told:
             results, self.batch_sizes[shard["bucket"]] = encode(

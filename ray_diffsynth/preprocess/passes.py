@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Sequence
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from ray.exceptions import (
 
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
-from ray_diffsynth.preprocess.encoder import LOADS, Encoder
+from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.handover import EncoderError, EncoderSpec, described, shard_row
 from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.shards import ShardPlan
@@ -30,45 +31,38 @@ NO_PROGRESS_SECONDS = 24 * 3600.0
 """Ray Data gives up a pass in which nothing moves for so long; by default half an hour, in which no GPU may be free."""
 _REPORTER = "ray.data._internal.execution.streaming_executor_state"
 
-STOP = threading.Event()
-"""When it is set, all passes of this process end with `Stopped`."""
-
 
 class Stopped(Exception):
     """The pass was ended because another group, or a part of this one, cannot go on."""
 
 
-class StopOnRequest:
-    """Ray Data's callback at each step of a pass."""
-
-    def before_execution_starts(self, executor: Any) -> None: ...
-
-    def on_execution_step(self, executor: Any) -> None:
-        if STOP.is_set():
-            raise Stopped("stopped on request")
-
-    def after_execution_succeeds(self, executor: Any) -> None: ...
-
-    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
-
-
 class Reports(logging.Handler):
-    """The errors that Ray Data logs and then ignores, since blocks may be lost; a context manager."""
+    """The errors of one pass that Ray Data logs and then ignores, since blocks may be lost; a context manager.
 
-    def __init__(self) -> None:
+    Within it, an execution that this thread begins belongs to the pass: its thread logs to here and to no other pass,
+    and ends with `Stopped` soon after `stop` is set.
+    """
+
+    def __init__(self, stop: threading.Event) -> None:
         super().__init__(logging.ERROR)
+        self.stop = stop
+        self.threads: set[str] = set()
         self.errors: list[BaseException] = []
+        self._token: Token[Reports | None] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] is not None:
+        if record.threadName in self.threads and record.exc_info and record.exc_info[1] is not None:
             self.errors.append(record.exc_info[1])
 
     def __enter__(self) -> "Reports":
+        self._token = _current.set(self)
         logging.getLogger(_REPORTER).addHandler(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger(_REPORTER).removeHandler(self)
+        if self._token is not None:
+            _current.reset(self._token)
 
     def deaths(self, group: str) -> int:
         """How many processes died. Raises EncoderError for an error of another kind: it is no shard's fault."""
@@ -79,15 +73,39 @@ class Reports(logging.Handler):
         return len(self.errors)
 
 
+_current: ContextVar[Reports | None] = ContextVar("reports", default=None)
+
+
+class PassCallback:
+    """Ray Data's callback, one for each execution: ties it to the pass whose thread began it."""
+
+    def __init__(self) -> None:
+        self.reports: Reports | None = None
+
+    def before_execution_starts(self, executor: Any) -> None:
+        self.reports = _current.get()
+        if self.reports is not None:
+            self.reports.threads.add(executor.name)  # a thread, named by its dataset
+
+    def on_execution_step(self, executor: Any) -> None:
+        if self.reports is not None and self.reports.stop.is_set():
+            raise Stopped("stopped on request")
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+
+
 @dataclass(frozen=True)
 class Pipeline:
-    """What a pass needs beside its shards."""
+    """What a pass needs beside its shards. It ends with `Stopped` soon after `stop` is set."""
 
     spec: EncoderSpec
     size: PoolSize
     cache: str
     codec: str
     counter: Any
+    stop: threading.Event
 
 
 def run_pass(
@@ -109,7 +127,7 @@ def run_pass(
     context.max_errored_blocks = -1  # counted by the caller: what is lost is tried again in smaller parts
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     context.execution_options.verbose_progress = False
-    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, StopOnRequest]
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, PassCallback]
     decoded = dataset.map(
         Decoder(spec, counter),
         num_cpus=size.decode_cpus,
@@ -126,12 +144,12 @@ def run_pass(
             max_size=min(size.max_actors, len(shards)),
             max_tasks_in_flight_per_actor=in_flight,
         ),
-        # Ray Data's default is to restart for ever. An actor that is out of restarts stays in its pool, where shards
-        # wait for it: enough of them for each shard to kill it each time.
-        max_restarts=LOADS + (retries + 1) * len(shards),
+        # Without a bound, since an actor that is out of restarts stays in its pool, where shards wait for it for ever.
+        # What kills it each time ends all the same: a shard is dropped, and loading the models is given up.
+        max_restarts=-1,
         max_task_retries=retries,
     )
-    with Reports() as reports:
+    with Reports(line.stop) as reports:
         try:
             encoded.write_datasink(sink, ray_remote_args={"num_cpus": size.write_cpus, "max_retries": retries})
         finally:

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from collections import Counter as Tally
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,21 +10,23 @@ from typing import Any
 import ray
 
 from ray_diffsynth.cache.store import Shard
+from ray_diffsynth.data.media import SourceChanged
+from ray_diffsynth.preprocess.attempts import Unfinished
 from ray_diffsynth.preprocess.catalog import GroupCatalog
-from ray_diffsynth.preprocess.counter import Counter, Counts, End
-from ray_diffsynth.preprocess.handover import EncoderError, EncoderSpec
+from ray_diffsynth.preprocess.counter import Counter, Counts
+from ray_diffsynth.preprocess.handover import EncoderError, EncoderSpec, described
+from ray_diffsynth.preprocess.losses import RETRIES, Losses
 from ray_diffsynth.preprocess.metrics import PoolMetrics
-from ray_diffsynth.preprocess.passes import STOP, Pipeline, Stopped, run_pass
+from ray_diffsynth.preprocess.nodes import living
+from ray_diffsynth.preprocess.passes import Pipeline, Stopped, run_pass
 from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.scan import Failure
-from ray_diffsynth.preprocess.shards import ShardPlan, halves, split
+from ray_diffsynth.preprocess.shards import ShardPlan
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.ray_session import alive_nodes, on_this_node
 
 logger = logging.getLogger(__name__)
 
-RETRIES = 2
-"""How often a decode task or an encoder's call is tried again when its process died, before its shard is cut in two."""
 STOP_SECONDS = 60.0
 """How long the other groups may take to end when one cannot go on."""
 
@@ -61,6 +62,14 @@ class Work:
             for key, reason in result["passing"].items():
                 self.catalog.passing[key] = Failure(*reason)
 
+    def changed_sources(self) -> set[str]:
+        """Paths of the files of rows that could not be encoded since a file was not the one that was scanned."""
+        spec = self.spec.sample
+        changed = {key for key, reason in self.catalog.passing.items() if reason.error == SourceChanged.__name__}
+        rows = [row.row for shard in self.shards if changed for row in shard.rows if row.key in changed]
+        params = [param for param in spec.file_params if param in self.spec.inputs]
+        return {path for row in rows for param in params for path in spec.paths(row, param)}
+
     def missing(self, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
         """Those of the shards of which nothing is known: a shard is taken in as a whole or not at all."""
         done = {*self.catalog.known(), *self.catalog.passing}
@@ -75,48 +84,59 @@ def encode_all(works: Sequence[Work], *, cache: str, codec: str) -> None:
     works = [work for work in works if work.shards]
     if not works:
         return
+    stop = threading.Event()
     counters = [Counter.options(scheduling_strategy=on_this_node()).remote() for _ in works]  # type: ignore[attr-defined]
     lines = [
-        Pipeline(work.spec, work.size, cache, codec, counter) for work, counter in zip(works, counters, strict=True)
+        Pipeline(work.spec, work.size, cache, codec, counter, stop)
+        for work, counter in zip(works, counters, strict=True)
     ]
     title = f"encode {works[0].spec.group}" if len(works) == 1 else "encode"
     total = sum(work.rows for work in works)
-    STOP.clear()
-    with Progress(title, total=total, unit="samples") as progress, _watch(works, counters, progress):
-        if len(works) == 1:
-            encode_group(works[0], lines[0])
-        else:
-            _side_by_side(works, lines)
-    for counter in counters:
-        ray.kill(counter)
+    try:
+        with Progress(title, total=total, unit="samples") as progress, _watch(works, counters, stop, progress):
+            if len(works) == 1:
+                encode_group(works[0], lines[0])
+            else:
+                _side_by_side(works, lines, stop)
+    finally:
+        for counter in counters:
+            ray.kill(counter)
 
 
-def _side_by_side(works: Sequence[Work], lines: Sequence[Pipeline]) -> None:
-    """A thread for each group; the first error stops all of them, and is raised when they have ended."""
-    errors: list[BaseException] = []
+def _side_by_side(works: Sequence[Work], lines: Sequence[Pipeline], stop: threading.Event) -> None:
+    """A thread for each group. The first that cannot go on stops the others; its error is raised when they have ended.
+
+    Another group's own error, if it had one too, is logged.
+    """
+    errors: list[tuple[str, BaseException]] = []
 
     def one(work: Work, line: Pipeline) -> None:
         try:
             encode_group(work, line)
         except BaseException as error:
-            errors.append(error)
-            STOP.set()
+            errors.append((work.spec.group, error))
+            stop.set()
 
     # Daemons, joined in small waits: an interrupt is heard at once, not after the last shard.
     threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in zip(works, lines, strict=True)]
     for thread in threads:
         thread.start()
     try:
-        while not STOP.is_set() and any(thread.is_alive() for thread in threads):
+        while not stop.is_set() and any(thread.is_alive() for thread in threads):
             for thread in threads:
                 thread.join(timeout=0.1)
     finally:
         if any(thread.is_alive() for thread in threads):
-            STOP.set()
+            stop.set()
         for thread in threads:
             thread.join(timeout=STOP_SECONDS)
-    if errors:
-        raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
+    own = [(group, error) for group, error in errors if not isinstance(error, Stopped)]
+    for group, error in own[1:]:
+        logger.error("%s", described(error) if isinstance(error, EncoderError) else f"{group}: {described(error)}")
+    for group, error in own or errors:
+        if not isinstance(error, EncoderError):  # whose text names its group
+            error.add_note(f"while the group {group} was encoded")
+        raise error
 
 
 def encode_group(work: Work, line: Pipeline) -> None:
@@ -126,14 +146,15 @@ def encode_group(work: Work, line: Pipeline) -> None:
     A shard whose process dies again and again is dropped by Ray Data. The batch that killed is then cut out of it, and
     cut in two until the row that kills its encoder stands alone, which is quarantined; the others are encoded.
     """
-    shards: Sequence[ShardPlan] = work.shards
-    tries: Tally[str] = Tally()
+    group, shards = work.spec.group, work.shards
+    losses = Losses(group)
     first = True
     while shards:
         # Two shards in flight overlap moving one with encoding the one before, but both are lost when an actor dies.
         # A part of a lost shard is not worth as many deaths (each costs loading the models): it is suspect already.
         retries, in_flight = (RETRIES, 2) if first else (1, 1)
-        machines = alive_nodes().keys()
+        first = False
+        nodes = set(alive_nodes())
         try:
             results, deaths = run_pass(line, shards, retries=retries, in_flight=in_flight)
         except Exception as error:
@@ -147,56 +168,39 @@ def encode_group(work: Work, line: Pipeline) -> None:
             return
         if not deaths:
             raise EncoderError(
-                f"Ray lost {len(lost)} of {len(shards)} shards of {work.spec.group} without a word; see its logs, and "
-                "run again: what is written is kept"
+                f"Ray lost {len(lost)} of {len(shards)} shards of {group} without a word; see its logs, and run again: "
+                "what is written is kept"
             )
-        reached: list[End] = ray.get(line.counter.reached.remote([shard.name for shard in lost]))
-        first = False
-        rows = sum(len(shard.rows) for shard in lost)
-        if machines - alive_nodes().keys():
-            logger.warning("%s: %d rows were lost with a machine; trying them again", work.spec.group, rows)
-            shards = lost
-            continue
-        logger.warning("%s: %d rows were lost with their process; trying them in smaller parts", work.spec.group, rows)
-        shards = [part for shard, end in zip(lost, reached, strict=True) for part in _again(work, shard, end, tries)]
-
-
-def _again(work: Work, shard: ShardPlan, end: End, tries: Tally[str]) -> list[ShardPlan]:
-    """What is left to try of a lost shard that came so far; a single row that killed its process is a failure."""
-    tries[shard.name] += 1
-    if end.stage in (None, "decoded"):  # it waited for its turn while another one killed
-        if tries[shard.name] > RETRIES:
-            raise EncoderError(
-                f"Ray lost a shard of {work.spec.group} {tries[shard.name]} times before it was its turn; see its "
-                "logs, and run again: what is written is kept"
-            )
-        return [shard]
-    if len(shard.rows) > 1:
-        return split(shard, end.batch) or halves(shard)
-    if end.stage == "encoded":
-        raise EncoderError(
-            f"the process that writes {work.spec.group} died each time; the machine may lack memory: see Ray's logs, "
-            "and run again: what is written is kept"
+        found: list[tuple[Unfinished, ...]] = ray.get(line.counter.unfinished.remote([shard.name for shard in lost]))
+        nodes |= {item.attempt.node for attempts in found for item in attempts}
+        alive = living(nodes)
+        shards = []
+        for shard, attempts in zip(lost, found, strict=True):
+            again = losses.again(shard, attempts, alive, retries=retries, node_lost=not nodes <= alive)
+            if isinstance(again, Failure):
+                work.catalog.failures[shard.keys[0]] = again
+            else:
+                shards += again
+        whole = {shard.name for shard in lost} & {shard.name for shard in shards}
+        logger.warning(
+            "%s: %d rows were lost%s; %d of them are tried again as they were, the others in smaller parts",
+            group,
+            sum(len(shard.rows) for shard in lost),
+            " with a machine or their process" if nodes - alive else " with their process",
+            sum(len(shard.rows) for shard in lost if shard.name in whole),
         )
-    why = f" ({end.words})" if end.words else ""
-    work.catalog.failures[shard.keys[0]] = (
-        Failure("DecoderDied", f"the decoding process died each time it reached this sample{why}")
-        if end.stage == "decode"
-        else Failure("EncoderDied", f"the encoding process died each time it reached this sample{why}")
-    )
-    return []
 
 
 @contextmanager
-def _watch(works: Sequence[Work], counters: Sequence[Any], progress: Progress) -> Iterator[None]:
-    """Within it, `progress` and Ray's metrics follow the counters, and what cannot go on is stopped."""
-    stop = threading.Event()
+def _watch(works: Sequence[Work], counters: Sequence[Any], stop: threading.Event, progress: Progress) -> Iterator[None]:
+    """Within it, `progress` and Ray's metrics follow the counters, and `stop` is set when one of them gives up."""
+    over = threading.Event()
     metrics = [PoolMetrics(work.spec.group, work.rows) for work in works]
 
     def look() -> None:
         counts: list[Counts] = ray.get([counter.get.remote() for counter in counters])
         if any(count.fatal for count in counts):
-            STOP.set()
+            stop.set()
         rates = [metric.update(count) for metric, count in zip(metrics, counts, strict=True)]
         values: dict[str, float | str] = {"quarantined": str(sum(count.failed for count in counts))}
         values["MB"] = f"{sum(count.nbytes for count in counts) / 1e6:.1f}"
@@ -205,7 +209,7 @@ def _watch(works: Sequence[Work], counters: Sequence[Any], progress: Progress) -
         progress.update(sum(count.written + count.failed for count in counts), **values)
 
     def follow() -> None:
-        while not stop.wait(0.5):
+        while not over.wait(0.5):
             try:
                 look()
             except ray.exceptions.RayError as error:
@@ -217,6 +221,6 @@ def _watch(works: Sequence[Work], counters: Sequence[Any], progress: Progress) -
     try:
         yield
     finally:
-        stop.set()
+        over.set()
         thread.join()
     look()

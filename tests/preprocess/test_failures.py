@@ -10,6 +10,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -208,9 +209,8 @@ def test_the_runs_own_mistakes_end_it_with_their_text(bench: Bench, process: Pro
     shard = bench.decode()
     bench.patch.setattr(counting.PictureUnit, "process_batch", process)
     one = Encoder(bench.spec)
-    silent = SimpleNamespace(remote=lambda *_: None)
-    one.counter = SimpleNamespace(give_up=SimpleNamespace(remote=told.append), begin_batch=silent)
-    bench.patch.setattr(encoder, "reach", lambda *_: None)
+    one.counter = SimpleNamespace(give_up=SimpleNamespace(remote=told.append))
+    bench.patch.setattr(encoder, "attempt_at", lambda *_: nullcontext())
     result = one(shard)
     assert told == [result["fatal"]] and re.search(message, result["fatal"])
 
@@ -218,7 +218,7 @@ def test_the_runs_own_mistakes_end_it_with_their_text(bench: Bench, process: Pro
 def test_a_lost_device_ends_the_process(bench: Bench) -> None:
     ended: list[str] = []
 
-    def end(counter: Any, shard: str, words: str) -> None:
+    def end(counter: Any, attempt: Any, words: str) -> None:
         ended.append(words)
 
     bench.patch.setattr(encoder, "end_this_process", end)
@@ -253,9 +253,11 @@ def test_what_the_machine_lacks_ends_the_run(bench: Bench, monkeypatch: pytest.M
 def test_an_encoder_that_cannot_load_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     counter = SimpleNamespace(
-        begin_loading=SimpleNamespace(remote=lambda actor: 5), give_up=SimpleNamespace(remote=told.append)
+        begin_loading=SimpleNamespace(remote=lambda actor, node: [node] * 5),
+        give_up=SimpleNamespace(remote=told.append),
     )
-    context = SimpleNamespace(get_actor_id=lambda: "a")
+    context = SimpleNamespace(get_actor_id=lambda: "a", get_node_id=lambda: "n")
+    monkeypatch.setattr(encoder, "living", lambda nodes: nodes)
     fake = SimpleNamespace(get=lambda value: value, get_runtime_context=lambda: context)
     monkeypatch.setattr(encoder, "ray", fake)
     with pytest.raises(EncoderError, match="died each time while it loaded its models"):

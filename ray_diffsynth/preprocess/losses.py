@@ -1,0 +1,73 @@
+"""What is tried again of the shards that a pass lost: as they were, in smaller parts, or not at all."""
+
+from collections import Counter as Tally
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from ray_diffsynth.preprocess.attempts import Unfinished, on_living_nodes
+from ray_diffsynth.preprocess.handover import EncoderError
+from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.shards import ShardPlan, halves, split
+
+RETRIES = 2
+"""How often a decode task or an encoder's call is tried again when its process died, before its shard is cut in two."""
+NODES = 5
+"""Machines that may go down while they work on the same shard, before it is no coincidence any more."""
+
+
+@dataclass
+class Losses:
+    """The lost shards of a group: how often each was lost although nothing speaks against it."""
+
+    group: str
+    blameless: Tally[str] = field(default_factory=Tally)
+
+    def again(
+        self,
+        shard: ShardPlan,
+        attempts: Sequence[Unfinished],
+        living: Collection[str],
+        *,
+        retries: int,
+        node_lost: bool,
+    ) -> list[ShardPlan] | Failure:
+        """What is tried next of a lost shard; for a single row that killed its process each time, the failure.
+
+        `attempts`: all of it that did not come to their end, also of passes before. `living`: the machines that are
+        known to live. `retries`: how often this pass tried again. `node_lost`: whether a machine was lost during it.
+
+        Only a process that died while its machine lives counts against the shard, and only when that happened more
+        than `retries` times. Raises EncoderError where it is not the samples' fault.
+        """
+        own = on_living_nodes(attempts, living)
+        if len(own) > retries:
+            return self._smaller(shard, own[-1])
+        with_node = [item for item in attempts if item not in own]
+        if len(with_node) >= NODES:
+            names = ", ".join(row.sample_id for row in shard.rows[:3])
+            raise EncoderError(
+                f"{len(with_node)} machines went down while they worked on the same {len(shard.rows)} rows of "
+                f"{self.group} (the first: {names}); see whether they lack memory, and run again: what is written is "
+                "kept"
+            )
+        if not node_lost:
+            self.blameless[shard.name] += 1
+        if self.blameless[shard.name] > RETRIES:
+            raise EncoderError(
+                f"Ray lost a shard of {self.group} {self.blameless[shard.name]} times although no process died often "
+                "enough while it worked on it; see Ray's logs, and run again: what is written is kept"
+            )
+        return [shard]
+
+    def _smaller(self, shard: ShardPlan, last: Unfinished) -> list[ShardPlan] | Failure:
+        if len(shard.rows) > 1:
+            return split(shard, last.batch) or halves(shard)
+        stage = last.attempt.stage
+        if stage == "write":
+            raise EncoderError(
+                f"the process that writes {self.group} died each time; the machine may lack memory: see Ray's logs, "
+                "and run again: what is written is kept"
+            )
+        why = f" ({last.words})" if last.words else ""
+        error, what = ("DecoderDied", "decoding") if stage == "decode" else ("EncoderDied", "encoding")
+        return Failure(error, f"the {what} process died each time it reached this sample{why}")
