@@ -118,6 +118,11 @@ def fetch(path: str) -> bytes:
     return data
 
 
+def stamp(path: str) -> str:
+    """`storage.stamp` of a source. Raises MediaError when it is absent, SourceUnavailable when it cannot be asked."""
+    return _fetched(path, lambda: storage.stamp(path))
+
+
 class _Watched:
     """An open file that remembers the error of its storage, however a decoder reports that."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ray_diffsynth.data import storage
+from ray_diffsynth.data import media
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule, assign_bucket
 from ray_diffsynth.data.fit import SizeFit
 from ray_diffsynth.data.media import (
@@ -147,14 +147,6 @@ def file_list(value: Any) -> Any:
         return value  # a file whose name has brackets
 
 
-def file_stamp(path: str) -> str:
-    """Size and modification time (or ETag) of a file: equal stamps mean that its content need not be hashed again."""
-    try:
-        return storage.stamp(path)
-    except (OSError, ValueError) as error:
-        raise MediaError(path, f"the file is absent or unreadable ({type(error).__name__})") from error
-
-
 def _read_as_video(path: str, animations: bool) -> bool:
     """A GIF is a video where videos are wanted, else a picture."""
     return is_video(path) and (animations or not path.lower().endswith(".gif"))
@@ -165,7 +157,7 @@ def scan_file(path: str, *, animations: bool = False, max_bytes: int = MAX_DECOD
 
     `animations`: count the frames of a GIF too. `max_bytes` of memory may be taken by the first frame of a video.
     """
-    stamp = file_stamp(path)
+    stamp = media.stamp(path)
     if _read_as_video(path, animations):
         video = probe_video(path, max_bytes=max_bytes)
         return SourceFile(

@@ -33,6 +33,7 @@ from ray_diffsynth.preprocess.commit import (
 from ray_diffsynth.preprocess.dry_run import dry_run
 from ray_diffsynth.preprocess.handover import EncoderSpec
 from ray_diffsynth.preprocess.keys import GroupPlan, plan_group
+from ray_diffsynth.preprocess.memo import forget
 from ray_diffsynth.preprocess.plan import Committed, plan_works
 from ray_diffsynth.preprocess.pool import check_pools, pool_sizes
 from ray_diffsynth.preprocess.scan import Sample, scan_dataset
@@ -151,7 +152,11 @@ def _run(job: Job, warnings: DataWarnings) -> dict[str, Any]:
         times: dict[str, float] = {}
         for works in plan_works(job, committed, samples, sizes):
             began = time.monotonic()
-            encode_all(works, cache=job.cache, codec=config.cache_codec)
+            try:
+                encode_all(works, cache=job.cache, codec=config.cache_codec)
+            finally:
+                if changed := {path for work in works for path in work.changed_sources()}:
+                    forget(job.cache, changed)
             for work in works:
                 catalogs[work.spec.group] = work.catalog
                 encoded[work.spec.group] = work.encoded

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple
 
 from ray_diffsynth.data.samples import SourceFile
@@ -49,16 +49,30 @@ class Memo:
         """Write it, for this run's rerun and for the next run."""
         if not self.remember:
             return
-        text = io.BytesIO()
-        text.write(json.dumps({"version": VERSION}).encode())
-        for file in self.files.values():
-            if file.stamp:  # else nothing tells whether the file has changed
-                text.write(b"\n" + json.dumps(astuple(file)).encode())
-        write_bytes_atomic(self.path, text.getbuffer())
+        _write(self.path, self.files.values())
         self._unsaved = 0
 
 
-def _load(path: str, wanted: set[str]) -> dict[str, SourceFile]:
+def forget(cache: str, paths: Collection[str]) -> None:
+    """Let the next scan read these files again: they hold something else than what is remembered of them."""
+    path = join(cache, MEMO)
+    files = _load(path)
+    if not files.keys().isdisjoint(paths):
+        gone = set(paths)
+        _write(path, (file for file in files.values() if file.path not in gone))
+
+
+def _write(path: str, files: Iterable[SourceFile]) -> None:
+    text = io.BytesIO()
+    text.write(json.dumps({"version": VERSION}).encode())
+    for file in files:
+        if file.stamp:  # else nothing tells whether the file has changed
+            text.write(b"\n" + json.dumps(astuple(file)).encode())
+    write_bytes_atomic(path, text.getbuffer())
+
+
+def _load(path: str, wanted: Collection[str] | None = None) -> dict[str, SourceFile]:
+    """What is remembered, by path; only of the `wanted` paths, if they are given."""
     if not exists(path):
         return {}
     files = {}
@@ -68,7 +82,7 @@ def _load(path: str, wanted: set[str]) -> dict[str, SourceFile]:
             return {}
         for row in rows:
             file = SourceFile(*json.loads(row))
-            if file.path in wanted:
+            if wanted is None or file.path in wanted:
                 files[file.path] = file
     except (ValueError, TypeError):
         return {}

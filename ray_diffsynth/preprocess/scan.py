@@ -3,6 +3,7 @@
 A file whose stamp (size, times and inode, or ETag) equals that of the last scan is not read again.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from ray.exceptions import RayError, RayTaskError
 
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.fit import Fits
-from ray_diffsynth.data.media import MAX_DECODE_BYTES
+from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, stamp
 from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
-from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, file_stamp, pixel_keys, scan_file, size_fits
+from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, pixel_keys, scan_file, size_fits
 from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.memo import Memo
+
+logger = logging.getLogger(__name__)
 
 FILES_PER_TASK = 64
 TASKS_AHEAD = 512
@@ -48,6 +51,14 @@ class Failure:
         return cls(type(error).__name__, str(error))
 
 
+@dataclass(frozen=True, slots=True)
+class Unchecked:
+    """A file as it was at the last scan, since its storage does not tell now whether it has changed, and why not."""
+
+    file: SourceFile
+    reason: str
+
+
 Scanned = SourceFile | Failure
 
 
@@ -56,20 +67,25 @@ def scan_files(
     memo: Mapping[str, SourceFile],
     animations: bool = False,
     max_bytes: int = MAX_DECODE_BYTES,
-) -> list[Scanned]:
-    """Scan each path; a file with the stamp of its memo is taken from there. Errors are values. See `scan_file`."""
-    found: list[Scanned] = []
-    for path in paths:
-        try:
-            known = memo.get(path)
-            found.append(
-                known
-                if known is not None and known.stamp and known.stamp == file_stamp(path)
-                else scan_file(path, animations=animations, max_bytes=max_bytes)
-            )
-        except UserError as error:
-            found.append(Failure.of(error))
-    return found
+) -> list[Scanned | Unchecked]:
+    """Scan each path; a file with the stamp of its memo is taken from there. Errors are values. See `scan_file`.
+
+    A file of the memo whose stamp cannot be asked stays: a storage that fails for a moment removes no sample.
+    """
+    return [_scan(path, memo.get(path), animations, max_bytes) for path in paths]
+
+
+def _scan(path: str, known: SourceFile | None, animations: bool, max_bytes: int) -> Scanned | Unchecked:
+    try:
+        if known is not None and known.stamp:
+            try:
+                if known.stamp == stamp(path):
+                    return known
+            except SourceUnavailable as error:
+                return Unchecked(known, str(error))
+        return scan_file(path, animations=animations, max_bytes=max_bytes)
+    except UserError as error:
+        return Failure.of(error)
 
 
 def scan_dataset(
@@ -92,6 +108,7 @@ def scan_dataset(
     memo = Memo(cache, paths, remember=remember)
     task = ray.remote(num_cpus=num_cpus, max_retries=1)(scan_files)
     files: dict[str, Scanned] = {}
+    unchecked: list[Unchecked] = []
     pending: deque[tuple[list[str], Any]] = deque()
 
     def begin(part: Sequence[str]) -> Any:
@@ -99,9 +116,13 @@ def scan_dataset(
 
     def take() -> None:
         part, reference = pending.popleft()
-        found = dict(zip(part, _result(part, reference, begin), strict=True))
-        files.update(found)
-        memo.add(found)
+        for path, found in zip(part, _result(part, reference, begin), strict=True):
+            if isinstance(found, Unchecked):
+                unchecked.append(found)
+                files[path] = found.file
+            else:
+                files[path] = found
+        memo.add({path: files[path] for path in part})
         on_progress(len(part))
 
     for start in range(0, len(paths), FILES_PER_TASK):
@@ -112,13 +133,19 @@ def scan_dataset(
     while pending:
         take()
     memo.save()
+    if unchecked:
+        logger.warning(
+            "%d files are taken as they were at the last scan, since it cannot be asked now whether they have changed "
+            "(the first: %s); run again to have them checked",
+            *(len(unchecked), unchecked[0].reason),
+        )
     return assign(rows, {name: files[path] for name, path in places.items()}, spec)
 
 
-def _result(part: Sequence[str], reference: Any, begin: Callable[[Sequence[str]], Any]) -> list[Scanned]:
+def _result(part: Sequence[str], reference: Any, begin: Callable[[Sequence[str]], Any]) -> list[Scanned | Unchecked]:
     """What a task found. If it died, each of its files is scanned by a task of its own, to find the one that kills."""
     try:
-        found: list[Scanned] = ray.get(reference)
+        found: list[Scanned | Unchecked] = ray.get(reference)
     except RayError as error:
         if len(part) > 1:
             alone = [(path, begin([path])) for path in part]

@@ -17,7 +17,7 @@ from ray_diffsynth.preprocess import catalog as catalog_module
 from ray_diffsynth.preprocess import job as job_module
 from ray_diffsynth.preprocess import memo as memo_module
 from ray_diffsynth.preprocess import scan as scan_module
-from ray_diffsynth.preprocess.memo import MEMO, Memo
+from ray_diffsynth.preprocess.memo import MEMO, Memo, forget
 from ray_diffsynth.preprocess.scan import scan_files
 from tests.preprocess.conftest import CAPTIONS, PICTURES, SHARD, Stage1, files
 from tests.preprocess.counting import build_model, calls
@@ -158,6 +158,20 @@ def test_the_memo_keeps_what_can_be_trusted(tmp_path: Path) -> None:
     path.unlink()
     Memo(str(tmp_path), ["a"], remember=False).save()
     assert not path.exists()
+
+
+def test_what_is_forgotten_is_read_again(tmp_path: Path) -> None:
+    cache = str(tmp_path)
+    forget(cache, ["a"])
+    assert not (tmp_path / MEMO).exists()
+    memo = Memo(cache, ["a", "b", "c"])
+    memo.add({name: source(name) for name in "abc"})
+    memo.save()
+    forget(cache, ["b", "x"])
+    assert Memo(cache, ["a", "b", "c"]).files == {"a": source("a"), "c": source("c")}
+    before = (tmp_path / MEMO).stat()
+    forget(cache, ["b", "x"])  # nothing to do: the file stays
+    assert (tmp_path / MEMO).stat() == before
 
 
 def test_a_replaced_file_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
