@@ -22,7 +22,7 @@ from ray_diffsynth.data.metadata import Metadata
 from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.errors import ConfigError, UserError
 from ray_diffsynth.preprocess import job
-from ray_diffsynth.preprocess.passes import StopOnRequest
+from ray_diffsynth.preprocess.passes import PassCallback
 from tests.preprocess.conftest import CAPTIONS, PICTURES, Stage1, files
 from tests.preprocess.counting import behave, build_model, calls, digest
 
@@ -98,7 +98,7 @@ def test_samples_that_kill_their_encoder_are_found(tmp_path: Path, few: Path, st
     assert stage1(model, data, cache)["quarantined"] == 2
     # What a pass needs of Ray Data is set for its own datasets, not for those of whoever shares this process.
     context = ray.data.DataContext.get_current()
-    assert context.max_errored_blocks == 0 and StopOnRequest not in context.custom_execution_callback_classes
+    assert context.max_errored_blocks == 0 and PassCallback not in context.custom_execution_callback_classes
 
 
 def test_too_much_quarantine_fails_and_loses_nothing(tmp_path: Path, few: Path, inline: Stage1) -> None:
