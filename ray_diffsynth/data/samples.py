@@ -18,7 +18,6 @@ from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule, assign_buc
 from ray_diffsynth.data.fit import SizeFit
 from ray_diffsynth.data.media import (
     MAX_DECODE_BYTES,
-    MediaError,
     bytes_hash,
     check_decode_bytes,
     content_hash,

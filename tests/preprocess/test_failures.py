@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from ray_diffsynth.cache.manifest import Manifest
+from ray_diffsynth.cache.store import shard_name
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data import media, storage
 from ray_diffsynth.data.buckets import Bucket
@@ -59,7 +60,7 @@ class Bench:
         self.spec = job.encoder(group, 4)
         size = Bucket(64, 64)
         rows = (Wanted(f"k{n}", f"{n:04d}.png", {"image": f"{n:04d}.png"}, size.name, size) for n in range(12))
-        self.shard = shard_row(ShardPlan("shard", size.name, tuple(rows)))
+        self.shard = shard_row(ShardPlan(shard_name(["k"]), size.name, tuple(rows)))
 
     def decode(self) -> dict[str, Any]:
         return Decoder(self.spec)(self.shard)

@@ -82,7 +82,7 @@ class PlayedRay:
             else:
                 facts = {"group": "vae", "file": f"{shard.name}.parquet", "bucket": shard.bucket, "nbytes": 1}
                 facts |= {"keys": list(shard.keys), "codec": "none", "rows_per_group": len(shard.keys), "failed": {}}
-                results.append({"shard": facts, "passing": {}})
+                results.append({"shard": facts, "passing": {}, "warnings": []})
         self.deaths += deaths
         return results, deaths if self.says is None else self.says
 
@@ -300,7 +300,7 @@ def test_each_group_names_its_own_error_once(monkeypatch: pytest.MonkeyPatch, ca
 def test_passing_failures_are_kept_apart() -> None:
     catalog = GroupCatalog()
     work = Work(None, None, [], catalog)  # type: ignore[arg-type]
-    work.take([{"shard": None, "passing": {"k": ["SourceChanged", "changed"]}}])
+    work.take([{"shard": None, "passing": {"k": ["SourceChanged", "changed"]}, "warnings": []}])
     assert catalog.known() == set() and catalog.failure("k") == Failure("SourceChanged", "changed")
     with pytest.raises(EncoderError, match="disk full"):
         work.take([{"fatal": "disk full"}])
