@@ -96,7 +96,9 @@ class Cluster:
         self.arguments: dict[str, Any] = {}
         self.steps = 0
         handle = SimpleNamespace(
-            begin=SimpleNamespace(remote=lambda: None), result=SimpleNamespace(remote=lambda: self.result())
+            begin=SimpleNamespace(remote=lambda: None),
+            result=SimpleNamespace(remote=lambda: self.result()),
+            warnings=SimpleNamespace(remote=list),
         )
         collector = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda env: self.made(env, handle)))
         monkeypatch.setattr(job, "Collector", collector)
