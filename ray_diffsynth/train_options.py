@@ -34,7 +34,8 @@ class TrainOptions:
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     customized_optimizer: str | None = None
-    """Optimizer by import path, module:Class, e.g. torch.optim:RMSprop; AdamW when not given."""
+    """Optimizer by import path, module:Class, e.g. torch.optim:RMSprop, or of a module in the working folder; AdamW
+    when not given."""
     optimizer_arguments: dict[str, Any] | None = None
     """Further arguments of customized_optimizer, e.g. {"momentum": 0.9}."""
     adam_beta1: float | None = None

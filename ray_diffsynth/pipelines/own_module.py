@@ -1,4 +1,4 @@
-"""The module of a pipeline of one's own, that `--family` names: on Python's path or in the working folder. No torch."""
+"""A module of the user's own, that an option names: on Python's path or in the working folder. No torch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class FamilyError(UserError, ValueError):
 def import_own_module(family: str, known: Iterable[str]) -> ModuleType:
     """The module of `family`, `my_module[:Class]` or `my_package.my_module[:Class]`; `known`: the names of no module.
 
-    The working folder comes last on the path, so that nothing in it hides a library. Raises FamilyError for what is no
-    module's name, is not found (lists the nearest of `known`, and all), or cannot be imported (says where).
+    Raises FamilyError for what is no module's name, is not found (lists the nearest of `known`, and all), or cannot be
+    imported (says where).
     """
     name = family.partition(":")[0]
     if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
@@ -29,9 +29,8 @@ def import_own_module(family: str, known: Iterable[str]) -> ModuleType:
         own = stem != name and stem.isidentifier()
         fix = f"name the module and not its file, --family {stem}; " if own else ""
         raise FamilyError(f"unknown family {family!r}: {fix}{_known(name, known)}")
-    _search_working_folder()
     try:
-        return importlib.import_module(name)
+        return import_from_working_folder(name)
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
         if f"{name}.".startswith(f"{missing}."):
@@ -42,8 +41,22 @@ def import_own_module(family: str, known: Iterable[str]) -> ModuleType:
         ) from error
     except Exception as error:  # it runs the user's own code
         raise FamilyError(
-            f"the family {family!r} cannot be imported: {type(error).__name__}: {error}{_place(error)}; mend it there"
+            f"the family {family!r} cannot be imported: {describe_failure(error)}; mend it there"
         ) from error
+
+
+def import_from_working_folder(name: str) -> ModuleType:
+    """The module `name`; raises whatever it raises.
+
+    The working folder comes last on the path, so that nothing in it hides a library.
+    """
+    _search_working_folder()
+    return importlib.import_module(name)
+
+
+def describe_failure(error: Exception) -> str:
+    """What the import of a user's module raised, and where."""
+    return f"{type(error).__name__}: {error}{_place(error)}"
 
 
 def _search_working_folder() -> None:
@@ -70,5 +83,5 @@ def _known(name: str, known: Iterable[str]) -> str:
 def _place(error: Exception) -> str:
     """The file and line of the user's code that failed; a SyntaxError names its own."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    inside = [frame for frame in frames[1:] if frame.filename != importlib.__file__]
+    inside = [frame for frame in frames[2:] if frame.filename != importlib.__file__]
     return "" if isinstance(error, SyntaxError) or not inside else f" ({inside[-1].filename}, line {inside[-1].lineno})"

@@ -56,6 +56,7 @@ from ray_diffsynth.training.sampler import WorkerSampler
 from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.shard import check_equal_work, shard_base
 from ray_diffsynth.training.source import CacheSource
+from ray_diffsynth.training.start import mark_going_on
 from ray_diffsynth.training.state import TrainingState
 from ray_diffsynth.training.trackers import Trackers, check_trackers
 
@@ -158,6 +159,8 @@ class _Run:
                     "max_steps or num_epochs, go back with --resume <an earlier checkpoint>, or start anew with "
                     "another --output_path"
                 )
+            if self.is_main:
+                mark_going_on(config)
         if isinstance(self.data, CacheSource):
             self.data.serve(len(lanes_of(context.world_rank, context.world_size, lanes)))
 

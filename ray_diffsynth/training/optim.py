@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.pipelines.own_module import describe_failure, import_from_working_folder
 
 LearningRate = Callable[[int], float]
 """Optimizer step (from 0) -> learning rate. A pure function, so that resume needs no state for it."""
@@ -64,13 +64,18 @@ def customized(path: str, config: TrainConfig) -> tuple[type[Optimizer], dict[st
 
 
 def optimizer_class(path: str) -> type[Optimizer]:
-    """What an import path names, `module:Class`. Raises OptimizerError."""
+    """What an import path names, `module:Class`, also of a module in the working folder. Raises OptimizerError."""
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
-        found: object = getattr(importlib.import_module(module), name)
+        found: object = getattr(import_from_working_folder(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise OptimizerError(
-            f"--customized_optimizer {path} cannot be imported: {error}; install its package"
+            f"--customized_optimizer {path} cannot be imported: {error}; install its package, or put its module into "
+            "the working folder"
+        ) from error
+    except Exception as error:  # it runs the user's own code
+        raise OptimizerError(
+            f"--customized_optimizer {path} cannot be imported: {describe_failure(error)}; mend it there"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise OptimizerError(f"--customized_optimizer {path} is no subclass of torch.optim.Optimizer; name another")

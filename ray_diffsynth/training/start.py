@@ -110,16 +110,24 @@ class Start:
         _write(self.output_path, self.resume, self.options, finished=False)
 
     def _go_on(self) -> None:
-        there = _read(self.output_path)
-        if there is None or not _same(there["options"], self.options):
-            _write(self.output_path, self.resume, self.options, finished=False)
-        elif self.resume != "auto":
+        if self.resume != "auto":
             logger.info(
                 "--resume %s: %s holds what this very command began; going on with it (to start again, give another "
                 "--output_path)",
                 self.resume,
                 self.output_path,
             )
+
+
+def mark_going_on(config: TrainConfig) -> None:
+    """Note that the run in `config.output_path` is now the one that `config` says: its checkpoint was found to fit.
+
+    Not before: a command that is refused leaves the run to the command that began it.
+    """
+    output_path, options = absolute(config.output_path), _options(config)
+    there = _read(output_path)
+    if there is None or not _same(there["options"], options):
+        _write(output_path, "auto", options, finished=False)
 
 
 def mark_finished(output_path: str) -> None:

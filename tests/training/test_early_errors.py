@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ray_diffsynth.models.lora_file import LoraError
 from ray_diffsynth.pipelines.base import PipelineError
 from ray_diffsynth.pipelines.registry import FamilyError
 from ray_diffsynth.training import job
-from ray_diffsynth.training.optim import OptimizerError
+from ray_diffsynth.training.optim import OptimizerError, optimizer_class
 from ray_diffsynth.training.setup import TrainingError
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
@@ -74,3 +75,30 @@ def test_sample_pictures_need_the_whole_model(
     config = make_config(tiny_qwen, make_cache(), tmp_path / "out", validation_prompts="a cat")
     with pytest.raises(TrainingError, match=r"needs the whole model, but .*vae.* is not given"):
         job.run(replace(config, model=None, model_paths=transformer))
+
+
+def test_an_optimizer_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    monkeypatch.chdir(tmp_path)
+    Path("working_folder_optimizer.py").write_text("import torch\n\n\nclass Own(torch.optim.SGD):\n    pass\n")
+    assert optimizer_class("working_folder_optimizer:Own").__name__ == "Own"
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("\nvalue = {}['rank']\n", r"KeyError: 'rank' \(.*failing_optimizer.py, line 2\); mend it there"),
+        ("def half(:\n", r"SyntaxError: invalid syntax \(failing_optimizer.py, line 1\); mend it there"),
+        ("import no_such_library\n", "No module named 'no_such_library'; install its package"),
+        ("", "has no attribute 'Own'"),
+    ],
+)
+def test_an_optimizer_whose_module_fails(
+    source: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "failing_optimizer", raising=False)
+    Path("failing_optimizer.py").write_text(source)
+    with pytest.raises(OptimizerError, match=f"failing_optimizer:Own cannot be imported: .*{told}"):
+        optimizer_class("failing_optimizer:Own")

@@ -21,6 +21,7 @@ from ray_diffsynth.training.metrics import read_metrics
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.setup import TrainingError
 from ray_diffsynth.training.source import SourceError
+from ray_diffsynth.training.start import Start
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
 
@@ -126,6 +127,25 @@ def test_another_configuration_or_cache_is_refused(tiny_qwen: Path, make_cache: 
         run(tiny_qwen, make_cache(), tmp_path, max_steps=2, learning_rate=1e-3, lora_rank=8)
     with pytest.raises(CheckpointError, match=r"\(data: 10 samples then and now"):
         run(tiny_qwen, make_cache(max_pixels=32 * 32), tmp_path, max_steps=2)
+
+
+def test_a_refused_command_leaves_the_run_to_the_one_that_began_it(
+    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path
+) -> None:
+    cache, out = make_cache(), tmp_path / "out"
+    own = {"max_steps": 6, "save_steps": 2}
+    first = make_config(tiny_qwen, cache, out, resume="never", **own)
+    Start.of(first).begin()
+    run(tiny_qwen, cache, out, StopAt(3), **own)
+    refused = make_config(tiny_qwen, cache, out, learning_rate=1e-3, **own)
+    Start.of(refused).begin()
+    with pytest.raises(CheckpointError, match=r"learning_rate: 0.01 there, 0.001 here"):
+        run(tiny_qwen, cache, out, learning_rate=1e-3, **own)
+    assert Start.of(first).goes_on
+    longer = {**own, "max_steps": 8}
+    Start.of(make_config(tiny_qwen, cache, out, **longer)).begin()
+    run(tiny_qwen, cache, out, **longer)
+    assert not Start.of(first).goes_on  # it has become the run of the command that says more
 
 
 def test_a_cache_of_something_else_is_refused_before_any_weights_are_read(

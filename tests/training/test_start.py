@@ -18,7 +18,7 @@ from ray_diffsynth.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from ray_diffsynth.training.start import Start, mark_finished
+from ray_diffsynth.training.start import Start, mark_finished, mark_going_on
 from tests.training.helpers import make_config
 
 LEFT = (
@@ -106,7 +106,9 @@ def test_auto_after_never_goes_on_and_takes_over_when_it_says_more(out: str) -> 
     train(out, 2)
     assert begin(out).goes_on
     assert begin(out, resume="never").goes_on
-    assert begin(out, max_steps=20).goes_on  # another length: now it is this command's run
+    assert begin(out, max_steps=20).goes_on
+    assert Start.of(config(out, resume="never")).goes_on  # the checkpoint may still refuse that command
+    mark_going_on(config(out, max_steps=20))  # another length: now it is this command's run
     assert not Start.of(config(out, resume="never")).goes_on
 
 
@@ -154,7 +156,9 @@ def test_auto_without_checkpoints_does_not_mix_in_what_lies_there(out: str) -> N
 
 def test_an_older_versions_run_goes_on(out: str) -> None:
     train(out, 2)
-    assert begin(out).goes_on and json.loads(read_bytes(join(out, "run.json")))["finished"] is False
+    assert begin(out).goes_on
+    mark_going_on(config(out))
+    assert json.loads(read_bytes(join(out, "run.json")))["finished"] is False
 
 
 def test_a_folder_without_a_training_is_left_as_it_is(out: str) -> None:
