@@ -62,6 +62,8 @@ class JobConfig:
 
     def _check_choices(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
+            if getattr(self, name) is None and type(None) not in get_args(hint):
+                raise ConfigError(f"{name} is null; give a value, or leave it out for its default")
             if get_origin(hint) is Literal and (value := getattr(self, name)) not in get_args(hint):
                 raise ConfigError(f"{name}={value!r} is not known; {did_you_mean(str(value), get_args(hint))}")
 

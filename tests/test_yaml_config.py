@@ -63,6 +63,8 @@ def test_a_value_means_what_stands_there(line: str, value: Any, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        ("seed:", "seed is null"),
+        ("lora_dropout: ~", "lora_dropout is null"),
         ("seed: 010", "seed: 010 (line 1) is not clear: a leading zero makes it octal"),
         ("seed: '010'", "seed: 010 (line 1) is not clear"),
         ("seed: -07", "is not clear"),

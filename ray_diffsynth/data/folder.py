@@ -65,6 +65,11 @@ def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
     return RawTable((file_column, text_column), tuple(rows), absent_text=absent)
 
 
+def _is_table(lower: str) -> bool:
+    """Whether the name (lower case) is that of a dataset's rows; JSON beside pictures is mostly about one of them."""
+    return lower.endswith(tuple(READERS.keys() - {".json"})) or lower.rpartition("/")[2] == "metadata.json"
+
+
 def _what_is_there(names: Sequence[str]) -> str:
     strange = [name for name in names if name.lower().endswith((*UNREADABLE_SUFFIXES, *VIDEO_SUFFIXES))]
     return f"it has {strange[0]} ({len(strange)} such files), which is not read here; " if strange else ""
@@ -92,6 +97,8 @@ def warn_of_left_out(names: Sequence[str], read: tuple[str, ...], captions: Iter
             warn("file_left_out", name, "a video, where pictures are trained on")
         elif lower.endswith(UNREADABLE_SUFFIXES):
             warn("file_left_out", name, why_unreadable(name))
+        elif _is_table(lower):
+            warn("file_left_out", name, "a table beside the pictures; name it by --dataset_metadata_path to read it")
         elif lower.endswith(".tar"):
             warn("file_left_out", name, "a tar in a folder of pictures; name it by --dataset_metadata_path")
         elif stem in captions:

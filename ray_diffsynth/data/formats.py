@@ -92,6 +92,8 @@ def _separator(path: str, text: str) -> tuple[str, str]:
 
 def _csv_records(path: str, text: str, separator: str) -> Iterator[tuple[int, list[str] | None, str]]:
     """(first line, fields, error) of every record that is not blank."""
+    # Python's limit of 131072 characters is the process's; a field is as long as the text at most.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     while True:
         first = reader.line_num + 1
@@ -156,6 +158,16 @@ def separator_advice(columns: Sequence[str]) -> str:
     )
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises DatasetError if a name stands in it twice, since only one of the values would be used."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise DatasetError(f"{repeated!r} stands twice in one object; leave one of them out")
+    return found
+
+
 def _object_row(number: int, source: str, where: str, value: Any) -> RawRow:
     if isinstance(value, dict):
         return RawRow(number, source, value)
@@ -165,14 +177,19 @@ def _object_row(number: int, source: str, where: str, value: Any) -> RawRow:
 def read_jsonl(path: str) -> RawTable:
     """One JSON object a line; blank lines are skipped."""
     rows: list[RawRow] = []
+    content = _text(path, _read(path))
+    if re.match(r"\s*\[\s*\{", content):
+        raise DatasetError(f"{path} holds one JSON list, not one object a line; name it .json")
     # Not splitlines: it also cuts at characters such as U+2028 that JSON strings may hold.
-    for line, text in enumerate(_text(path, _read(path)).split("\n"), 1):
+    for line, text in enumerate(content.split("\n"), 1):
         text = text.removeprefix("\ufeff")  # of a file that others were appended to
         if not text.strip():
             continue
         number, source = len(rows) + 1, f"{path}:{line}"
         try:
-            rows.append(_object_row(number, source, f"line {line}", json.loads(text)))
+            rows.append(_object_row(number, source, f"line {line}", json.loads(text, object_pairs_hook=_object)))
+        except DatasetError as error:
+            rows.append(RawRow(number, source, None, f"line {line}: {error}"))
         except (ValueError, RecursionError) as error:  # ValueError: a whole number of thousands of digits too
             rows.append(RawRow(number, source, None, f"line {line} is not JSON: {error}"))
     return RawTable(_columns(rows), tuple(rows))
@@ -181,7 +198,9 @@ def read_jsonl(path: str) -> RawTable:
 def read_json(path: str) -> RawTable:
     """A list of objects, or an object whose `data` is such a list."""
     try:
-        content = json.loads(_text(path, _read(path)))
+        content = json.loads(_text(path, _read(path)), object_pairs_hook=_object)
+    except DatasetError as error:
+        raise DatasetError(f"{path} cannot be used: {error}") from error
     except json.JSONDecodeError as error:
         advice = "; if it holds one object a line, name it .jsonl" if error.msg == "Extra data" else ""
         raise DatasetError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}{advice}") from error

@@ -48,6 +48,8 @@ _TURNS = {
 _SWAPS_SIDES = (5, 6, 7, 8)
 _STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 """Mode -> bytes that Pillow takes a pixel; 4 for all others."""
+_SEQUENCES = frozenset(("GIF", "PNG", "WEBP", "AVIF", "TIFF"))
+"""Formats that hold animations or pages; further images of others (MPO, PSD) are previews, views or layers."""
 _RUN_PROGRAMS = frozenset(("EPS",))
 """Formats that Pillow decodes by starting a program (Ghostscript) with the file as its input."""
 _opening = threading.Lock()
@@ -153,12 +155,12 @@ def reading(path: str) -> Iterator[IO[bytes]]:
     with _fetched(path, lambda: storage.open_input(path)) as file:
         if file.size() == 0:
             raise MediaError(path, "the file is empty (0 bytes)")
-        if why := wrong_content(file.read(HEAD)):
-            raise MediaError(path, f"is {why}")
-        file.seek(0)
         watched = _Watched(cast("IO[bytes]", file))
         try:
             with decoding(path):
+                if why := wrong_content(watched.read(HEAD)):
+                    raise MediaError(path, f"is {why}")
+                watched.seek(0)
                 yield cast("IO[bytes]", watched)
         except MediaError as error:
             if watched.error is None:
@@ -244,6 +246,13 @@ def _decode_bytes(image: Image.Image, data: bytes, *, turned: bool) -> int:
     return len(data) + image.width * image.height * (_STORED.get(image.mode, 4) + 4 * copies)
 
 
+def _first_of_several(image: Image.Image) -> str:
+    """That a file has frames or pages beside the first, which alone is used; "" if it has none."""
+    if image.format not in _SEQUENCES or not getattr(image, "is_animated", False):
+        return ""
+    return "it holds several frames or pages, of which the first was used"
+
+
 def image_info(path: str, data: bytes | None = None) -> ImageInfo:
     """What the header alone tells. `data`: the file's bytes, where they have been read already. Raises MediaError."""
     with _opened(path, data) as (image, content):
@@ -251,7 +260,8 @@ def image_info(path: str, data: bytes | None = None) -> ImageInfo:
         # Pillow turns a TIFF itself; the size that it says is turned if the orientation is a tag, and not if it is XMP.
         swaps = turn in _SWAPS_SIDES and _ORIENTATION_TAG not in getattr(image, "tag_v2", ())
         width, height = image.size[::-1] if swaps else image.size
-        return ImageInfo(width, height, _decode_bytes(image, content, turned=turn in _TURNS), profile_problem(image))
+        notes = filter(None, (profile_problem(image), _first_of_several(image)))
+        return ImageInfo(width, height, _decode_bytes(image, content, turned=turn in _TURNS), "; ".join(notes))
 
 
 def probe_image(path: str, data: bytes | None = None) -> tuple[int, int]:

@@ -24,7 +24,8 @@ __all__ = ["DatasetError", "Metadata", "Quarantined", "read_metadata", "resolve_
 
 DUPLICATE = "DuplicateRow"
 """Error class of an exact repetition of another row."""
-_NULL_WORDS = ("nan", "null")
+_NULL_WORDS = ("nan", "null", "none", "<na>", "n/a", "#n/a")
+"""What pandas, SQL, Python and spreadsheets write for nothing, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,13 @@ _PQ, _HLG = 16, 18
 _WIDE_PRIMARIES = (9, 11, 12)
 """BT.2020 and P3."""
 _SRGB_CURVE, _SRGB_PRIMARIES = 13, 1
+
+_DEMUXERS = (
+    *("mov", "matroska", "webm", "avi", "gif", "mpeg", "mpegvideo", "mpegts", "m4v", "h264", "hevc", "ivf", "asf"),
+    *("flv", "ogg", "mxf", "dv", "rm", "nut", "apng", "png_pipe", "jpeg_pipe", "webp_pipe"),
+)
+"""FFmpeg's names of formats whose files hold their frames. A playlist or script (concat, HLS, DASH) names other files
+or addresses, which would be read in its place, whatever its name ends in."""
 
 _KEPT_FRAMES = 8
 """Frames that a decoder keeps to refer to, of up to 4 bytes a pixel."""
@@ -228,6 +235,24 @@ class VideoStream:
         return av.CodecContext.create(name, "r")
 
 
+def _container(path: str, file: IO[bytes]) -> Any:
+    import av
+
+    try:
+        return av.open(file, options={"format_whitelist": ",".join(_DEMUXERS)})
+    except av.ArgumentError as error:  # FFmpeg's answer for a format that is not in the list
+        raise MediaError(
+            path, "is of a format that is not read (a playlist names other files); save it as MP4"
+        ) from error
+
+
+def _is_cover(stream: Any) -> bool:
+    """Whether it is a picture that stands for the file, of an album say, which players do not show as a video."""
+    from av.stream import Disposition
+
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
 @contextmanager
 def opened(path: str, max_bytes: int = MAX_DECODE_BYTES) -> Iterator[VideoStream]:
     """The first video stream of a file; whatever goes wrong within becomes a MediaError.
@@ -235,11 +260,10 @@ def opened(path: str, max_bytes: int = MAX_DECODE_BYTES) -> Iterator[VideoStream
     So does a size by whose header decoding would take more than `max_bytes` of memory.
     """
     require_video_support([path])
-    import av
-
-    with reading(path) as file, av.open(file) as container:
-        if not container.streams.video:
+    with reading(path) as file, _container(path, file) as container:
+        moving = [stream for stream in container.streams.video if not _is_cover(stream)]
+        if not moving:
             raise MediaError(path, "has no video stream")
-        video = VideoStream(container, container.streams.video[0])
+        video = VideoStream(container, moving[0])
         check_decode_bytes(path, "frames of {}x{} pixels".format(*video.stored_size), video.decode_bytes, max_bytes)
         yield video

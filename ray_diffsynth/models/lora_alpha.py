@@ -124,21 +124,22 @@ def _by_config(file: LoraFile, place: str, layers: Collection[str], config: Mapp
         raise LoraError(f"{file.path}: {place} says {listed}, so it is more than a LoRA's B·A; {MERGE}")
     if "lora_alpha" not in config:
         raise LoraError(f"{file.path}: {place} has no lora_alpha; add the value that the LoRA was trained with")
-    alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
+    alphas, ranks = (_patterns(file, place, config, name) for name in ("alpha_pattern", "rank_pattern"))
     rslora = _flag(file, f"use_rslora of {place}", config.get("use_rslora"))
     used: set[str] = set()
     scales = {}
     for layer in layers:
         rank = file.ranks[layer]
-        declared = ranks.get(_matching(file, place, ranks, layer), config.get("r"))
+        declared = next((ranks[pattern] for pattern in _matching(file, place, ranks, layer)), config.get("r"))
         if declared is not None and _number(file, f"the rank of {layer} in {place}", declared) != rank:
             raise LoraError(
                 f"{file.path}: {layer} has rank {declared} according to {place}, but its tensors have rank {rank}; "
                 "the two are not of one LoRA"
             )
-        pattern = _matching(file, place, alphas, layer)
-        used.add(pattern)
-        alpha = _number(file, f"the alpha of {layer} in {place}", alphas.get(pattern, config["lora_alpha"]))
+        matching = _matching(file, place, alphas, layer)
+        used.update(matching)
+        said = alphas[matching[0]] if matching else config["lora_alpha"]
+        alpha = _number(file, f"the alpha of {layer} in {place}", said)
         scales[layer] = lora_scale(rank, alpha, rslora)
     if unused := sorted(set(alphas) - used) if scales else []:
         raise LoraError(
@@ -228,10 +229,17 @@ def _assigned(
     return [(found, groups[prefix]) for prefix, found in layers.items()]
 
 
-def _matching(file: LoraFile, place: str, patterns: Mapping[str, Any], layer: str) -> str:
-    """peft's rule (`get_pattern_key`): the first pattern that is the layer's name or a whole end of it."""
+def _patterns(file: LoraFile, place: str, config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = config.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise LoraError(f"{file.path}: {name} of {place} is {value!r}, no object of layers and numbers; correct it")
+    return value or {}
+
+
+def _matching(file: LoraFile, place: str, patterns: Mapping[str, Any], layer: str) -> list[str]:
+    """Patterns that are the layer's name or a whole end of it; by peft's rule (`get_pattern_key`) the first counts."""
     try:
-        return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", layer)), "")
+        return [p for p in patterns if re.match(rf"(.*\.)?({p})$", layer)]
     except re.error as err:
         raise LoraError(f"{file.path}: {place} holds a pattern that is no regular expression: {err}") from err
 
@@ -240,7 +248,7 @@ def _json(file: LoraFile, key: str, text: str) -> Mapping[str, Any]:
     """The JSON object that a header's entry holds; nothing for other entries."""
     try:
         value = json.loads(text) if text.lstrip().startswith("{") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
         return value

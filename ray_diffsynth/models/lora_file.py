@@ -224,6 +224,7 @@ def _state(
     for module, pair in halves.items():
         if set(pair) != {"A", "B"}:
             raise LoraError(f"{path}: {module} has only lora_{next(iter(pair))}; the file is incomplete")
+        _check_shapes(path, module, pair["A"], pair["B"])
     ranks = {module: pair["A"].shape[0] for module, pair in halves.items()}
     config = _adapter_config(path, peft_names=start.startswith(_PEFT))
     scales, places = layer_scales(LoraFile(path, start, ranks, alphas, metadata, config))
@@ -234,6 +235,15 @@ def _state(
     return dict(sorted(state.items())), [(scale, places) for scale in sorted(set(scales.values()))]
 
 
+def _check_shapes(path: str, module: str, a: Tensor, b: Tensor) -> None:
+    """A is (rank, in, …) and B (out, rank, …); LoraError for others."""
+    if a.ndim < 2 or b.ndim < 2 or a.shape[0] < 1 or a.shape[0] != b.shape[1]:
+        raise LoraError(
+            f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}, which have no rank in common; "
+            "save the LoRA again with the program that made it"
+        )
+
+
 def _adapter_config(path: str, *, peft_names: bool) -> Mapping[str, Any] | None:
     """peft's configuration beside a file, if it is of this file; None if there is none."""
     data = _adapter_config_bytes(path, peft_names=peft_names)
@@ -241,7 +251,7 @@ def _adapter_config(path: str, *, peft_names: bool) -> Mapping[str, Any] | None:
         return None
     try:
         config = json.loads(data)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         why = wrong_content(data) or f"no JSON ({err}); copy it again"
         raise LoraError(f"{ADAPTER_CONFIG}, which says how strong the LoRA {path} beside it is, is {why}") from err
     if not isinstance(config, dict):

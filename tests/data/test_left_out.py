@@ -71,7 +71,7 @@ def test_what_looks_like_a_picture_or_has_a_caption_is_read_or_named(tmp_path: P
     found, said = read(tmp_path)
     assert ids(found) == ["a.JPE", "b.jfif", "c.TIF"] and found.table["prompt"].to_pylist() == ["a caption"]
     left_out = dict(said["file_left_out"])
-    assert list(left_out) == ["._a.jpg", "d.CR2", "e.heic", "f.psb", "g.mp4", "h.strange", "sub/more.tar"]
+    assert list(left_out) == ["._a.jpg", "d.CR2", "e.heic", "f.psb", "g.mp4", "h.strange", "i.csv", "sub/more.tar"]
     assert "raw" in left_out["d.CR2"] and "PNG" in left_out["e.heic"] and "ending" in left_out["h.strange"]
     assert "hidden" in left_out["._a.jpg"] and "video" in left_out["g.mp4"]
     assert said["caption_alone"] == [("alone.txt", "")]
@@ -196,3 +196,15 @@ def test_paths_of_windows(tmp_path: Path) -> None:
             fetch(resolve_file(str(tmp_path), name))
     with pytest.raises(MediaError, match="no such file$"):
         fetch(resolve_file(str(tmp_path), "sub/absent.png"))
+
+
+def test_tables_that_are_not_read_are_named(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text("{}")  # about one picture, as downloaders write it
+    (tmp_path / "METADATA.CSV").write_text("image,prompt\na.png,x\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "metadata.json").write_text("[]")
+    (tmp_path / "sub" / "captions.jsonl").write_text("{}")
+    _, kinds = read(tmp_path)
+    assert {name for name, _ in kinds["file_left_out"]} == {"METADATA.CSV", "sub/captions.jsonl", "sub/metadata.json"}
+    assert all("--dataset_metadata_path" in detail for _, detail in kinds["file_left_out"])

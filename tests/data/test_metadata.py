@@ -246,3 +246,30 @@ def test_a_dataset_behind_a_url() -> None:
     memory.pipe_file("/pictures/sub/a.png", b"x")
     memory.pipe_file("/pictures/sub/a.txt", b"caption")
     assert read_metadata("memory://pictures").table["prompt"].to_pylist() == ["caption"]
+
+
+def test_words_for_nothing_in_a_csv(tmp_path: Path) -> None:
+    words = ["nan", "NULL", "None", "<NA>", "N/A", "#N/A"]
+    rows = "".join(f"{n}.png,{word}\n" for n, word in enumerate(words))
+    found = read(tmp_path, "m.csv", f"image,prompt\n{rows}7.png,nano\n8.png,None of them\n")
+    assert ids(found) == ["7.png", "8.png"]
+    assert reasons(found) == {f"{n}.png": "MissingValue" for n in range(len(words))}
+
+
+def test_a_long_field_of_a_csv(tmp_path: Path) -> None:
+    found = read(tmp_path, "m.csv", f"image,prompt,notes\na.png,x,{'n' * 200_000}\n")
+    assert ids(found) == ["a.png"]
+
+
+def test_a_name_that_stands_twice_in_a_json_object(tmp_path: Path) -> None:
+    twice, once = '{"image": "a.png", "prompt": "x", "prompt": "y"}', '{"image": "b.png", "prompt": "z"}'
+    found = read(tmp_path, "m.jsonl", f"{twice}\n{once}\n")
+    assert ids(found) == ["b.png"]
+    assert [row.message for row in found.rejected] == [
+        "line 1: 'prompt' stands twice in one object; leave one of them out"
+    ]
+    fails(tmp_path, "'prompt' stands twice in one object", "m.json", f"[{twice}]")
+
+
+def test_a_jsonl_that_is_one_list(tmp_path: Path) -> None:
+    fails(tmp_path, "name it .json", "m.jsonl", '[\n {"image": "a.png", "prompt": "x"}\n]')

@@ -342,3 +342,12 @@ def test_formats_that_start_a_program_are_not_read(tmp_path: Path) -> None:
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(MediaError, match="not a picture that Pillow can read"):
         load_image(str(path))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "avif", "tiff"])
+def test_what_follows_the_first_frame_or_page_is_named(suffix: str, tmp_path: Path) -> None:
+    red, green = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "green")
+    several = save(tmp_path / f"several.{suffix}", red, save_all=True, append_images=[green])
+    assert "of which the first was used" in image_info(several).note
+    assert close(pixel(several), (255, 0, 0), 6)
+    assert image_info(save(tmp_path / f"one.{suffix}", red)).note == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ray_diffsynth.data.media import MediaError
 from ray_diffsynth.data.video import load_first_frame, load_frames, probe_video
@@ -248,3 +250,49 @@ def test_a_video_of_too_large_frames_is_refused_before_one_is_decoded(tmp_path: 
             read(path, max_bytes=needed - 1)
     stretched = write(tmp_path / "b.mp4", plain(), aspect=Fraction(20, 1))
     assert probe_video(stretched).decode_bytes == 64 * 48 * 4 * 51
+
+
+# ---------------------------------------------------------------- what is no video
+
+
+def test_a_script_that_names_other_files_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "other.mp4", plain())
+    script = tmp_path / "clip.mp4"
+    script.write_text("ffconcat version 1.0\nfile other.mp4\n")
+    with pytest.raises(MediaError, match="names other files"):
+        probe_video(str(script))
+
+
+def test_a_cover_is_no_video(tmp_path: Path) -> None:
+    import av
+
+    cover = io.BytesIO()
+    Image.new("RGB", (16, 16), "blue").save(cover, "JPEG")
+
+    def with_cover(path: Path, video: bool) -> str:
+        with av.open(str(path), "w") as container:
+            picture: Any = container.add_stream("mjpeg")
+            picture.width = picture.height = 16
+            picture.pix_fmt = "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+            moving: Any = container.add_stream("libx264" if video else "aac", rate=16 if video else 44100)
+            if video:
+                moving.width, moving.height, moving.pix_fmt = 64, 48, "yuv420p"
+            packet = av.Packet(cover.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = picture, 0, 0, Fraction(1, 1000)
+            container.start_encoding()
+            container.mux(packet)
+            if video:
+                frame: Any = av.VideoFrame.from_ndarray(plain(), format="rgb24").reformat(format="yuv420p")
+            else:
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                frame.sample_rate = 44100
+            frame.pts = 0
+            container.mux(moving.encode(frame))
+            container.mux(moving.encode(None))
+        return str(path)
+
+    with pytest.raises(MediaError, match="has no video stream"):
+        probe_video(with_cover(tmp_path / "song.mp4", video=False))
+    found = probe_video(with_cover(tmp_path / "clip.mp4", video=True))
+    assert (found.width, found.height) == (64, 48)

@@ -322,3 +322,37 @@ def test_the_scale_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level("INFO"):
         check_lora_file(str(path))
     assert [record.getMessage() for record in caplog.records] == [f"{path}: scale 0.5, by alpha=2 in its header"]
+
+
+def test_the_first_of_overlapping_patterns_counts_as_in_peft(tmp_path: Path) -> None:
+    patterns = {"blocks.0.to_q": RANK, "to_q": 4 * RANK, "0.to_q": RANK}
+    settings = {"r": RANK, "lora_alpha": 2 * RANK, "alpha_pattern": patterns}
+    path = write(tmp_path / "a", tensors(), {"lora_adapter_metadata": json.dumps(settings)})
+    assert scales(path) == [1, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["alpha_pattern", "rank_pattern"])
+def test_patterns_that_are_no_object(name: str, tmp_path: Path) -> None:
+    settings = {"r": RANK, "lora_alpha": RANK, name: ["to_q"]}
+    path = write(tmp_path / "a", tensors(), {"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(LoraError, match=f"{name} of .* no object"):
+        read_lora(str(path))
+
+
+def test_settings_that_are_nested_without_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", tensors("base_model.model."))
+    (path.parent / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(LoraError, match="adapter_config.json"):
+        read_lora(str(path))
+    header = {"lora_adapter_metadata": '{"a":' * 100_000}
+    with pytest.raises(LoraError, match="no JSON object"):
+        read_lora(str(write(tmp_path / "b", tensors(), header)))
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [((4, 8), (8, 3)), ((0, 8), (8, 0)), ((4,), (8,)), ((4, 8), (8,))], ids=["rank", "0", "1d", "b"]
+)
+def test_halves_that_do_not_fit(a: tuple[int, ...], b: tuple[int, ...], tmp_path: Path) -> None:
+    state = {"x.lora_A.weight": torch.ones(a), "x.lora_B.weight": torch.ones(b)}
+    with pytest.raises(LoraError, match="no rank in common"):
+        read_lora(str(write(tmp_path / "a", state)))
