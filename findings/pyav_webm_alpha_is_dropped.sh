@@ -1,5 +1,5 @@
 #!/bin/bash
-# PyAV 18.1.0 (FFmpeg): decoding a WebM with transparency gives opaque frames, with the colours that were hidden.
+# PyAV 18.1.0: decoding a WebM with transparency gives opaque frames, with the colours that were hidden.
 #
 # Guess: container.decode() gives yuva420p, since the stream's metadata has alpha_mode=1.
 # What happens: FFmpeg's own vp9 decoder, which comes first, ignores the alpha; libvpx's, asked for by name, gives it.
