@@ -50,16 +50,31 @@ def _here(lease: Mapping[str, Any]) -> bool:
 
 
 def _ended(lease: Mapping[str, Any]) -> bool:
-    """True for a process of this machine that is gone."""
-    if not _here(lease):
+    """True for a process of this machine that is gone, or dead and only not yet waited for by its parent."""
+    pid = lease.get("pid")
+    if not _here(lease) or type(pid) is not int or pid <= 0:
         return False
     try:
-        os.kill(int(lease["pid"]), 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
+        pass
+    return _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state = file.read().rpartition(b")")[2].split()[0]  # behind the name, which may hold anything
+    except (OSError, IndexError):
         return False
-    return False
+    return state in (b"Z", b"X")
+
+
+def _told_time(lease: Mapping[str, Any]) -> float:
+    told = lease.get("time")
+    return float(told) if isinstance(told, int | float) else 0.0
 
 
 def _boot_id() -> str:
@@ -146,7 +161,7 @@ def _acquire(lease: Lease) -> None:
     before = _read(lease.path)
     if before is not None and not _ended(holder := _parse(before)):
         # By the clock of this machine, so it needs no watching.
-        if _here(holder) and 0 <= time.time() - float(holder.get("time", 0)) <= STALE_SECONDS:
+        if _here(holder) and 0 <= time.time() - _told_time(holder) <= STALE_SECONDS:
             raise _busy(lease, holder)
         before = _watch(lease, before)
     if before is not None and _read(lease.path) == before:

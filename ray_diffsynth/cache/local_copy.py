@@ -29,6 +29,7 @@ class LocalCopies:
         self.limit = limit
         self.fetched = 0
         (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
 
     def open(self, path: str) -> pa.NativeFile:
         """A seekable file with the content of `path`. Raises OSError.
@@ -49,6 +50,19 @@ class LocalCopies:
         self._make_room(keep=copy)
         return opened
 
+    def _remove_unfinished(self) -> None:
+        """What processes left that were killed while they fetched: a file that is being fetched has its lock held."""
+        for path in storage.list_unfinished(str(self.folder)):
+            with open(self._lock_of(Path(path).name[1:]), "ab") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                storage.remove(path)
+
+    def _lock_of(self, name: str) -> Path:
+        return self.folder / ".locks" / name[:2]
+
     def _make_room(self, keep: Path) -> None:
         entries = []
         for copy in self.folder.glob(f"*{_SUFFIX}"):
@@ -68,6 +82,6 @@ class LocalCopies:
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
         """One of the machine's threads and processes at a time, for the names that begin alike."""
-        with open(self.folder / ".locks" / name[:2], "ab") as lock:
+        with open(self._lock_of(name), "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

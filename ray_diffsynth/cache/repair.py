@@ -7,7 +7,6 @@ their keys.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -44,8 +43,6 @@ from ray_diffsynth.cache.store import (
 from ray_diffsynth.cache.verify import file_problem
 from ray_diffsynth.data import storage
 
-_MINE = f".tmp-{os.getpid()}-"
-
 
 @dataclass
 class Repair:
@@ -62,13 +59,15 @@ class Repair:
 
 @dataclass
 class _Found:
-    """What was seen before anything was touched. `damaged`: (path, reason); `spare`: good shards that nothing names."""
+    """What was seen before anything was touched. `damaged`: (path, reason); `spare`: good shards that nothing names,
+    of which those in `repeated` hold nothing that is not elsewhere."""
 
     manifest: Manifest | None
     index: pa.Table | None
     groups: list[str]
     damaged: list[tuple[str, str]] = field(default_factory=list)
     spare: list[tuple[str, str]] = field(default_factory=list)
+    repeated: list[tuple[str, str]] = field(default_factory=list)
     whole: bool = True
 
 
@@ -128,7 +127,8 @@ def _look(cache: str) -> _Found:
     found = _readable(cache)
     folders = (cache, *(inside(cache, name) for name in (INDEX_FOLDER, QUARANTINE_FOLDER, *found.groups)))
     # This process's own is the heartbeat of the lease.
-    unfinished = [path for folder in folders for path in storage.list_unfinished(folder) if _MINE not in path]
+    unfinished = [path for folder in folders for path in storage.list_unfinished(folder)]
+    unfinished = [path for path in unfinished if not storage.is_own_temporary(path)]
     found.damaged += [(path, "a write that never ended") for path in unfinished]
     specs = {} if found.index is None or found.manifest is None else {spec.name: spec for spec in found.manifest.groups}
     for group in sorted({*found.groups, *specs}):
@@ -137,18 +137,26 @@ def _look(cache: str) -> _Found:
             if problem := file_problem(cache, specs[group], file, places):
                 found.damaged.append((shard_path(cache, group, file), problem))
                 found.whole = False
+        keys = {key for places in named.values() for _, _, key in places}
         for file in list_shards(cache, group):
             if file not in named:
-                _look_at_spare(cache, group, file, found)
+                _look_at_spare(cache, group, file, keys, found)
+    if found.whole:
+        found.damaged += found.repeated
     return found
 
 
-def _look_at_spare(cache: str, group: str, file: str, found: _Found) -> None:
-    """A file that no manifest names: a damaged one of ours is removed, since a rerun encodes its rows anyway."""
+def _look_at_spare(cache: str, group: str, file: str, keys: set[str], found: _Found) -> None:
+    """A file that no manifest names: a damaged one of ours is removed, since a rerun encodes its rows anyway.
+
+    So is one whose rows (`keys`) all lie in files that the manifest names: what pruning wrote before it was stopped.
+    """
     path = shard_path(cache, group, file)
     try:
-        read_shard_header(cache, group, file, verify=True)
+        shard = read_shard_header(cache, group, file, verify=True)
         found.spare.append((path, "nothing points to it"))
+        if shard.keys and not shard.failed and keys.issuperset(shard.keys):
+            found.repeated.append((path, "all its rows are in files that the manifest names"))
     except UnreadableError:
         raise
     except (ForeignFileError, VersionError):

@@ -20,6 +20,9 @@ from ray_diffsynth.system_errors import naming_file
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*(::|://)")
 _MEMBER = re.compile(r"^(.+\.tar)/@([0-9]+)\+([0-9]+)/[^/].*$")
 _TEMPORARY = re.compile(r"^\..+\.tmp-[0-9]+-[0-9a-f]+$")
+_PROCESS = secrets.token_hex(4)
+"""Tells the unfinished writes of this process from those of one that had its id before it, as happens in containers."""
+_NOT_REFUSALS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 
 class StorageError(UserError, ValueError):
@@ -165,7 +168,8 @@ def _make_parent(fs: fsspec.AbstractFileSystem, inner: str) -> None:
 def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer) -> None:
     """Write a file that is either whole or absent, also after a crash; an older one is replaced. Makes its folder.
 
-    Local: a temporary file in the same folder, fsync, rename, fsync of the folder. Object store: one put, atomic there.
+    Local: a temporary file in the same folder, fsync, rename, fsync of the folder (where the file system has these).
+    Object store: one put, atomic there.
     """
     if is_remote(path):
         fs, inner = _remote(path)
@@ -175,22 +179,44 @@ def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer) -> None:
     path = os.path.abspath(_local(path))
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = _temporary(folder, name)
     try:
         with naming_file(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
-    handle = os.open(folder, os.O_RDONLY)
+    with naming_file(path):
+        sync_folder(folder)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make the names of a local folder's files last through a crash, as `sync_file` does."""
     try:
-        os.fsync(handle)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # a folder that may be written to, but not read: the files are there
+        return
+    try:
+        sync_file(handle)
     finally:
         os.close(handle)
+
+
+def sync_file(handle: int) -> None:
+    """fsync, where it is not refused (network and FUSE file systems, folders above all): what fails raises OSError."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in _NOT_REFUSALS:
+            raise
+
+
+def _temporary(folder: str, name: str) -> str:
+    return os.path.join(folder, f".{name}.tmp-{os.getpid()}-{_PROCESS}{secrets.token_hex(4)}")
 
 
 def create_new(path: str, data: bytes) -> bool:
@@ -216,9 +242,14 @@ def create_new(path: str, data: bytes) -> bool:
     path = os.path.abspath(_local(path))
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    with naming_file(path), open(temporary, "xb") as file:
-        file.write(data)
+    temporary = _temporary(folder, name)
+    try:
+        with naming_file(path), open(temporary, "xb") as file:
+            file.write(data)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
     try:
         os.link(temporary, path)  # unlike a rename it fails when the name is taken
     except FileExistsError:
@@ -244,6 +275,11 @@ def _create_without_condition(path: str, data: bytes) -> bool:
 def is_temporary(name: str) -> bool:
     """Whether a file name is that of a write that has not ended (or never will: its process died)."""
     return bool(_TEMPORARY.match(posixpath.basename(name)))
+
+
+def is_own_temporary(path: str) -> bool:
+    """Whether it is a write of this process."""
+    return is_temporary(path) and f".tmp-{os.getpid()}-{_PROCESS}" in posixpath.basename(path)
 
 
 _HIDDEN = re.compile(r"(^|/)\.")

@@ -24,7 +24,15 @@ import fsspec
 import torch
 from safetensors.torch import load, save
 
-from ray_diffsynth.data.storage import is_remote, join, list_files, read_bytes, write_bytes_atomic
+from ray_diffsynth.data.storage import (
+    is_remote,
+    join,
+    list_files,
+    read_bytes,
+    sync_file,
+    sync_folder,
+    write_bytes_atomic,
+)
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.system_errors import naming_file
 
@@ -182,22 +190,14 @@ def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
         with naming_file(target / name), open(temporary / name, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-    _sync(temporary)
+            sync_file(file.fileno())
+    sync_folder(temporary)
     if target.exists():  # the same step again, after a resume from an earlier one
         os.rename(target, target.parent / f".tmp-old-{target.name}-{os.getpid()}")
     os.rename(temporary, target)
-    _sync(target.parent)
+    sync_folder(target.parent)
     for left in target.parent.glob(".tmp-old-*"):
         _remove_folder(str(left))
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove_folder(folder: str) -> None:

@@ -1,10 +1,14 @@
 """Two attempts on one output: the second is refused, a dead one's lease is taken over."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +51,34 @@ def test_a_killed_holder_leaves_the_cache_free(tmp_path: Path, holder: "subproce
     assert not (tmp_path / LEASE).exists()
 
 
+def watched(*arguments: object) -> None:
+    raise AssertionError("a dead holder was waited for")
+
+
+def test_a_killed_holder_that_nobody_waited_for_is_dead(
+    tmp_path: Path, holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process id is taken until its parent asks how it ended, which a container's first process may never do."""
+    monkeypatch.setattr(lease_module, "_watch", watched)
+    os.kill(holder.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # ended, and left as it is
+    os.kill(holder.pid, 0)
+    with lease(str(tmp_path)) as mine:
+        mine.check()
+        assert json.loads((tmp_path / LEASE).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", [{"pid": 2**80, "time": 0}, {"pid": 2**31 - 1, "time": "soon"}])
+def test_a_lease_with_numbers_that_no_process_has(
+    tmp_path: Path, content: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "_watch", watched)
+    here = {"owner": "x", "host": socket.gethostname(), "boot": lease_module._boot_id()}
+    (tmp_path / LEASE).write_text(json.dumps({**here, **content}))
+    with lease(str(tmp_path)) as mine:
+        mine.check()
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats and waits of tenths of a second."""
@@ -54,38 +86,65 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(lease_module, name, seconds)
 
 
+@pytest.mark.parametrize("content", [{}, {"pid": "7", "time": "soon"}, {"pid": -1, "time": None}])
+def test_a_damaged_lease_is_watched(
+    tmp_path: Path, content: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {"owner": "x", "host": socket.gethostname(), "boot": lease_module._boot_id()}
+    (tmp_path / LEASE).write_text(json.dumps({**here, **content}))
+    monkeypatch.setattr(lease_module, "time", clock := Clock())
+    with lease(str(tmp_path)) as mine:
+        mine.check()
+    assert clock.now >= lease_module.STALE_SECONDS
+
+
 def elsewhere(when: float) -> bytes:
     """A lease of another machine whose clock may be wrong."""
     return json.dumps({"owner": "x", "host": "elsewhere", "boot": "b", "pid": 1, "time": when}).encode()
 
 
+class Clock:
+    """Stands for the module time in the lease's: waiting costs none, and something may happen meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self.meanwhile, self.now = meanwhile, 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return time.time()
+
+
 @pytest.mark.parametrize("skew", [-3600.0, 0.0, 3600.0])
-def test_a_holder_elsewhere_is_judged_by_its_beats_not_by_its_clock(tmp_path: Path, quick: None, skew: float) -> None:
-    path, stop = tmp_path / LEASE, threading.Event()
-    path.write_bytes(elsewhere(time.time() + skew))
-
-    def live() -> None:
-        while not stop.wait(0.05):
-            storage.write_bytes_atomic(str(path), elsewhere(time.time() + skew))
-
-    holder = threading.Thread(target=live)
-    holder.start()
-    try:
-        with pytest.raises(CacheError, match="process 1 on elsewhere"), lease(str(tmp_path)):
-            raise AssertionError("the lease of a live holder was taken")
-    finally:
-        stop.set()
-        holder.join()
+def test_a_holder_elsewhere_is_judged_by_its_beats_not_by_its_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew: float
+) -> None:
+    path, beats = tmp_path / LEASE, iter(range(1, 100))
+    path.write_bytes(elsewhere(skew))
+    live = Clock(lambda: path.write_bytes(elsewhere(skew + next(beats))))
+    monkeypatch.setattr(lease_module, "time", live)
+    with pytest.raises(CacheError, match="process 1 on elsewhere"), lease(str(tmp_path)):
+        raise AssertionError("the lease of a live holder was taken")
+    assert live.now <= lease_module.BEAT_SECONDS
     # Its silence is waited for: a driver that is started again on another machine goes on.
+    monkeypatch.setattr(lease_module, "time", silent := Clock())
     with lease(str(tmp_path)):
         assert json.loads(path.read_bytes())["host"] != "elsewhere"
+        assert silent.now == lease_module.STALE_SECONDS + lease_module.SETTLE_SECONDS
 
 
-def test_a_lease_that_is_given_back_while_it_is_watched(tmp_path: Path, quick: None) -> None:
+def test_a_lease_that_is_given_back_while_it_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / LEASE).write_bytes(elsewhere(time.time()))
-    threading.Timer(0.2, (tmp_path / LEASE).unlink).start()
+    clock = Clock(lambda: (tmp_path / LEASE).unlink())
+    monkeypatch.setattr(lease_module, "time", clock)
     with lease(str(tmp_path)):
         assert json.loads((tmp_path / LEASE).read_bytes())["host"] != "elsewhere"
+        assert clock.now <= lease_module.BEAT_SECONDS
 
 
 def test_a_failed_read_does_not_end_the_heartbeat(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from pathlib import Path
 
@@ -65,3 +66,16 @@ def test_local_files_are_not_copied(tmp_path: Path) -> None:
     copies = LocalCopies(str(tmp_path / "copies"), 100)
     assert copies.open(str(tmp_path / "file")).read() == b"here"
     assert copies.fetched == 0
+
+
+def test_what_a_killed_fetch_left_is_removed_unless_it_is_being_written(remote: str, tmp_path: Path) -> None:
+    LocalCopies(str(tmp_path), 10_000)
+    left, written = (tmp_path / f".{name}.copy.tmp-1-ab" for name in ("0f" * 16, "1f" * 16))
+    for path in (left, written):
+        path.write_bytes(b"half")
+    with open(tmp_path / ".locks" / "1f", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        LocalCopies(str(tmp_path), 10_000)
+        assert not left.exists() and written.exists()
+    LocalCopies(str(tmp_path), 10_000)
+    assert not written.exists()

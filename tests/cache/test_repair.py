@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ray_diffsynth.cache import lease as lease_module
 from ray_diffsynth.cache import repair as repair_module
 from ray_diffsynth.cache import store
 from ray_diffsynth.cache.errors import CacheError
+from ray_diffsynth.cache.inspection import named_rows
 from ray_diffsynth.cache.manifest import Manifest, commit
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.repair import repair_cache
@@ -166,3 +168,43 @@ def test_a_training_goes_on_after_pruning(cache: str) -> None:
     ids = pa.array(["other", *index["sample_id"].to_pylist()[1:]])
     assert shrunk.identity(index.set_column(0, "sample_id", ids)) != reader.identity
     assert shrunk.identity(pa.concat_tables([index.slice(0, 1), index.slice(1)])) == reader.identity
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing is tidied up."""
+
+
+@pytest.mark.parametrize("prune_again", [False, True])
+@pytest.mark.parametrize("writes", range(5))
+def test_pruning_that_was_stopped_leaves_nothing_for_ever(
+    cache: str, monkeypatch: pytest.MonkeyPatch, writes: int, prune_again: bool
+) -> None:
+    """Stopped in any of its writes, by a process whose id the next one has."""
+    shrink(cache, [0, 2, 5, 11])
+    known = set(snapshot(cache))
+    write, left = storage.write_bytes_atomic, writes
+
+    def stopped(path: str, data: Any) -> None:
+        nonlocal left
+        if "lease.json" not in path:
+            if not left:
+                Path(path).parent.mkdir(exist_ok=True)
+                Path(path).with_name(f".{Path(path).name}.tmp-{os.getpid()}-0af3").write_bytes(b"half")
+                raise Killed
+            left -= 1
+        write(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(storage, "write_bytes_atomic", stopped)
+        repair_cache(cache, prune=True)
+    assert set(snapshot(cache)) - known
+    assert repair_cache(cache, prune=prune_again).committed
+    if not prune_again:
+        tables = {file for file in snapshot(cache) if file.startswith(("index/", "quarantine/"))}
+        assert set(snapshot(cache)) <= known | tables  # tables go with the next commit
+        repair_cache(cache, prune=True)
+    manifest = Manifest.load(cache)
+    named = {manifest.index_file, manifest.quarantine_file, "manifest.json"}
+    index = manifest.read_index(cache)
+    named |= {f"{spec.name}/{file}" for spec in manifest.groups for file in named_rows(index, spec)}
+    assert set(snapshot(cache)) == named and verify_cache(cache) == []

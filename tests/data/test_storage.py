@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -146,3 +149,52 @@ def test_a_url_that_nothing_opens_is_named() -> None:
         storage.StorageError, match="foo://a/b cannot be reached: Protocol not known: foo; check the URL"
     ):
         storage.exists("foo://a/b")
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.ENOSYS, errno.EBADF])
+@pytest.mark.parametrize("of", ["folder", "file", "both"])
+def test_a_refused_fsync_fails_no_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int, of: str) -> None:
+    def refuse(handle: int) -> None:
+        if of == "both" or stat.S_ISDIR(os.fstat(handle).st_mode) == (of == "folder"):
+            raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    path = tmp_path / "a" / "file"
+    for content in (b"1", b"2"):
+        storage.write_bytes_atomic(str(path), content)
+        assert path.read_bytes() == content and os.listdir(path.parent) == ["file"]
+
+
+def test_a_folder_that_cannot_be_opened_fails_no_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, *args: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        storage.write_bytes_atomic(str(tmp_path / "file"), b"1")
+    assert (tmp_path / "file").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("failure", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_failed_fsync_is_told_and_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int
+) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(failure, os.strerror(failure))
+
+    (tmp_path / "file").write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="file"):
+        storage.write_bytes_atomic(str(tmp_path / "file"), b"1")
+    assert (tmp_path / "file").read_bytes() == b"before" and os.listdir(tmp_path) == ["file"]
+
+
+def test_unfinished_writes_of_this_process_are_told_from_those_that_had_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda source, target: seen.append(source))
+        storage.write_bytes_atomic(str(tmp_path / "file"), b"1")
+    assert storage.is_own_temporary(seen[0]) and storage.list_unfinished(str(tmp_path)) == seen
+    assert not storage.is_own_temporary(f".file.tmp-{os.getpid()}-0af3") and not storage.is_own_temporary("file")

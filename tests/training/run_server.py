@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,9 @@ def _arm(kill: dict[str, int]) -> None:
         loop._Run._clip = dying  # type: ignore[method-assign]
     if "fsync" in kill:
         # Only in the checkpoint's module: other files are synced too.
-        checkpoint.os = _Os(fsync=_dying_at(os.fsync, kill["fsync"]))  # type: ignore[attr-defined]
+        sync = _dying_at(lambda call, place: call(place), kill["fsync"])
+        for name in ("sync_file", "sync_folder"):
+            setattr(checkpoint, name, partial(sync, getattr(checkpoint, name)))
     if "rename" in kill:
         checkpoint.os = _Os(rename=_dying_at(os.rename, kill["rename"]))  # type: ignore[attr-defined]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -94,6 +95,15 @@ def test_a_write_that_dies_leaves_the_older_one(tmp_path: Path, monkeypatch: pyt
     assert list_checkpoints(out) == ["step-00000005"]
     save_checkpoint(out, at(10), keep=2)
     assert sorted(p.name for p in Path(checkpoints_folder(out)).iterdir()) == ["step-00000005", "step-00000010"]
+
+
+def test_a_file_system_that_refuses_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    save_checkpoint(str(tmp_path), at(5), keep=2)
+    assert same(newest_checkpoint(str(tmp_path)), at(5))  # type: ignore[arg-type]
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
