@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 
 from ray_diffsynth.errors import ConfigError
 
+_REASONS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "may not be written by this user"),
+    errno.EROFS: "is on a file system that is mounted read-only",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "has no space left"),
+}
+"""Error number -> what is wrong with a folder."""
+
 
 def check_output_path(output_path: str, *, writes: bool = True) -> None:
-    """Raise ConfigError for an output_path in which nothing can be written; with `writes` the rights are looked at too.
+    """Raise ConfigError for an output_path in which nothing can be written; with `writes` that is tried.
 
     A URL is looked at only by the store, when the first file is written. In a job of `ray job submit` the working
     folder is a copy that Ray deletes, so that a relative path is refused there.
@@ -27,7 +36,7 @@ def check_output_path(output_path: str, *, writes: bool = True) -> None:
     there = os.path.abspath(path)
     _check_folder(output_path, there)
     if writes:
-        _check_rights(output_path, _nearest(there))
+        _check_writable(output_path, _nearest(there))
 
 
 def _check_working_folder(output_path: str) -> None:
@@ -59,9 +68,10 @@ def _check_folder(output_path: str, path: str) -> None:
     raise ConfigError(f"output_path={output_path}: {nearest} is {what}, in which no folder can be made; give another")
 
 
-def _check_rights(output_path: str, folder: str) -> None:
-    if os.access(folder, os.W_OK | os.X_OK):
-        return
-    read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
-    why = "is on a file system that is mounted read-only" if read_only else "may not be written by this user"
-    raise ConfigError(f"output_path={output_path}: {folder} {why}; change its rights, or give another folder")
+def _check_writable(output_path: str, folder: str) -> None:
+    """By a folder made and removed: what the rights say is not all, on network drives above all."""
+    try:
+        tempfile.TemporaryDirectory(prefix=".", dir=folder).cleanup()
+    except OSError as error:
+        why = _REASONS.get(error.errno or 0, f"takes no new folder ({error.strerror})")
+        raise ConfigError(f"output_path={output_path}: {folder} {why}; change that, or give another folder") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -43,10 +44,28 @@ def test_what_is_no_path(path: str, told: str) -> None:
     assert told in refusal(path)
 
 
-def test_a_folder_without_the_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))  # root may write everywhere
-    told = refusal(tmp_path / "new")
-    assert f"{tmp_path} may not be written by this user" in told and "give another folder" in told
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.EACCES, "may not be written by this user"),
+        (errno.EROFS, "is on a file system that is mounted read-only"),
+        (errno.ENOSPC, "has no space left"),
+        (errno.ENOENT, "takes no new folder (No such file or directory)"),  # an automounter's root, say
+    ],
+)
+def test_a_folder_in_which_nothing_can_be_made(
+    number: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = os.mkdir
+
+    def mkdir(path: str, mode: int = 0o777) -> None:
+        if Path(path).parent == tmp_path:  # root may write everywhere
+            raise OSError(number, os.strerror(number), path)
+        make(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    said = refusal(tmp_path / "new" / "folder")
+    assert f"{tmp_path} {told}" in said and "give another folder" in said
     check_output_path(str(tmp_path / "new"), writes=False)
     arguments = ["--model", "m", "--dataset_base_path", "d", "--output_path", str(tmp_path / "new")]
     assert main(PreprocessConfig, lambda config: None, [*arguments, "--dry_run"]) == 0
@@ -55,10 +74,10 @@ def test_a_folder_without_the_right_to_write(tmp_path: Path, monkeypatch: pytest
     assert refused.value.code == 2
 
 
-def test_a_read_only_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*[0] * 8, os.ST_RDONLY, 255)))
-    assert "is on a file system that is mounted read-only" in refusal("/new")
+def test_the_attempt_leaves_nothing(tmp_path: Path) -> None:
+    check_output_path(str(tmp_path / "a" / "b"))
+    check_output_path(str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_working_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,10 +120,8 @@ class FlowMatchScheduler:
         schedule = SCHEDULES[self.template]
         given = None if training else self.config
         config = schedule.config if given is None else given
-        if steps == 1 and config.get("shift_terminal"):  # stretching one sigma of 1 to the terminal is 0 / 0
-            raise ScheduleError(
-                f"the schedule {self.template} cannot be run in 1 step; use num_inference_steps=2 or more"
-            )
+        if not training:
+            self.check_inference_steps(steps)
         last = schedule.last_sigma if given is None else None  # a model's own configuration: as diffusers samples it
         # As diffusers and DiffSynth-Studio: equal steps from the start towards 0, without 0 itself.
         first = denoising_strength if last is None else last + (1.0 - last) * denoising_strength
@@ -134,6 +132,14 @@ class FlowMatchScheduler:
         self.timesteps = self.sigmas * NUM_TRAIN_TIMESTEPS
         self.training = training
         self.loss_weights = self._make_weights() if training else torch.empty(0)
+
+    def check_inference_steps(self, steps: int) -> None:
+        """Raise ScheduleError if sampling cannot be done in so few steps."""
+        config = SCHEDULES[self.template].config if self.config is None else self.config
+        if steps == 1 and config.get("shift_terminal"):  # stretching one sigma of 1 to the terminal is 0 / 0
+            raise ScheduleError(
+                f"the schedule {self.template} cannot be run in 1 step; use num_inference_steps=2 or more"
+            )
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timestep: Tensor | float) -> Tensor:
         """(1 - sigma) * x0 + sigma * noise with sigma = timestep / 1000, computed in fp32, in x0's dtype and shape.

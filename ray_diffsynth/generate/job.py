@@ -9,7 +9,7 @@ from typing import Any
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.data.storage import absolute, exists, join, list_files
 from ray_diffsynth.generate.painter import PainterSpec
-from ray_diffsynth.generate.plan import PICTURES, check_sizes, plan_items
+from ray_diffsynth.generate.plan import PICTURES, check_arguments, plan_items
 from ray_diffsynth.generate.pool import Painted, paint_all, pool_size
 from ray_diffsynth.generate.prompts import GenerateError, read_prompts
 from ray_diffsynth.generate.summary import Made, finish
@@ -37,7 +37,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     pipeline.check_files(source, pipeline.parts)
     loras = tuple(absolute(path) for path in config.loras)
     items = plan_items(config, prompts, pipeline, _identity(config, family, pipeline, source, loras))
-    check_sizes(items, pipeline)
+    check_arguments(items, pipeline)
     output = absolute(config.output_path)
     there = {f"{PICTURES}/{name}" for name in list_files(join(output, PICTURES))}
     missing = [item for item in items if item.file not in there]

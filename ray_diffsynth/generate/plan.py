@@ -75,12 +75,16 @@ def plan_items(
     return list(items.values())
 
 
-def check_sizes(items: Sequence[Item], pipeline: Family) -> None:
-    """Raise PipelineError for a size that the family cannot make: now, not when the first picture is drawn."""
+def check_arguments(items: Sequence[Item], pipeline: Family) -> None:
+    """Raise PipelineError for a size, ScheduleError for a number of steps that the family cannot make: now, not when
+    the first picture is drawn.
+    """
     pipe = _instance(pipeline)
     for given in {item.arguments for item in items}:
         found = {"height": pipe.height_division_factor, "width": pipe.width_division_factor, **dict(given)}
         pipe.check_resize_height_width(found["height"], found["width"], found.get("num_frames"))
+        if (steps := found.get("num_inference_steps")) is not None:
+            pipe.scheduler.check_inference_steps(steps)
 
 
 def _instance(pipeline: Family) -> BasePipeline:

@@ -63,6 +63,15 @@ def room(resources: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]
     )
 
 
+def fits_beside(other: Mapping[str, float], group: Group, nodes: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether the least number of workers has room where something else takes `other` on one of the nodes."""
+    for name, node in nodes.items():
+        left = {key: amount - other.get(key, 0.0) for key, amount in node.items()}
+        if room(other, {name: node}) and group.choose(room(group.resources, {**nodes, name: left})):
+            return True
+    return False
+
+
 def nodes() -> dict[str, dict[str, float]]:
     """Resources of the nodes that are alive and are not being drained (preempted)."""
     leaving = draining()

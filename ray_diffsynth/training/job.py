@@ -34,7 +34,7 @@ from ray_diffsynth.training.checkpoint import (
     list_checkpoints,
     read_state,
 )
-from ray_diffsynth.training.elastic import Group, Watch, room, wait_for_room
+from ray_diffsynth.training.elastic import Group, Watch, fits_beside, room, wait_for_room
 from ray_diffsynth.training.elastic import nodes as machines
 from ray_diffsynth.training.failure import WorkerError, is_lost_connection, reason
 from ray_diffsynth.training.loop import train
@@ -77,6 +77,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     setup = Setup.of(config)  # every error of configuration comes here, before Ray starts
     samples = plan_samples(setup)
     start = Start.of(config)
+    if start.chosen is not None:
+        setup.check_chosen(start.chosen, start.resume)
     check_files(config, going_on=start.goes_on or start.chosen is not None)
     setup.check_data()
     start.begin()
@@ -248,13 +250,18 @@ def sampler_resources(config: TrainConfig, group: Group) -> dict[str, float] | N
     """What the actor that makes sample pictures reserves; None if the workers leave it no GPU and draw themselves.
 
     Without GPUs it reserves nothing, and computes beside the workers. Raises ClusterError for --sample_resources that
-    no machine has, which would wait for ever.
+    no machine has, or that the workers need, which would wait for ever.
     """
     if config.sample_resources is not None:
-        if room(config.sample_resources, machines()) < 1:
+        found, fix = machines(), "lower it, or leave it out: where no GPU is left the workers draw between steps"
+        if room(config.sample_resources, found) < 1:
             raise ClusterError(
-                f"--sample_resources {config.sample_resources} does not fit on any machine of the cluster; lower it, "
-                "or leave it out: where no GPU is left the workers draw between steps"
+                f"--sample_resources {config.sample_resources} does not fit on any machine of the cluster; {fix}"
+            )
+        if not fits_beside(config.sample_resources, group, found):
+            raise ClusterError(
+                f"--sample_resources {config.sample_resources} leaves no room for {group.least} workers of "
+                f"{dict(group.resources)} in the cluster; {fix}"
             )
         return dict(config.sample_resources)
     _, gpus = cluster_devices()

@@ -12,7 +12,7 @@ from typing import Any
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.training.context import LocalContext
 from ray_diffsynth.training.loop import train
-from ray_diffsynth.training.setup import TrainingError
+from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.summary import finish
 
@@ -37,7 +37,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
             "--resume auto, and a new --output_path to start anew"
         )
     if context.world_rank == 0:  # the others read nothing that it moves
-        Start.of(config).begin()
+        start = Start.of(config)
+        if start.chosen is not None:
+            Setup.of(config).check_chosen(start.chosen, start.resume)
+        start.begin()
     config = replace(config, resume="auto")
     try:
         result = train(config, context)

@@ -37,7 +37,8 @@ def plan_samples(setup: Setup) -> list[SamplePrompt]:
     """The pictures of a grid, in order; none without --validation_prompts.
 
     Raises TrainingError or DatasetError: no prompts, a model that sampling needs and the model folder lacks, a picture
-    that the family needs; PipelineError for a size that it cannot make. All before anything is loaded.
+    that the family needs; PipelineError for a size and ScheduleError for a number of steps that it cannot make. All
+    before anything is loaded.
     """
     given = setup.config.validation_prompts
     if not given:
@@ -48,6 +49,8 @@ def plan_samples(setup: Setup) -> list[SamplePrompt]:
     prompts = read_prompts(given, pictures)
     if lacking := lacking_pictures(prompts, pictures, option=OPTION):
         raise TrainingError(lacking)
+    if setup.config.sample_inference_steps is not None:
+        pipe.scheduler.check_inference_steps(setup.config.sample_inference_steps)
     size = _trained_size(setup)
     return [_sample(setup, pipe, size, number, prompt) for number, prompt in enumerate(prompts)]
 

@@ -33,7 +33,9 @@ from ray_diffsynth.pipelines.stages import (
     settings_of,
 )
 from ray_diffsynth.tasks import Task, get_task, task_family
+from ray_diffsynth.training.checkpoint import Checkpoint
 from ray_diffsynth.training.export import Trained
+from ray_diffsynth.training.identity import check_identity
 from ray_diffsynth.training.memory import Footprint
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.quantize import quantize
@@ -148,12 +150,21 @@ class Setup:
 
     def identity(self, data: SampleSource) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must share, as JSON values."""
+        return {**self._own_identity(), "data": data.identity}
+
+    def check_chosen(self, checkpoint: Checkpoint, where: str) -> None:
+        """Raise CheckpointError if the checkpoint that --resume names is of a run with other options: before what lies
+        in the output folder is set aside for it. The workers compare the data as well.
+        """
+        check_identity(checkpoint.identity, self._own_identity(), where, self.identity_defaults())
+
+    def _own_identity(self) -> dict[str, Any]:
         values = self.config.to_dict()
         settings = {n: v for n, v in values.items() if n not in FREE_FIELDS and has_effect(self.config, n)}
         settings["task"] = task_family(self.config.task)
         if preset := self.config.preset_lora_path:  # what is in it counts, not where it lies
             settings["preset_lora_path"] = f"content {lora_digest(preset, 8)}"
-        own: dict[str, Any] = {**settings, "family": self.family, "data": data.identity, "weights": self._weights()}
+        own: dict[str, Any] = {**settings, "family": self.family, "weights": self._weights()}
         return dict(json.loads(json.dumps(own)))
 
     def identity_defaults(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ray_diffsynth.data.storage import (
     read_bytes,
     write_bytes_atomic,
 )
+from ray_diffsynth.errors import UserError
 from ray_diffsynth.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -161,12 +162,14 @@ def _is_damaged(output_path: str) -> bool:
 
 
 def _read(output_path: str) -> dict[str, Any] | None:
-    """What `run.json` says; None if it is not there, or is no such file."""
+    """What `run.json` says; None if it is not there, or is no such file. Raises StorageError."""
     try:
         found = json.loads(read_bytes(join(output_path, RUN_FILE)))
         return {"resume": str(found["resume"]), "options": dict(found["options"]), "finished": bool(found["finished"])}
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except UserError:
+        raise  # a store that does not answer: the file may well be there
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s is left out of account: %s: %s", join(output_path, RUN_FILE), type(error).__name__, error)
         return None

@@ -17,6 +17,7 @@ from ray_diffsynth.data.formats import DatasetError
 from ray_diffsynth.data.media import MediaError
 from ray_diffsynth.data.samples import file_list
 from ray_diffsynth.data.video import load_first_frame, probe_video
+from ray_diffsynth.diffusion.flow_match import ScheduleError
 from ray_diffsynth.errors import ConfigError, UserError
 from ray_diffsynth.generate.grid import columns_of, draw_grid
 from ray_diffsynth.generate.lora import attach_loras, joined, set_lora_scale
@@ -24,7 +25,7 @@ from ray_diffsynth.generate.painter import mp4
 from ray_diffsynth.generate.plan import (
     GenerateError,
     Item,
-    check_sizes,
+    check_arguments,
     family_defaults,
     makes_videos,
     metadata_rows,
@@ -91,11 +92,14 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         read_prompts(config(prompt_path=str(tmp_path / "p.txt")))
 
 
-def test_a_size_that_does_not_divide_is_refused_before_ray_starts() -> None:
-    check_sizes(planned(config(height=64, width=32)), QwenImagePipeline)
-    check_sizes(planned(config()), QwenImagePipeline)
+def test_sizes_and_steps_that_cannot_be_are_refused_before_ray_starts() -> None:
+    check_arguments(planned(config(height=64, width=32)), QwenImagePipeline)
+    check_arguments(planned(config()), QwenImagePipeline)
     with pytest.raises(PipelineError, match="height=63 is not a multiple of 16; use 48 or 64"):
-        check_sizes(planned(config(height=63, width=64)), QwenImagePipeline)
+        check_arguments(planned(config(height=63, width=64)), QwenImagePipeline)
+    check_arguments(planned(config(num_inference_steps=2)), QwenImagePipeline)
+    with pytest.raises(ScheduleError, match="cannot be run in 1 step; use num_inference_steps=2 or more"):
+        check_arguments(planned(config(num_inference_steps=1)), QwenImagePipeline)
 
 
 @pytest.mark.parametrize(

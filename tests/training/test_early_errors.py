@@ -15,7 +15,10 @@ from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.lora_file import LoraError
 from ray_diffsynth.pipelines.base import PipelineError
 from ray_diffsynth.pipelines.registry import FamilyError
-from ray_diffsynth.training import job
+from ray_diffsynth.training import job, local
+from ray_diffsynth.training.checkpoint import CheckpointError
+from ray_diffsynth.training.context import LocalContext
+from ray_diffsynth.training.loop import train
 from ray_diffsynth.training.optim import OptimizerError, optimizer_class
 from ray_diffsynth.training.setup import TrainingError
 from tests.training.conftest import CacheMaker
@@ -102,3 +105,16 @@ def test_an_optimizer_whose_module_fails(
     Path("failing_optimizer.py").write_text(source)
     with pytest.raises(OptimizerError, match=f"failing_optimizer:Own cannot be imported: .*{told}"):
         optimizer_class("failing_optimizer:Own")
+
+
+def test_a_chosen_checkpoint_of_other_options_is_refused_before_anything_is_moved(
+    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    train(make_config(tiny_qwen, make_cache(), out, max_steps=2, save_steps=1), LocalContext("cpu", progress=False))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    options = {"max_steps": 2, "save_steps": 1, "resume": str(out / "checkpoints/step-00000001")}
+    for run in (job.run, local.run):
+        with pytest.raises(CheckpointError, match=r"step-00000001 .*learning_rate: 0.01 there, 0.001 here; lora_rank"):
+            run(make_config(tiny_qwen, make_cache(), out, learning_rate=1e-3, lora_rank=2, **options))
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

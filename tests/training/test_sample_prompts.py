@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.formats import DatasetError
+from ray_diffsynth.diffusion.flow_match import ScheduleError
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.ray_session import ClusterError
 from ray_diffsynth.training import job
@@ -147,3 +149,30 @@ def test_who_draws(
     too_much = TrainConfig(**given, sample_resources={"GPU": 2.0 + gpus})  # type: ignore[arg-type]
     with pytest.raises(ClusterError, match="does not fit on any machine"):
         job.sampler_resources(too_much, group)
+
+
+@pytest.mark.parametrize(
+    ("workers", "asked", "fits"),
+    [
+        (Group(2, 2, {"CPU": 1.0}), {"CPU": 2.0}, True),
+        (Group(4, 4, {"CPU": 1.0}), {"CPU": 1.0}, False),
+        (Group(1, 4, {"CPU": 1.0}), {"CPU": 1.0}, True),  # an elastic run does with fewer
+        (Group(2, 2, {"CPU": 2.0}), {"CPU": 0.5}, False),
+        (Group(2, 4, {"CPU": 1.0}, lanes=4, even=True), {"CPU": 1.0}, True),
+        (Group(1, 1, {"CPU": 1.0, "GPU": 1.0}), {"GPU": 1.0}, False),
+    ],
+)
+def test_what_draws_leaves_room_for_the_workers(
+    workers: Group, asked: dict[str, float], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "machines", lambda: {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0}})
+    config = TrainConfig(model="m", dataset_base_path="c", validation_prompts="a cat", sample_resources=asked)
+    with nullcontext() if fits else pytest.raises(ClusterError, match="leaves no room for . workers of"):
+        assert job.sampler_resources(config, workers) == asked
+
+
+def test_too_few_inference_steps_are_told_before_ray_starts(tiny_qwen: Path, tmp_path: Path) -> None:
+    with pytest.raises(ScheduleError, match="cannot be run in 1 step; use num_inference_steps=2 or more"):
+        planned(tiny_qwen, tmp_path, "a cat", sample_inference_steps=1)
+    (sample,) = planned(tiny_qwen, tmp_path, "a cat", sample_inference_steps=2)
+    assert dict(sample.arguments)["num_inference_steps"] == 2

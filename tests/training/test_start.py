@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.data.storage import exists, join, list_folders, read_bytes, write_bytes_atomic
+from ray_diffsynth.data.storage import StorageError, exists, join, list_folders, read_bytes, write_bytes_atomic
 from ray_diffsynth.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -205,3 +205,16 @@ def test_on_an_object_store_too() -> None:
     assert read_bytes(join(out, "previous-1/step-100.safetensors")) == b"step-100.safetensors"
     assert list_checkpoints(join(out, "previous-1")) == ["step-00000002"]
     assert begin(out, resume="never").goes_on
+
+
+def test_a_store_that_does_not_answer_is_not_a_run_that_is_not_there(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(out, resume="never")
+    train(out, 2)
+
+    def unreachable(path: str) -> bytes:
+        raise StorageError(f"{path} cannot be reached")
+
+    monkeypatch.setattr("ray_diffsynth.training.start.read_bytes", unreachable)
+    with pytest.raises(StorageError, match="run.json cannot be reached"):
+        begin(out, resume="never")
+    assert list_checkpoints(out) == ["step-00000002"]
