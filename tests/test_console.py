@@ -55,7 +55,7 @@ def environment(**changes: str) -> dict[str, str]:
     "changes", [ASCII, {"PYTHONIOENCODING": "ascii:strict"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}]
 )
 def test_a_terminal_without_utf8(changes: dict[str, str], tmp_path: Path) -> None:
-    done = subprocess.run(command(tmp_path), cwd=tmp_path, env=environment(**changes), capture_output=True, timeout=120)
+    done = subprocess.run(command(tmp_path), cwd=tmp_path, env=environment(**changes), capture_output=True)
     assert done.returncode == 0, done.stderr
     ascii_only = "ascii" in changes.get("PYTHONIOENCODING", "")
     cat = b"\\u25cf \\u732b" if "PYTHONIOENCODING" in changes else "● 猫".encode()
@@ -66,7 +66,7 @@ def test_a_terminal_without_utf8(changes: dict[str, str], tmp_path: Path) -> Non
 
 def test_a_message_on_an_ascii_terminal(tmp_path: Path) -> None:
     words = [*command(tmp_path), "--dataset", "猫"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment(**ASCII), capture_output=True, timeout=60)
+    done = subprocess.run(words, cwd=tmp_path, env=environment(**ASCII), capture_output=True)
     assert done.returncode == 2 and b"--dataset is not an option" in done.stderr and b"Traceback" not in done.stderr
 
 
@@ -76,7 +76,7 @@ def test_a_message_on_an_ascii_terminal(tmp_path: Path) -> None:
 def test_output_that_nobody_reads_does_not_end_the_work(closing: str, tmp_path: Path) -> None:
     line = f'"$@" {closing.format(log=tmp_path / "log")}; exit ${{PIPESTATUS[0]}}'
     words = ["bash", "-c", line, "bash", *command(tmp_path)]
-    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, timeout=120)
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True)
     log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "done").read_text() == "all of the work was done"
@@ -86,7 +86,7 @@ def test_output_that_nobody_reads_does_not_end_the_work(closing: str, tmp_path: 
 def test_help_into_a_pipe_that_ends(tmp_path: Path) -> None:
     line = '"$@" --help | head -n 1; exit ${PIPESTATUS[0]}'
     words = ["bash", "-c", line, "bash", sys.executable, str(ROOT / "jobs" / "train.py")]
-    done = subprocess.run(words, env=environment(**ASCII), capture_output=True, timeout=60)
+    done = subprocess.run(words, env=environment(**ASCII), capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"usage: train.py")
 
 

@@ -89,13 +89,13 @@ def draining() -> set[str]:
     return set(ray._private.state.state.get_draining_nodes() or {})
 
 
-def answering(found: Mapping[str, Mapping[str, float]], seconds: float = ANSWER_SECONDS) -> dict[str, dict[str, float]]:
+def answering(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Those of the nodes on which a task runs: after a crash Ray still lists a node that is gone for a while."""
     tasks = {
         _nothing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
         for node in found
     }
-    done, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
+    done, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=ANSWER_SECONDS)
     there: dict[str, dict[str, float]] = {}
     for task in done:
         try:

@@ -54,7 +54,7 @@ GUIDE = (
 
 def run(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> str:
     """Output of a command that must succeed."""
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout + done.stderr
 
@@ -130,9 +130,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         )
     try:
         address = f"http://127.0.0.1:{dashboard}"
-        deadline = time.monotonic() + 120
-        while not _answers(address):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        while not _answers(address):  # as long as the test may last
+            assert process.poll() is None, log.read_text()
             time.sleep(0.5)
         yield Head(address, {**environment, "RAY_ADDRESS": address})
     finally:

@@ -15,13 +15,14 @@ import pytest
 
 from ray_diffsynth.demo.draw import draw_dataset
 from ray_diffsynth.training.checkpoint import list_checkpoints
+from tests.processes import kill_session
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
 def job(name: str, arguments: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A job in a process group of its own, as a shell starts it; its output goes to `log`."""
+    """A job in a process group and session of its own, as a shell starts it; its output goes to `log`."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
     with log.open("wb") as output:
@@ -37,16 +38,12 @@ def job(name: str, arguments: Sequence[str | Path], log: Path) -> Iterator[subpr
     try:
         yield process
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        kill_session(process)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 400
-    while not condition():
+    while not condition():  # as long as the test may last
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
 
 
@@ -73,7 +70,7 @@ def test_ctrl_c(tiny_qwen: Path, fp32_cache: Path, tmp_path: Path) -> None:
             found = "*/*.parquet" if process is encoding else "checkpoints/step-*/state.json"
             wait_for(lambda folder=folder, found=found: bool(list(folder.glob(found))), process, log)  # type: ignore[misc]
             os.killpg(process.pid, signal.SIGINT)
-        assert (encoding.wait(120), training.wait(120)) == (130, 130), logs[0].read_text() + logs[1].read_text()
+        assert (encoding.wait(), training.wait()) == (130, 130), logs[0].read_text() + logs[1].read_text()
     check_clean(logs[0], cache)
     check_clean(logs[1], lora)
     assert not (cache / "manifest.json").exists() and list_checkpoints(str(lora))
@@ -81,7 +78,7 @@ def test_ctrl_c(tiny_qwen: Path, fp32_cache: Path, tmp_path: Path) -> None:
 
 def run(name: str, *arguments: str | Path) -> tuple[int, str]:
     command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 

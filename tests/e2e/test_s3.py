@@ -28,7 +28,7 @@ def s3() -> Iterator[dict[str, str]]:
 def run(environment: dict[str, str], *command: str) -> str:
     """Run Python with these arguments; its output. Fails with it when the exit code is not 0."""
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=400, check=False
+        [sys.executable, *command], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

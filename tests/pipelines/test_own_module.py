@@ -128,7 +128,5 @@ def test_rays_processes_find_it_too(tmp_path: Path) -> None:
     script = tmp_path / "script" / "job.py"
     script.write_text(_ACTOR)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "found ['Mine', 'Mine']" in done.stdout, done.stderr

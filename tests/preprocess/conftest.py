@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +26,7 @@ from ray_diffsynth.preprocess.handover import shard_row
 from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.work import Work
 from tests.preprocess.counting import FAMILY, build_model
+from tests.processes import kill_session, wait_for_session
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES, CAPTIONS = 320, 40
@@ -150,23 +149,10 @@ class Running:
             assert self.process.poll() is None, f"the job ended too early:\n{self.log.read_text()}"
             time.sleep(0.02)
 
-    def kill(self, *watched: Path) -> None:
-        """SIGKILL the driver, and wait until nothing writes to `watched` any more: its Ray ends with it."""
+    def kill(self) -> None:
+        """SIGKILL the driver, and wait until its Ray, which ends with it, has ended too."""
         self.process.kill()
-        self.process.wait()
-        before: object = None
-        while before != (now := [path.stat().st_mtime_ns for path in watched if path.exists()]):
-            before = now
-            time.sleep(2)
-
-    def end(self) -> None:
-        """Kill what is left of the job's own process group."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        finally:
-            self.process.wait()
+        wait_for_session(self.process)
 
 
 Job = Callable[..., Running]
@@ -189,7 +175,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
     yield start
     for running in started:
-        running.end()
+        kill_session(running.process)
 
 
 def files(cache: Path, *names: str) -> dict[str, bytes]:

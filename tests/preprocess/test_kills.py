@@ -42,7 +42,7 @@ def test_the_driver_is_killed(tmp_path: Path, many: Path, whole: Path, stage1: S
     model, cache = build_model(tmp_path / "model", sleep=0.01), tmp_path / "cache"
     running = job(model, many, cache)
     running.wait_for(lambda: written(cache) >= part * PICTURES)
-    running.kill(model / "calls.log", cache / "vae")
+    running.kill()
     assert not (cache / "manifest.json").exists()
     finished, before = written(cache), len(calls(model, "vae"))
     assert part * PICTURES <= finished < PICTURES

@@ -233,9 +233,9 @@ def test_each_pass_hears_of_its_own_errors_and_its_own_stop() -> None:
     def one(group: str) -> None:
         with Reports(stops[group]) as reports:
             passes[group] = reports
-            under_way.wait(30)
+            under_way.wait(300)
             executors[group].execute()
-            under_way.wait(30)
+            under_way.wait(300)
 
     threads = [threading.Thread(target=one, args=(group,)) for group in executors]
     for thread in threads:
@@ -265,7 +265,7 @@ def test_the_other_groups_are_stopped_and_awaited(monkeypatch: pytest.MonkeyPatc
     def group(work: Work, line: Any) -> None:
         if work.spec.group == "bad":
             raise EncoderError("no such model")
-        assert stop.wait(30)
+        assert stop.wait(300)
         ended.append(work.spec.group)
         raise Stopped("on request")
 
@@ -286,7 +286,7 @@ def test_each_group_names_its_own_error_once(monkeypatch: pytest.MonkeyPatch, ca
 
     def group(work: Work, line: Any) -> None:
         if work.spec.group != "vae":
-            assert stop.wait(30)  # until the first error is taken in
+            assert stop.wait(300)  # until the first error is taken in
         raise errors[work.spec.group]
 
     monkeypatch.setattr(work_module, "encode_group", group)

@@ -58,7 +58,6 @@ def look_at(page: Path, profile: Path, *options: str) -> tuple[Dom, list[str]]:
         [*command, "--dump-dom", page.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
         env={**os.environ, "LANG": "C.UTF-8"},
     )
     assert done.returncode == 0 and "<html" in done.stdout, done.stderr[-2000:]

@@ -135,5 +135,5 @@ class Runs:
     def close(self) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(30)
+        self._server.wait()
         self._messages.close()
