@@ -58,19 +58,22 @@ def check_clean(log: Path, output: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ctrl_c(tiny_qwen: Path, fp32_cache: Path, tmp_path: Path) -> None:
-    """Both jobs at once, each amid its work: 130, what was finished is kept, no traceback."""
+    """Each job amid its work: 130, what was finished is kept, no traceback."""
     draw_dataset(tmp_path / "data", 40)
     cache, lora = tmp_path / "cache", tmp_path / "lora"
     first: list[str | Path] = ["--model", tiny_qwen, "--dataset_base_path", tmp_path / "data", "--output_path", cache]
     second: list[str | Path] = ["--model", tiny_qwen, "--dataset_base_path", fp32_cache, "--output_path", lora]
     second += ["--dtype", "float32", "--num_epochs", "100000", "--save_steps", "2", "--lora_target_modules", "to_q"]
     logs = tmp_path / "preprocess.log", tmp_path / "train.log"
-    with job("preprocess", first, logs[0]) as encoding, job("train", second, logs[1]) as training:
-        for process, folder, log in ((encoding, cache, logs[0]), (training, lora, logs[1])):
-            found = "*/*.parquet" if process is encoding else "checkpoints/step-*/state.json"
-            wait_for(lambda folder=folder, found=found: bool(list(folder.glob(found))), process, log)  # type: ignore[misc]
-            os.killpg(process.pid, signal.SIGINT)
-        assert (encoding.wait(), training.wait()) == (130, 130), logs[0].read_text() + logs[1].read_text()
+    # One after the other: a Ray that does not come up in 30 s, as two may not on a busy machine, gives up by itself.
+    with job("preprocess", first, logs[0]) as encoding:
+        wait_for(lambda: bool(list(cache.glob("*/*.parquet"))), encoding, logs[0])
+        os.killpg(encoding.pid, signal.SIGINT)
+        assert encoding.wait() == 130, logs[0].read_text()
+    with job("train", second, logs[1]) as training:
+        wait_for(lambda: bool(list(lora.glob("checkpoints/step-*/state.json"))), training, logs[1])
+        os.killpg(training.pid, signal.SIGINT)
+        assert training.wait() == 130, logs[1].read_text()
     check_clean(logs[0], cache)
     check_clean(logs[1], lora)
     assert not (cache / "manifest.json").exists() and list_checkpoints(str(lora))
