@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# A machine that others load too takes as long as it takes: hypothesis fails what needs more than 0.2 s.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 # No test may reach for a hub; set before transformers and diffusers are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

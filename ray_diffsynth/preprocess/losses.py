@@ -69,5 +69,6 @@ class Losses:
                 "and run again: what is written is kept"
             )
         why = f" ({last.words})" if last.words else ""
-        error, what = ("DecoderDied", "decoding") if stage == "decode" else ("EncoderDied", "encoding")
-        return Failure(error, f"the {what} process died each time it reached this sample{why}")
+        if stage == "decode":
+            return Failure("DecoderDied", f"the decoding process died each time it reached this sample{why}")
+        return Failure("EncoderDied", f"the encoding process died each time it reached this sample{why}")

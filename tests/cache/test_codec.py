@@ -37,7 +37,7 @@ def assert_same(left: torch.Tensor, right: torch.Tensor) -> None:
     assert left.dtype == right.dtype and left.shape == right.shape and bits(left) == bits(right)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=4), st.integers(0, 2**32), codecs)
 def test_tensors_of_every_dtype_to_the_bit(dtype: torch.dtype, shape: list[int], seed: int, codec: str) -> None:
     # random bits: NaN payloads, infinities and denormals among them
@@ -139,7 +139,6 @@ plain = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(plain, codecs)
 def test_plain_values(value: Any, codec: str) -> None:
     encoded = encode_value(value, codec)
@@ -171,7 +170,6 @@ nested = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(nested, codecs)
 def test_nested_values(value: Any, codec: str) -> None:
     assert same(back(value, codec), value)
@@ -247,7 +245,7 @@ def test_a_damaged_header_of_a_nesting(header: str) -> None:
             decode_value(data, (), "tree", codec)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_damage_raises_nothing_but_codec_error(data: st.DataObject) -> None:
     codec = data.draw(codecs)

@@ -50,7 +50,7 @@ def test_read(tmp_path: Path, make_cache: Callable[..., Manifest], sample: Sampl
             reader.read([row])
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.integers(0, 11), max_size=6), max_size=6), st.sampled_from([0, 500, 1 << 20]))
 def test_any_order_and_any_memory(cache: str, sample: Sample, batches: list[list[int]], memory: int) -> None:
     reader = CacheReader(cache, max_cached_bytes=memory)

@@ -67,7 +67,7 @@ programs = st.lists(units, max_size=8).map(
 trainables = st.lists(st.sampled_from(("m0", "m1", "m2.blocks.7")), max_size=2, unique=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(program=programs, trainable=trainables)
 def test_split_run_equals_unsplit_run_for_every_parameter(program: list[Unit], trainable: list[str]) -> None:
     stage1, stage2 = split_units(program, trainable)
@@ -75,7 +75,7 @@ def test_split_run_equals_unsplit_run_for_every_parameter(program: list[Unit], t
     assert run(stage2, run(stage1, data)) == run(program, data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(program=programs, trainable=trainables)
 def test_split_is_a_partition_in_order_and_stage_1_runs_no_trainable_model(
     program: list[Unit], trainable: list[str]
@@ -88,7 +88,7 @@ def test_split_is_a_partition_in_order_and_stage_1_runs_no_trainable_model(
     assert all(name.split(".")[0] not in roots for unit in stage1 for name in unit.onload_model_names or ())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(program=programs, trainable=trainables, reads=names, provided=names)
 def test_cached_parameters_are_enough(
     program: list[Unit], trainable: list[str], reads: tuple[str, ...], provided: tuple[str, ...]
@@ -107,7 +107,7 @@ def test_cached_parameters_are_enough(
     assert split == {unit.label: unsplit[unit.label] for unit in stage2}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(program=programs, trainable=trainables, reads=names)
 def test_cached_parameters_can_all_be_read_by_stage_2(
     program: list[Unit], trainable: list[str], reads: tuple[str, ...]
@@ -120,7 +120,7 @@ def test_cached_parameters_can_all_be_read_by_stage_2(
     assert len(set(cached)) == len(cached)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(program=programs, trainable=trainables, reads=names)
 def test_groups_run_apart_give_the_parameters_of_stage_1(
     program: list[Unit], trainable: list[str], reads: tuple[str, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ray_diffsynth.training.metrics import read_metrics
 from ray_diffsynth.training.optim import OptimizerError
 from ray_diffsynth.training.optimizer_modes import evaluated, has_modes, to_training
 from ray_diffsynth.training.result import TrainResult
+from ray_diffsynth.training.sample_prompts import SamplePrompt
+from ray_diffsynth.training.setup import Setup
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import Runs, make_config
 from tests.training.own_optimizers import ScheduleFreeSGD
@@ -63,11 +66,14 @@ def test_switching_there_and_back_changes_no_bit() -> None:
 
 
 class Drawn(LocalContext):
-    """Keeps the weights that pictures are asked of."""
+    """As where an actor draws: keeps the weights that it is asked to draw with."""
 
     def __init__(self) -> None:
         super().__init__("cpu", progress=False)
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def own_samples(self, setup: Setup) -> Sequence[SamplePrompt]:
+        return ()
 
     def draw_samples(self, step: int, weights: Any) -> None:
         self.weights[step] = dict(weights)

@@ -24,7 +24,7 @@ from ray_diffsynth.training.plan import Plan, epoch_plan, lanes_of, steps_per_ep
 from ray_diffsynth.training.source import CacheSource, shard_sizes
 from tests.shard_names import stem
 
-SETTINGS = settings(max_examples=80, deadline=None)
+SETTINGS = settings(max_examples=80)
 
 
 def index(counts: list[int]) -> dict[str, range]:
