@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_diffsynth.errors import ConfigError
+from ray_diffsynth.urls import is_remote
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
     "sample_resources": (_needs("validation_prompts"),),
     "shard_cache": (
         Effect(
-            lambda config: _whole_cache(config) and _is_url(config.dataset_base_path),
+            lambda config: _whole_cache(config) and is_remote(config.dataset_base_path),
             "it keeps copies of the files of a remote cache (a URL), and this data is read where it lies; leave it out",
         ),
     ),
@@ -199,7 +200,3 @@ def resolve_defaults(config: Any) -> None:
     for name, value in defaults.items():
         if getattr(config, name) is None and has_effect(config, name):
             object.__setattr__(config, name, value)
-
-
-def _is_url(path: str) -> bool:
-    return "://" in path and not path.startswith(("file://", "local://"))

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ray_diffsynth.errors import ConfigError
+from ray_diffsynth.urls import is_remote
 
 _REASONS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "may not be written by this user"),
@@ -27,10 +28,9 @@ def check_output_path(output_path: str, *, writes: bool = True) -> None:
         raise ConfigError("output_path is empty; give a folder, which is made if it is not there, or a URL")
     if "\0" in output_path:
         raise ConfigError("output_path holds a NUL character, which no path can have; check the file it comes from")
-    local = output_path.removeprefix("file://").removeprefix("local://")
-    if "://" in local:
+    if is_remote(output_path):
         return
-    path = os.path.expanduser(local)
+    path = os.path.expanduser(output_path.removeprefix("file://").removeprefix("local://"))
     if not os.path.isabs(path):
         _check_working_folder(output_path)
     there = os.path.abspath(path)

@@ -59,7 +59,7 @@ def _ended(lease: Mapping[str, Any]) -> bool:
     except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
-        pass
+        pass  # another user's process, which may be dead and not waited for like any other
     return _is_zombie(pid)
 
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.system_errors import naming_file
+from ray_diffsynth.urls import is_remote as is_remote
 
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*(::|://)")
 _MEMBER = re.compile(r"^(.+\.tar)/@([0-9]+)\+([0-9]+)/[^/].*$")
 _TEMPORARY = re.compile(r"^\..+\.tmp-[0-9]+-[0-9a-f]+$")
 _PROCESS = secrets.token_hex(4)
@@ -27,11 +27,6 @@ _NOT_REFUSALS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 class StorageError(UserError, ValueError):
     """A URL that nothing here can open."""
-
-
-def is_remote(path: str) -> bool:
-    """True for a URL of anything but a local file."""
-    return bool(_SCHEME.match(path)) and not path.startswith(("file://", "local://"))
 
 
 def _local(path: str) -> str:

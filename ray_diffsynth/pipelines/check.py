@@ -16,9 +16,7 @@ import torch
 
 from ray_diffsynth.pipelines.content import content_of
 from ray_diffsynth.pipelines.graph import model_root
-from ray_diffsynth.pipelines.unit import PipelineUnit, UnitError, UnitState, make_state, run_units
-
-_SIDES = ("shared", "posi", "nega")
+from ray_diffsynth.pipelines.unit import SIDES, PipelineUnit, UnitError, UnitState, make_state, run_units
 
 
 def check_units(pipe: Any, inputs: Mapping[str, Any], units: Sequence[PipelineUnit] | None = None) -> dict[str, Any]:
@@ -90,7 +88,7 @@ def _run_openly(unit: PipelineUnit, pipe: Any, state: UnitState) -> UnitState:
 
 
 def _contents(state: UnitState) -> dict[tuple[str, str], bytes]:
-    return {(side, name): content_of(value) for side in _SIDES for name, value in getattr(state, side).items()}
+    return {(side, name): content_of(value) for side in SIDES for name, value in getattr(state, side).items()}
 
 
 def _surroundings(pipe: Any, unit: PipelineUnit) -> dict[str, bytes]:
@@ -170,14 +168,14 @@ def _without_undeclared(unit: PipelineUnit, state: UnitState, used: list[str]) -
             name: value if name in reads else _Hidden(f"reads {name!r}: name it in input_params", used)
             for name, value in getattr(state, side).items()
         }
-        for side in _SIDES
+        for side in SIDES
     )
     return UnitState(*sides)
 
 
 def _restored(result: UnitState, state: UnitState, used: list[str]) -> UnitState:
     """`result` with what was hidden in its place again; notes where a unit handed it on under another name."""
-    for side in _SIDES:
+    for side in SIDES:
         values = getattr(result, side)
         for name in [name for name, value in values.items() if _holds_hidden(value)]:
             if isinstance(values[name], _Hidden) and name in getattr(state, side):

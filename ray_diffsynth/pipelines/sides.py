@@ -6,9 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ray_diffsynth.pipelines.batch import PipelineError
-from ray_diffsynth.pipelines.unit import PipelineUnit, UnitState, make_state
-
-_SIDES = ("shared", "posi", "nega")
+from ray_diffsynth.pipelines.unit import SIDES, PipelineUnit, UnitState, make_state
 
 
 def sided_parameters(
@@ -50,7 +48,7 @@ def state_of(units: Sequence[PipelineUnit], row: Mapping[str, Any], sided: Colle
         if name not in row:
             continue
         sides = row[name]
-        if not (isinstance(sides, dict) and sides and set(sides) <= set(_SIDES)):
+        if not (isinstance(sides, dict) and sides and set(sides) <= set(SIDES)):
             raise PipelineError(
                 f"the cache holds {name!r} without its sides, which units of stage 2 tell apart now; run stage 1 again"
             )

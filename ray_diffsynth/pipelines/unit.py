@@ -106,6 +106,10 @@ class PipelineUnit:
         return f"{type(self).__module__}.{type(self).__qualname__}:v{self.version}:{digest.hexdigest()}"
 
 
+SIDES = ("shared", "posi", "nega")
+"""The three dicts of a state: what both sides of guidance see, the positive side, the negative one."""
+
+
 @dataclass
 class UnitState:
     """The parameters of one sample while units run."""
@@ -116,8 +120,7 @@ class UnitState:
 
     def sides(self, name: str) -> dict[str, Any]:
         """Side -> value, of the sides on which the parameter lies."""
-        every = {"shared": self.shared, "posi": self.posi, "nega": self.nega}
-        return {side: values[name] for side, values in every.items() if name in values}
+        return {side: values[name] for side in SIDES if name in (values := getattr(self, side))}
 
     def flat(self) -> dict[str, Any]:
         """What the positive side, `model_fn` and the loss see."""
