@@ -19,7 +19,7 @@ def measure() -> list[Row]:
     from ray_diffsynth.data.buckets import Bucket
     from ray_diffsynth.data.samples import load_inputs
     from ray_diffsynth.demo.tiny import build_tiny_model
-    from ray_diffsynth.preprocess.batches import encode
+    from ray_diffsynth.preprocess.encode_batches import encode
     from ray_diffsynth.preprocess.encoder import Encoder
     from ray_diffsynth.preprocess.job import Job
 

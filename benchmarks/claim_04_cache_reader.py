@@ -23,7 +23,7 @@ def measure() -> list[Row]:
 
     from ray_diffsynth.cache.reader import CacheReader
     from ray_diffsynth.data.buckets import Bucket, rows_per_shard
-    from ray_diffsynth.training.plan import epoch_plan
+    from ray_diffsynth.training.data.epoch_order import epoch_plan
 
     torch.set_num_threads(1)
     pa.set_cpu_count(1)

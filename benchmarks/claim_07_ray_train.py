@@ -24,7 +24,7 @@ SAMPLES, STEPS, TURN = 64, 320, 16
 
 
 def measure() -> list[Row]:
-    from ray_diffsynth.training import job
+    from ray_diffsynth.training.ray import job
 
     root = Path(tempfile.mkdtemp(prefix="claim-07-"))
     folder = model(root / "model")

@@ -17,8 +17,8 @@ SAMPLES, TIMES = 200, 5
 def measure() -> list[Row]:
     import torch
 
-    from ray_diffsynth.training.loop import train
-    from ray_diffsynth.training.metrics import read_metrics
+    from ray_diffsynth.training.report.metrics_log import read_metrics
+    from ray_diffsynth.training.trainer import train
 
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="claim-09b-"))

@@ -55,8 +55,8 @@ def train_in_turn(config: Any, turns: Turns, member: str, after: str | None = No
 
     after: the member that must be ready before this one starts: transformers loads one model at a time in a process.
     """
-    from ray_diffsynth.training.context import LocalContext
-    from ray_diffsynth.training.loop import train
+    from ray_diffsynth.training.runtime import LocalContext
+    from ray_diffsynth.training.trainer import train
 
     class Worker(in_turn(LocalContext, turns.port, member, steps)):  # type: ignore[misc]
         def report(self, metrics: Mapping[str, Any]) -> None:
@@ -74,7 +74,7 @@ class Timed:
     """A worker of plain Python that notes when each step was done, counted from when it was made."""
 
     def __init__(self, stop_after: int | None = None) -> None:
-        from ray_diffsynth.training.context import LocalContext
+        from ray_diffsynth.training.runtime import LocalContext
 
         self._plain = LocalContext("cpu", progress=False)
         self.world_rank, self.world_size, self.device = 0, 1, self._plain.device

@@ -91,7 +91,7 @@ class Turn:
 
 
 def in_turn(context: type[Any], port: int, member: str, steps: int = 1) -> type[Any]:
-    """A `training.context.Context` like `context`, whose worker does so many steps a turn."""
+    """A `training.runtime.Context` like `context`, whose worker does so many steps a turn."""
 
     class InTurn(context):  # type: ignore[misc]
         turn: Turn | None = None

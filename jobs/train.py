@@ -18,7 +18,7 @@ from ray_diffsynth.config import TrainConfig  # noqa: E402
 
 def run(config: TrainConfig) -> None:
     """Hand over to the job; torch and ray are imported only now."""
-    from ray_diffsynth.training.job import run as run_job
+    from ray_diffsynth.training.ray.job import run as run_job
 
     run_job(config)
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.reader import CacheReader
-from ray_diffsynth.data import storage
 from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.registry import FAMILIES, get_pipeline_class
 

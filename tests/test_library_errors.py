@@ -23,9 +23,9 @@ from ray_diffsynth.models.fingerprint import file_digest
 from ray_diffsynth.models.folder import ModelFolderError
 from ray_diffsynth.models.locate import ModelSource, locate_model
 from ray_diffsynth.pipelines.registry import FamilyError, family_of
-from ray_diffsynth.training.metrics import read_metrics
-from ray_diffsynth.training.sample_grids import Shown, encode, shown_by
-from ray_diffsynth.training.trackers import TrackerError, _import
+from ray_diffsynth.training.report.metrics_log import read_metrics
+from ray_diffsynth.training.report.sample_grids import Shown, encode, shown_by
+from ray_diffsynth.training.report.trackers import TrackerError, _import
 
 DEEP = "[" * 100_000 + "]" * 100_000
 LONG_NUMBER = "1" * 5000

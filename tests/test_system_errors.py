@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError
 
-from ray_diffsynth.data.storage import create_new, write_bytes_atomic
 from ray_diffsynth.report.document import write_text
+from ray_diffsynth.storage import create_new, write_bytes_atomic
 from ray_diffsynth.system_errors import explain, naming_file
 
 

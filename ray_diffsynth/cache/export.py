@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.reader import CacheReader
-from ray_diffsynth.data import storage
 
 BATCH = 64
 

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.manifest import GroupSpec, committed
 from ray_diffsynth.cache.store import list_shards
-from ray_diffsynth.data import storage
 
 Place = tuple[int, int, str]
 """Row group, row in it, key."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_diffsynth.cache.errors import CacheError, UnreadableError
-from ray_diffsynth.data.storage import create_new, is_remote, join, read_bytes, remove, write_bytes_atomic
+from ray_diffsynth.storage import create_new, is_remote, join, read_bytes, remove, write_bytes_atomic
 
 logger = logging.getLogger(__name__)
 

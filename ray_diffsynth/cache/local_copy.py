@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ray_diffsynth.data import storage
+from ray_diffsynth import storage
 
 _SUFFIX = ".copy"
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError, repair_advice
 from ray_diffsynth.cache.names import (
@@ -28,7 +29,6 @@ from ray_diffsynth.cache.names import (
     is_table,
 )
 from ray_diffsynth.cache.tables import read_table, table_bytes, table_hash
-from ray_diffsynth.data import storage
 
 MANIFEST_VERSION = 2
 """2: the rows' checksums are XXH3-64 (1: CRC-32)."""

@@ -11,8 +11,8 @@ import os
 import re
 from collections.abc import Iterable
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError
-from ray_diffsynth.data import storage
 
 INDEX_FOLDER, QUARANTINE_FOLDER = "index", "quarantine"
 

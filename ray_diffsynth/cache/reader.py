@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import pyarrow as pa
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.codec import CodecError
 from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError, repair_advice
@@ -18,7 +19,6 @@ from ray_diffsynth.cache.manifest import bucket_ranges, committed
 from ray_diffsynth.cache.names import shard_path
 from ray_diffsynth.cache.schema import RowView, row_views
 from ray_diffsynth.cache.store import READ_ERRORS, as_shard, failed_to_read
-from ray_diffsynth.data import storage
 
 
 class _Strings(Sequence[str]):

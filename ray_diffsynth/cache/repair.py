@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError, UnreadableError, VersionError
 from ray_diffsynth.cache.inspection import Place, named_rows
 from ray_diffsynth.cache.lease import Lease, lease
@@ -41,7 +42,6 @@ from ray_diffsynth.cache.store import (
     write_shard,
 )
 from ray_diffsynth.cache.verify import file_problem
-from ray_diffsynth.data import storage
 
 
 @dataclass

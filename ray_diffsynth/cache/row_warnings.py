@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import UnreadableError
-from ray_diffsynth.data import storage
 from ray_diffsynth.data.warnings import WHAT
 
 WARNINGS_FILE = "warnings.json"

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.bounds import MAX_VALUE_BYTES
 from ray_diffsynth.cache.codec import check_codec
 from ray_diffsynth.cache.errors import CacheError as CacheError
@@ -22,7 +23,6 @@ from ray_diffsynth.cache.layout import equal_groups, largest_cell, parquet_bytes
 from ray_diffsynth.cache.names import check_group, inside, is_shard, shard_path
 from ray_diffsynth.cache.row_warnings import Said, said
 from ray_diffsynth.cache.schema import KEY, row_views, table_from_rows, table_parameters, table_schema
-from ray_diffsynth.data import storage
 from ray_diffsynth.data.parquet import check_columns, open_parquet
 
 SHARD_VERSION = 2

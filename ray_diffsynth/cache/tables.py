@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError, UnreadableError, repair_advice
 from ray_diffsynth.cache.layout import parquet_bytes
 from ray_diffsynth.cache.names import inside
-from ray_diffsynth.data import storage
 from ray_diffsynth.data.parquet import open_parquet
 
 

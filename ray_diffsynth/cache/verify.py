@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.codec import CodecError
 from ray_diffsynth.cache.errors import CacheError, UnreadableError, VersionError
 from ray_diffsynth.cache.finite import is_finite as is_finite
@@ -14,7 +15,6 @@ from ray_diffsynth.cache.manifest import GroupSpec, committed
 from ray_diffsynth.cache.names import inside, shard_path
 from ray_diffsynth.cache.schema import row_views
 from ray_diffsynth.cache.store import READ_ERRORS, open_shard
-from ray_diffsynth.data import storage
 
 
 @dataclass(frozen=True)

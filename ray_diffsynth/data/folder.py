@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
-from ray_diffsynth.data import storage
+from ray_diffsynth import storage
 from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable
 from ray_diffsynth.data.suffixes import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, VIDEO_SUFFIXES, why_unreadable
 from ray_diffsynth.data.text import TextError, decode_text

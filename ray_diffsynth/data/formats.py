@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_diffsynth.data import storage
+from ray_diffsynth import storage
 from ray_diffsynth.data.parquet import open_parquet
 from ray_diffsynth.data.placeholders import HEAD, wrong_content
 from ray_diffsynth.data.text import TextError, decode_text

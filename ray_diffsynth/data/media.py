@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar, cast
 
 from PIL import Image, UnidentifiedImageError
 
-from ray_diffsynth.data import storage
+from ray_diffsynth import storage
 from ray_diffsynth.data.color import profile_problem, raw_mode, to_srgb
 from ray_diffsynth.data.placeholders import HEAD, wrong_content
 from ray_diffsynth.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_diffsynth.data import storage
+from ray_diffsynth import storage
 from ray_diffsynth.data.folder import read_folder
 from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable, separator_advice
 from ray_diffsynth.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES

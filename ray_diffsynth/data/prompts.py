@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray_diffsynth.data import storage
+from ray_diffsynth import storage
 from ray_diffsynth.data.formats import READERS, DatasetError
 from ray_diffsynth.data.metadata import resolve_file
 from ray_diffsynth.data.samples import file_list

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Sequence
 from typing import IO, Any, cast
 
-from ray_diffsynth.data import storage
+from ray_diffsynth import storage
 from ray_diffsynth.data.folder import on_threads
 from ray_diffsynth.data.formats import DatasetError, RawRow, RawTable
 from ray_diffsynth.data.placeholders import HEAD, wrong_content

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray_diffsynth.config import GenerateConfig
-from ray_diffsynth.data.storage import absolute, exists, join, list_files
 from ray_diffsynth.generate.painter import PainterSpec
 from ray_diffsynth.generate.plan import PICTURES, check_arguments, plan_items
 from ray_diffsynth.generate.pool import Painted, paint_all, pool_size
@@ -16,11 +15,12 @@ from ray_diffsynth.generate.summary import Made, finish
 from ray_diffsynth.models.fingerprint import part_sketch
 from ray_diffsynth.models.locate import ModelSource, locate_configured
 from ray_diffsynth.models.lora_file import LoraError, check_lora_file, lora_digest
-from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.calling import picture_params
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.calling import picture_params
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.ray_session import ray_session
+from ray_diffsynth.storage import absolute, exists, join, list_files
 
 
 def run(config: GenerateConfig) -> dict[str, Any]:

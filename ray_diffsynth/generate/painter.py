@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from ray_diffsynth.data.media import load_image
-from ray_diffsynth.data.storage import join, write_bytes_atomic
 from ray_diffsynth.generate.lora import attach_loras, set_lora_scale
 from ray_diffsynth.generate.plan import GenerateError, Item
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.ray_session import own_device
+from ray_diffsynth.storage import join, write_bytes_atomic
 
 
 @dataclass(frozen=True)

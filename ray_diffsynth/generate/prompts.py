@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.data.prompts import Prompt, read_prompt_file
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.pipelines.calling import lacking_pictures
+from ray_diffsynth.pipelines.core.calling import lacking_pictures
 
 
 class GenerateError(UserError):

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ray_diffsynth.data import storage
+from ray_diffsynth import storage
 from ray_diffsynth.data.placeholders import HEAD, looks_like_pickle, text_of, wrong_content
 from ray_diffsynth.models.folder import PICKLE_SUFFIXES
 from ray_diffsynth.models.lora_alpha import ADAPTER_CONFIG, MERGE, LoraFile, layer_scales

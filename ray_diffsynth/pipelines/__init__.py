@@ -6,24 +6,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_diffsynth.pipelines.base import BasePipeline as BasePipeline
-    from ray_diffsynth.pipelines.base import Part as Part
-    from ray_diffsynth.pipelines.check import check_units as check_units
-    from ray_diffsynth.pipelines.graph import split_units as split_units
+    from ray_diffsynth.pipelines.core.base import BasePipeline as BasePipeline
+    from ray_diffsynth.pipelines.core.base import Part as Part
+    from ray_diffsynth.pipelines.core.check import check_units as check_units
+    from ray_diffsynth.pipelines.core.graph import split_units as split_units
+    from ray_diffsynth.pipelines.core.unit import PipelineUnit as PipelineUnit
+    from ray_diffsynth.pipelines.core.unit import PipelineUnitRunner as PipelineUnitRunner
     from ray_diffsynth.pipelines.registry import family_of as family_of
     from ray_diffsynth.pipelines.registry import get_pipeline_class as get_pipeline_class
-    from ray_diffsynth.pipelines.unit import PipelineUnit as PipelineUnit
-    from ray_diffsynth.pipelines.unit import PipelineUnitRunner as PipelineUnitRunner
 
 _HOMES = {
-    "BasePipeline": "base",
-    "Part": "base",
-    "PipelineUnit": "unit",
-    "PipelineUnitRunner": "unit",
-    "check_units": "check",
+    "BasePipeline": "core.base",
+    "Part": "core.base",
+    "PipelineUnit": "core.unit",
+    "PipelineUnitRunner": "core.unit",
+    "check_units": "core.check",
     "family_of": "registry",
     "get_pipeline_class": "registry",
-    "split_units": "graph",
+    "split_units": "core.graph",
 }
 
 

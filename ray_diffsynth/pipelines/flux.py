@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.base import Part, PipelineError
+from ray_diffsynth.pipelines.core.base import Part, PipelineError
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.image import (
     MAX_SEQUENCE_LENGTH,
     ImageUnit_PromptEmbedder,
@@ -20,7 +21,6 @@ from ray_diffsynth.pipelines.image import (
 from ray_diffsynth.pipelines.kl_vae import KLImagePipeline
 from ray_diffsynth.pipelines.packing import grid_positions, pack_latents, unpack_latents
 from ray_diffsynth.pipelines.text import tokenize
-from ray_diffsynth.pipelines.unit import PipelineUnit
 
 _DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
 

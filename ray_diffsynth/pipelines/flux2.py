@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.base import Part, PipelineError
+from ray_diffsynth.pipelines.core.base import Part, PipelineError
 from ray_diffsynth.pipelines.image import (
     MAX_SEQUENCE_LENGTH,
     ImageUnit_PromptEmbedder,

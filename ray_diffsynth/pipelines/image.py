@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ray_diffsynth.diffusion.flow_match import NUM_TRAIN_TIMESTEPS, FlowMatchScheduler
-from ray_diffsynth.pipelines.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState, missing_input, run_units
 from ray_diffsynth.pipelines.initial_latents import FlowMatchUnit_InitialLatents
-from ray_diffsynth.pipelines.unit import PipelineUnit, UnitState, missing_input, run_units
 
 MAX_SEQUENCE_LENGTH = 512  # prompt tokens; what diffusers' pipelines of these families use by default
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.unit import PipelineUnit, missing_input
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.unit import PipelineUnit, missing_input
 
 
 class FlowMatchUnit_InitialLatents(PipelineUnit):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ray_diffsynth.models.lora import LoraInfo, fuse_lora, load_lora_file, read_lora
-from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.graph import model_root
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.graph import model_root
 
 
 def submodule(pipe: BasePipeline, name: str) -> torch.nn.Module:

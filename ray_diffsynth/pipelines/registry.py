@@ -13,16 +13,16 @@ from ray_diffsynth.pipelines.own_module import import_own_module
 
 if TYPE_CHECKING:
     from ray_diffsynth.models.locate import ModelSource
-    from ray_diffsynth.pipelines.base import BasePipeline
+    from ray_diffsynth.pipelines.core.base import BasePipeline
 
 FAMILIES: dict[str, str] = {
     "flux": "ray_diffsynth.pipelines.flux:FluxPipeline",
     "flux2": "ray_diffsynth.pipelines.flux2:Flux2KleinPipeline",
-    "qwen_image": "ray_diffsynth.pipelines.qwen_image:QwenImagePipeline",
-    "qwen_image_edit": "ray_diffsynth.pipelines.qwen_image_edit:QwenImageEditPipeline",
-    "qwen_image_edit_plus": "ray_diffsynth.pipelines.qwen_image_edit:QwenImageEditPlusPipeline",
-    "wan": "ray_diffsynth.pipelines.wan:WanPipeline",
-    "wan_i2v": "ray_diffsynth.pipelines.wan_i2v:WanImageToVideoPipeline",
+    "qwen_image": "ray_diffsynth.pipelines.qwen_image.pipeline:QwenImagePipeline",
+    "qwen_image_edit": "ray_diffsynth.pipelines.qwen_image.edit:QwenImageEditPipeline",
+    "qwen_image_edit_plus": "ray_diffsynth.pipelines.qwen_image.edit:QwenImageEditPlusPipeline",
+    "wan": "ray_diffsynth.pipelines.wan.pipeline:WanPipeline",
+    "wan_i2v": "ray_diffsynth.pipelines.wan.image_to_video:WanImageToVideoPipeline",
     "z_image": "ray_diffsynth.pipelines.z_image:ZImagePipeline",
 }
 
@@ -59,7 +59,7 @@ def get_pipeline_class(family: str) -> type[BasePipeline]:
     """
     module_name, _, class_name = FAMILIES.get(family, family).partition(":")
     module = importlib.import_module(module_name) if family in FAMILIES else import_own_module(family, FAMILIES)
-    from ray_diffsynth.pipelines.base import BasePipeline
+    from ray_diffsynth.pipelines.core.base import BasePipeline
 
     own = {
         name: value

@@ -13,9 +13,9 @@ from ray_diffsynth.cache.manifest import MANIFEST_FILE, GroupSpec, Manifest, com
 from ray_diffsynth.cache.names import UnsafeNameError
 from ray_diffsynth.cache.row_warnings import Said, read_warnings
 from ray_diffsynth.cache.store import Shard, list_shards, read_shard_header, shard_name
-from ray_diffsynth.data.storage import exists, file_sizes, join
 from ray_diffsynth.preprocess.scan import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, remaining
+from ray_diffsynth.storage import exists, file_sizes, join
 
 logger = logging.getLogger(__name__)
 

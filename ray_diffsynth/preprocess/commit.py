@@ -13,12 +13,12 @@ from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest,
 from ray_diffsynth.cache.names import shard_path
 from ray_diffsynth.cache.row_warnings import Said, write_warnings
 from ray_diffsynth.data.metadata import DUPLICATE, Quarantined
-from ray_diffsynth.data.storage import file_sizes, join
 from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.preprocess.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
-from ray_diffsynth.preprocess.keys import GroupPlan
 from ray_diffsynth.preprocess.scan import Failure, Sample
+from ray_diffsynth.storage import file_sizes, join
 
 if TYPE_CHECKING:
     from ray_diffsynth.preprocess.job import Job

@@ -15,8 +15,8 @@ from ray.data.datasource import WriteResult
 
 from ray_diffsynth.cache.row_warnings import said
 from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
-from ray_diffsynth.preprocess.counter import attempt_at
-from ray_diffsynth.preprocess.handover import described, give_up, unpack
+from ray_diffsynth.preprocess.messages import described, give_up, unpack
+from ray_diffsynth.preprocess.monitor import attempt_at
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from typing import Any
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.media import PASSING
 from ray_diffsynth.data.samples import load_inputs
-from ray_diffsynth.data.storage import StorageError
 from ray_diffsynth.data.video_stream import VideoSupportError
 from ray_diffsynth.data.warnings import collecting
-from ray_diffsynth.preprocess.counter import attempt_at
-from ray_diffsynth.preprocess.handover import EncoderSpec, described, give_up, pack
+from ray_diffsynth.preprocess.messages import EncoderSpec, described, give_up, pack
+from ray_diffsynth.preprocess.monitor import attempt_at
+from ray_diffsynth.storage import StorageError
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.metadata import Quarantined
 from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.models.fingerprint import SKETCH
+from ray_diffsynth.preprocess.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
 from ray_diffsynth.preprocess.commit import add_row_warnings
-from ray_diffsynth.preprocess.keys import GroupPlan
 from ray_diffsynth.preprocess.plan import Committed, open_shards
 from ray_diffsynth.preprocess.scan import Sample
 from ray_diffsynth.preprocess.shards import EMPTY_CAPTION, ShardPlan

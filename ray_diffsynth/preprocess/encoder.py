@@ -9,12 +9,12 @@ import ray
 import torch
 
 from ray_diffsynth.data.warnings import DataWarnings, collecting
+from ray_diffsynth.pipelines.core.stages import plan_stages
 from ray_diffsynth.pipelines.registry import get_pipeline_class
-from ray_diffsynth.pipelines.stages import plan_stages
 from ray_diffsynth.preprocess.attempts import Attempt
-from ray_diffsynth.preprocess.batches import DeviceError, encode
-from ray_diffsynth.preprocess.counter import attempt_at, end_this_process
-from ray_diffsynth.preprocess.handover import EncoderError, EncoderSpec, described, give_up, pack, unpack
+from ray_diffsynth.preprocess.encode_batches import DeviceError, encode
+from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec, described, give_up, pack, unpack
+from ray_diffsynth.preprocess.monitor import attempt_at, end_this_process
 from ray_diffsynth.preprocess.nodes import living
 from ray_diffsynth.preprocess.scan import Failure
 from ray_diffsynth.ray_session import own_device

@@ -17,11 +17,11 @@ from ray_diffsynth.cache.lease import lease
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import read_metadata
 from ray_diffsynth.data.samples import SampleSpec
-from ray_diffsynth.data.storage import absolute, join
 from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.models.locate import ModelSource, locate_configured
+from ray_diffsynth.pipelines.core.stages import Stages, check_columns, dataset_spec, plan_stages, settings_of
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
-from ray_diffsynth.pipelines.stages import Stages, check_columns, dataset_spec, plan_stages, settings_of
+from ray_diffsynth.preprocess.cache_keys import GroupPlan, plan_group
 from ray_diffsynth.preprocess.catalog import GroupCatalog, committed_state
 from ray_diffsynth.preprocess.commit import (
     Outcome,
@@ -31,17 +31,17 @@ from ray_diffsynth.preprocess.commit import (
     commit_cache,
 )
 from ray_diffsynth.preprocess.dry_run import dry_run
-from ray_diffsynth.preprocess.handover import EncoderSpec
-from ray_diffsynth.preprocess.keys import GroupPlan, plan_group
-from ray_diffsynth.preprocess.memo import forget
+from ray_diffsynth.preprocess.execute import encode_all
+from ray_diffsynth.preprocess.messages import EncoderSpec
 from ray_diffsynth.preprocess.plan import Committed, plan_works
 from ray_diffsynth.preprocess.pool import check_pools, pool_sizes
 from ray_diffsynth.preprocess.scan import Sample, scan_dataset
+from ray_diffsynth.preprocess.scan_cache import forget
 from ray_diffsynth.preprocess.summary import contact_sheet, group_numbers, quarantine_numbers
-from ray_diffsynth.preprocess.work import encode_all
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.ray_session import ray_session
 from ray_diffsynth.report import make_report, write_json, write_page
+from ray_diffsynth.storage import absolute, join
 from ray_diffsynth.tasks import get_task
 
 logger = logging.getLogger(__name__)

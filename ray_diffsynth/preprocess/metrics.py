@@ -5,7 +5,7 @@ from collections import deque
 
 from ray.util.metrics import Counter, Gauge
 
-from ray_diffsynth.preprocess.counter import Counts
+from ray_diffsynth.preprocess.monitor import Counts
 
 _WINDOW_SECONDS = 60.0
 

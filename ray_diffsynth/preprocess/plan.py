@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from ray_diffsynth.cache.manifest import Manifest
+from ray_diffsynth.preprocess.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog, committed_rows, recover
-from ray_diffsynth.preprocess.keys import GroupPlan
+from ray_diffsynth.preprocess.execute import Work
 from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.scan import Sample
 from ray_diffsynth.preprocess.shards import ShardPlan, not_known, plan_shards, wanted_rows
-from ray_diffsynth.preprocess.work import Work
 
 if TYPE_CHECKING:
     from ray_diffsynth.preprocess.job import Job

@@ -19,7 +19,7 @@ from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
 from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, pixel_keys, scan_file, size_fits
 from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.preprocess.memo import Memo
+from ray_diffsynth.preprocess.scan_cache import Memo
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
 from ray_diffsynth.printable import printable
 from ray_diffsynth.report.charts import bar_chart
 from ray_diffsynth.report.document import plain, write_text
+from ray_diffsynth.report.image import Picture
 from ray_diffsynth.report.load import load_lines
-from ray_diffsynth.report.picture import Picture
 from ray_diffsynth.report.training import training_charts
 
 PAGE = "report.html"

@@ -37,7 +37,7 @@ class LossOutput:
 
 
 class TrainablePipeline(Protocol):
-    """What a task needs of a pipeline; ``pipelines.base.BasePipeline`` has it."""
+    """What a task needs of a pipeline; ``pipelines.core.base.BasePipeline`` has it."""
 
     scheduler: FlowMatchScheduler
     torch_dtype: torch.dtype

@@ -24,7 +24,8 @@ import fsspec
 import torch
 from safetensors.torch import load, save
 
-from ray_diffsynth.data.storage import (
+from ray_diffsynth.errors import UserError
+from ray_diffsynth.storage import (
     is_remote,
     join,
     list_files,
@@ -33,7 +34,6 @@ from ray_diffsynth.data.storage import (
     sync_folder,
     write_bytes_atomic,
 )
-from ray_diffsynth.errors import UserError
 from ray_diffsynth.system_errors import naming_file
 
 logger = logging.getLogger(__name__)

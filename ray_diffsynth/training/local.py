@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.report.summary import finish
+from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.start import Start
-from ray_diffsynth.training.summary import finish
+from ray_diffsynth.training.trainer import train
 
 logger = logging.getLogger(__name__)
 

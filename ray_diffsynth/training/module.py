@@ -11,10 +11,10 @@ from torch import nn
 from ray_diffsynth.data.warnings import about
 from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.diffusion.transfer import as_stored, moved
-from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.sides import row_of, state_of
-from ray_diffsynth.pipelines.stages import plan_stages, settings_of
-from ray_diffsynth.pipelines.unit import PipelineUnit, make_state, run_units
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.sides import row_of, state_of
+from ray_diffsynth.pipelines.core.stages import plan_stages, settings_of
+from ray_diffsynth.pipelines.core.unit import PipelineUnit, make_state, run_units
 from ray_diffsynth.tasks import LossOutput, Task
 
 

@@ -13,7 +13,6 @@ from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig, split_names
 from ray_diffsynth.data.samples import SampleSpec
-from ray_diffsynth.data.storage import absolute
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
 from ray_diffsynth.errors import UserError
@@ -22,24 +21,20 @@ from ray_diffsynth.models.locate import ModelSource, locate_configured
 from ray_diffsynth.models.lora import LoraInfo, add_lora, leave_casts_to_autocast
 from ray_diffsynth.models.lora_file import lora_digest
 from ray_diffsynth.option_effects import DEFAULTS, has_effect
-from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.lora_keys import fuse_model_lora, load_model_lora, submodule
-from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
-from ray_diffsynth.pipelines.stages import (
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.stages import (
     check_caption_dropout,
     check_columns,
     dataset_spec,
     plan_stages,
     settings_of,
 )
+from ray_diffsynth.pipelines.lora_keys import fuse_model_lora, load_model_lora, submodule
+from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
+from ray_diffsynth.storage import absolute
 from ray_diffsynth.tasks import Task, get_task, task_family
 from ray_diffsynth.training.checkpoint import Checkpoint
-from ray_diffsynth.training.export import Trained
-from ray_diffsynth.training.identity import check_identity
-from ray_diffsynth.training.memory import Footprint
-from ray_diffsynth.training.module import DiffusionTrainingModule
-from ray_diffsynth.training.quantize import quantize
-from ray_diffsynth.training.source import (
+from ray_diffsynth.training.data.source import (
     CacheSource,
     DatasetSource,
     SampleSource,
@@ -48,6 +43,11 @@ from ray_diffsynth.training.source import (
     check_settings,
     read_rows,
 )
+from ray_diffsynth.training.export import Trained
+from ray_diffsynth.training.identity import check_identity
+from ray_diffsynth.training.module import DiffusionTrainingModule
+from ray_diffsynth.training.quantize import quantize
+from ray_diffsynth.training.report.memory import Footprint
 
 # What may change when a run goes on: where things lie, how far it goes, what it costs and what it says. Everything else
 # that TrainConfig has decides what is trained, and must be equal.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ray_diffsynth.training.engine import same_everywhere
+from ray_diffsynth.training.distributed import same_everywhere
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.setup import TrainingError
 

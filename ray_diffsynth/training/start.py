@@ -19,7 +19,8 @@ from typing import Any
 import fsspec
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.data.storage import (
+from ray_diffsynth.errors import UserError
+from ray_diffsynth.storage import (
     absolute,
     exists,
     is_remote,
@@ -29,7 +30,6 @@ from ray_diffsynth.data.storage import (
     read_bytes,
     write_bytes_atomic,
 )
-from ray_diffsynth.errors import UserError
 from ray_diffsynth.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -38,7 +38,7 @@ from ray_diffsynth.training.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from ray_diffsynth.training.metrics import METRICS_FILE
+from ray_diffsynth.training.report.metrics_log import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache import lease as lease_module
 from ray_diffsynth.cache.lease import LEASE, lease
 from ray_diffsynth.cache.schema import CacheError
-from ray_diffsynth.data import storage
 
 HOLDER = """
 import sys, time

@@ -13,9 +13,9 @@ import fsspec
 import pyarrow as pa
 import pytest
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import MANIFEST_FILE, QUARANTINE_SCHEMA, Manifest, bucket_ranges, commit
-from ray_diffsynth.data import storage
 from tests.shard_names import shard_file
 
 

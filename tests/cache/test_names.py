@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.export import export_cache
 from ray_diffsynth.cache.inspection import inspect_cache
@@ -26,7 +27,6 @@ from ray_diffsynth.cache.repair import repair_cache
 from ray_diffsynth.cache.store import GroupRow, list_shards, read_shard_header, write_shard
 from ray_diffsynth.cache.tables import table_hash
 from ray_diffsynth.cache.verify import verify_cache
-from ray_diffsynth.data import storage
 from ray_diffsynth.preview import write_preview
 from tests.shard_names import shard_file, stem
 

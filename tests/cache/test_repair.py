@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache import lease as lease_module
 from ray_diffsynth.cache import repair as repair_module
 from ray_diffsynth.cache import store
@@ -24,7 +25,6 @@ from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.repair import repair_cache
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.cache.verify import verify_cache
-from ray_diffsynth.data import storage
 from tests.shard_names import shard_file, stem
 
 

@@ -13,7 +13,7 @@ from ray_diffsynth.data.fit import Fits, SizeFit
 from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, size_fits
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.preprocess.scan import assign
-from ray_diffsynth.training.source import DatasetSource
+from ray_diffsynth.training.data.source import DatasetSource
 
 SPEC = SampleSpec(".", {"input_image": "image"}, ("input_image",), SizeRule(resolutions=(512,)))
 

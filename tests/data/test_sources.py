@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_diffsynth.data import media, storage
+from ray_diffsynth import storage
+from ray_diffsynth.data import media
 from ray_diffsynth.data.buckets import Bucket, SizeRule
 from ray_diffsynth.data.media import MediaError, SourceChanged, SourceUnavailable, bytes_hash, content_hash
 from ray_diffsynth.data.samples import SampleSpec, digests_of, load_inputs, pixel_keys, scan_file

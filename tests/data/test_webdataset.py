@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_diffsynth.data import storage
+from ray_diffsynth import storage
 from ray_diffsynth.data.media import content_hash, load_image, probe_image
 from ray_diffsynth.data.metadata import DatasetError, read_metadata, resolve_file
 

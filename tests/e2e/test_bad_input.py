@@ -14,8 +14,8 @@ from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.demo.tiny import build_tiny_model
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import Preprocess, train_config
 
 pytestmark = pytest.mark.ray

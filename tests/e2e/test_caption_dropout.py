@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
-from ray_diffsynth.training.metrics import read_metrics
+from ray_diffsynth.training.report.metrics_log import read_metrics
+from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import train_config
 
 pytestmark = pytest.mark.ray

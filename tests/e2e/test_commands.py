@@ -162,7 +162,8 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".gitignore", ".rayignore"):
         shutil.copy(ROOT / name, folder)
-    source = "from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline\nclass Mine(QwenImagePipeline): ...\n"
+    module = "ray_diffsynth.pipelines.qwen_image.pipeline"
+    source = f"from {module} import QwenImagePipeline\nclass Mine(QwenImagePipeline): ...\n"
     (folder / "my_submitted_family.py").write_text(source)
     return folder
 

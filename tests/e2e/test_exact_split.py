@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import Preprocess, train_config
 
 pytestmark = pytest.mark.ray

@@ -7,9 +7,9 @@ import torch
 
 from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.models.lora import load_lora_file
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.setup import Setup
+from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import train_config
 
 pytestmark = pytest.mark.ray
@@ -49,7 +49,7 @@ def test_diffusers_loads_the_lora_and_unloads_it(tiny_qwen: Path, trained: Path)
     """Law 7, against diffusers itself and against our own pipeline: equal latents with and without the LoRA."""
     from diffusers import QwenImagePipeline as Plain
 
-    from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline as Ours
+    from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline as Ours
 
     plain = Plain.from_pretrained(str(tiny_qwen))
     plain.set_progress_bar_config(disable=True)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import Preprocess, train_config
 from tests.families.tiny.wan import build
 from tests.video_files import draw_clip

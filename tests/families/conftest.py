@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from tests.families.cases import FAMILIES, FamilyCase, load_case
 

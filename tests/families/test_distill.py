@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ray_diffsynth.diffusion.randomness import SampleKey
-from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.tasks import DirectDistill
 from ray_diffsynth.tasks.direct_distill import sample
 from ray_diffsynth.training.module import DiffusionTrainingModule

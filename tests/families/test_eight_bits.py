@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.training.quantize import (
     ScaledLinear,
     castable,

@@ -12,9 +12,9 @@ from diffusers import FluxTransformer2DModel
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.models.lora import match_targets
-from ray_diffsynth.pipelines.base import PipelineError
+from ray_diffsynth.pipelines.core.base import PipelineError
 from ray_diffsynth.pipelines.flux import FluxPipeline, model_fn_flux
-from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline
+from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.training.setup import Setup
 
 DOUBLE, SINGLE = "transformer_blocks.0", [f"single_transformer_blocks.{n}" for n in (0, 1)]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_diffsynth.models.lora import match_targets
-from ray_diffsynth.pipelines.base import BasePipeline
+from ray_diffsynth.pipelines.core.base import BasePipeline
 from tests.families.cases import FAMILIES, FamilyCase
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "lora_formats.md"

@@ -15,8 +15,8 @@ from ray_diffsynth.generate.painter import Painter, PainterSpec
 from ray_diffsynth.generate.plan import family_defaults, plan_items
 from ray_diffsynth.generate.prompts import read_prompts
 from ray_diffsynth.models.locate import locate_model
-from ray_diffsynth.pipelines.base import BasePipeline, PipelineError
-from ray_diffsynth.pipelines.calling import picture_params
+from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.core.calling import picture_params
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.preprocess.job import Job, PreprocessConfig
 from ray_diffsynth.training.setup import Setup

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.calling import picture_params
-from ray_diffsynth.training import drawing
-from ray_diffsynth.training.drawing import Drawing, encode_samples
-from ray_diffsynth.training.sample_prompts import plan_samples
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.calling import picture_params
+from ray_diffsynth.training.report import drawing
+from ray_diffsynth.training.report.drawing import Drawing, encode_samples
+from ray_diffsynth.training.report.sample_prompts import plan_samples
 from ray_diffsynth.training.setup import Setup
 from tests.families.cases import FamilyCase, picture
 from tests.training.helpers import make_config

@@ -19,10 +19,10 @@ from ray_diffsynth.generate.painter import Painter, PainterSpec
 from ray_diffsynth.generate.plan import GenerateError, Item
 from ray_diffsynth.models.lora import add_lora, export_lora, lora_parameters, lora_state
 from ray_diffsynth.models.lora_file import LoraError
-from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline
+from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.ray_session import ClusterError
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.trainer import train
 from tests.training.helpers import make_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]

@@ -34,11 +34,11 @@ from ray_diffsynth.generate.plan import (
 )
 from ray_diffsynth.models.lora import add_lora, export_lora, fuse_lora, lora_parameters, lora_state
 from ray_diffsynth.models.lora_file import LoraError
-from ray_diffsynth.pipelines.base import BasePipeline, PipelineError
-from ray_diffsynth.pipelines.calling import picture_params
-from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline
-from ray_diffsynth.pipelines.qwen_image_edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
-from ray_diffsynth.pipelines.wan_i2v import WanImageToVideoPipeline
+from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.core.calling import picture_params
+from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
 
 IDENTITY = {"weights": "a"}
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.samples import bucket_of, load_inputs, scan_file
 from ray_diffsynth.diffusion.randomness import SampleKey
-from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline, model_fn_qwen_image
-from ray_diffsynth.pipelines.stages import dataset_spec, plan_stages
-from ray_diffsynth.pipelines.unit import PipelineUnit
-from ray_diffsynth.pipelines.wan_i2v import WanImageToVideoPipeline
+from ray_diffsynth.pipelines.core.stages import dataset_spec, plan_stages
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
+from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline, model_fn_qwen_image
+from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
 from ray_diffsynth.tasks import SFT
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from tests.families.cases import picture

@@ -13,7 +13,7 @@ import pytest
 from ray_diffsynth.pipelines.registry import FAMILIES, FamilyError, get_pipeline_class
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = "from ray_diffsynth.pipelines.base import BasePipeline\nclass Mine(BasePipeline): ...\n"
+SOURCE = "from ray_diffsynth.pipelines.core.base import BasePipeline\nclass Mine(BasePipeline): ...\n"
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_unknown_family_names_the_nearest() -> None:
 
 
 def test_a_pipeline_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "from ray_diffsynth.pipelines.base import BasePipeline\nclass Mine(BasePipeline): ...\n"
+    source = "from ray_diffsynth.pipelines.core.base import BasePipeline\nclass Mine(BasePipeline): ...\n"
     (tmp_path / "my_pipes.py").write_text(source)
     (tmp_path / "my_two.py").write_text(source + "class Other(BasePipeline): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -81,7 +81,7 @@ def test_a_pipeline_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_declarations_need_no_torch() -> None:
     """`--help` and the driver's planning stay fast."""
     code = (
-        "import sys; import ray_diffsynth.pipelines.registry, ray_diffsynth.pipelines.graph, "
-        "ray_diffsynth.pipelines.unit, ray_diffsynth.diffusion.randomness; sys.exit('torch' in sys.modules)"
+        "import sys; import ray_diffsynth.pipelines.registry, ray_diffsynth.pipelines.core.graph, "
+        "ray_diffsynth.pipelines.core.unit, ray_diffsynth.diffusion.randomness; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -22,9 +22,9 @@ from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encoder import Encoder
-from ray_diffsynth.preprocess.handover import shard_row
+from ray_diffsynth.preprocess.execute import Work
+from ray_diffsynth.preprocess.messages import shard_row
 from ray_diffsynth.preprocess.pool import PoolSize
-from ray_diffsynth.preprocess.work import Work
 from tests.preprocess.counting import FAMILY, build_model
 from tests.processes import kill_session, wait_for_session
 

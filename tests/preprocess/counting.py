@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.base import BasePipeline, Part
-from ray_diffsynth.pipelines.unit import PipelineUnit
+from ray_diffsynth.pipelines.core.base import BasePipeline, Part
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 
 FAMILY = "tests.preprocess.counting:CountingPipeline"
 

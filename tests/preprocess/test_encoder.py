@@ -14,11 +14,11 @@ from PIL import Image
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.preprocess.batches import encode
 from ray_diffsynth.preprocess.decode import Decoder
+from ray_diffsynth.preprocess.encode_batches import encode
 from ray_diffsynth.preprocess.encoder import Encoder
-from ray_diffsynth.preprocess.handover import shard_row, unpack
 from ray_diffsynth.preprocess.job import Job
+from ray_diffsynth.preprocess.messages import shard_row, unpack
 from ray_diffsynth.preprocess.scan import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
 from tests.preprocess import counting

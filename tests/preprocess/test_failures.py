@@ -21,25 +21,26 @@ import pytest
 import torch
 from PIL import Image
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.store import shard_name
 from ray_diffsynth.config import PreprocessConfig
-from ray_diffsynth.data import media, storage
+from ray_diffsynth.data import media
 from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.data.storage import StorageError
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.pipelines.base import MissingModelError, PipelineError
-from ray_diffsynth.pipelines.unit import MissingInputError
-from ray_diffsynth.preprocess import batches, decode, encoder
+from ray_diffsynth.pipelines.core.base import MissingModelError, PipelineError
+from ray_diffsynth.pipelines.core.unit import MissingInputError
+from ray_diffsynth.preprocess import decode, encode_batches, encoder
 from ray_diffsynth.preprocess import scan as scan_module
-from ray_diffsynth.preprocess.batches import DeviceError, encode
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
+from ray_diffsynth.preprocess.encode_batches import DeviceError, encode
 from ray_diffsynth.preprocess.encoder import Encoder
-from ray_diffsynth.preprocess.handover import EncoderError, shard_row, unpack
 from ray_diffsynth.preprocess.job import Job
+from ray_diffsynth.preprocess.messages import EncoderError, shard_row, unpack
 from ray_diffsynth.preprocess.scan import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
+from ray_diffsynth.storage import StorageError
 from tests.preprocess import counting
 from tests.preprocess.conftest import InlineRay, Stage1
 from tests.preprocess.counting import FAMILY, build_model, calls
@@ -146,8 +147,8 @@ def test_eight_bit_floats_are_encoded(bench: Bench) -> None:
 
 def test_one_look_at_the_device_for_a_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
-    real = batches.all_finite
-    monkeypatch.setattr(batches, "all_finite", lambda values: looks.append(len(values)) or real(values))
+    real = encode_batches.all_finite
+    monkeypatch.setattr(encode_batches, "all_finite", lambda values: looks.append(len(values)) or real(values))
     bench.results(lambda self, pipe, batch: [{"input_latents": [torch.ones(1)] * 3} for _ in batch], 8, 4)
     assert looks == [4, 4]
 

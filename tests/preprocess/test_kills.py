@@ -68,7 +68,7 @@ def test_an_actor_is_killed_in_the_middle_of_a_batch(tmp_path: Path, many: Path,
 WRITER = """
 import os, signal, sys
 from ray_diffsynth.cache.store import GroupRow, write_shard
-from ray_diffsynth.data import storage
+from ray_diffsynth import storage
 import torch
 
 moment = sys.argv[2]

@@ -11,12 +11,12 @@ import fsspec
 import pytest
 import torch
 
+from ray_diffsynth import storage
 from ray_diffsynth.cache.__main__ import main
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.lease import lease
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.store import GroupRow, read_shard_header, write_shard
-from ray_diffsynth.data import storage
 from tests.preprocess.conftest import Stage1, files
 from tests.preprocess.counting import build_model, calls
 from tests.s3_server import s3_server

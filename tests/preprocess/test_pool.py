@@ -9,7 +9,7 @@ import pytest
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.preprocess import metrics, pool
-from ray_diffsynth.preprocess.counter import Counts
+from ray_diffsynth.preprocess.monitor import Counts
 from ray_diffsynth.preprocess.pool import PoolSize, check_pools, pool_sizes
 from ray_diffsynth.ray_session import ClusterError
 

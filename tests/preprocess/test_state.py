@@ -15,10 +15,10 @@ from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.data.samples import SourceFile
 from ray_diffsynth.preprocess import catalog as catalog_module
 from ray_diffsynth.preprocess import job as job_module
-from ray_diffsynth.preprocess import memo as memo_module
 from ray_diffsynth.preprocess import scan as scan_module
-from ray_diffsynth.preprocess.memo import MEMO, Memo, forget
+from ray_diffsynth.preprocess import scan_cache as memo_module
 from ray_diffsynth.preprocess.scan import scan_files
+from ray_diffsynth.preprocess.scan_cache import MEMO, Memo, forget
 from tests.preprocess.conftest import CAPTIONS, PICTURES, SHARD, Stage1, files
 from tests.preprocess.counting import build_model, calls
 

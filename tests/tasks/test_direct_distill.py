@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from ray_diffsynth.data.metadata import read_metadata
 from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
 from ray_diffsynth.diffusion.randomness import SampleKey
-from ray_diffsynth.pipelines.base import BasePipeline
-from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline
-from ray_diffsynth.pipelines.stages import plan_stages
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.stages import plan_stages
+from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.tasks import DirectDistill, get_task
 from ray_diffsynth.tasks.base import TaskError
 from ray_diffsynth.tasks.direct_distill import sample
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
-from ray_diffsynth.training.metrics import read_metrics
+from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.module import DiffusionTrainingModule
+from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.result import TrainResult
+from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.setup import Setup
-from ray_diffsynth.training.source import DatasetSource
+from ray_diffsynth.training.trainer import train
 from tests.training.helpers import make_config, write_cache
 
 STEPS = [2, 3, 2, 4, 2, 3]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ray_diffsynth.demo.draw import draw_dataset
+from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.setup import Setup
-from ray_diffsynth.training.source import DatasetSource
 from tests.training.helpers import Runs, make_config, write_cache
 
 

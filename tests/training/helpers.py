@@ -17,8 +17,8 @@ from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest,
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.tasks import task_family
+from ray_diffsynth.training.data.source import DatasetSource, shard_sizes
 from ray_diffsynth.training.setup import Setup
-from ray_diffsynth.training.source import DatasetSource, shard_sizes
 from tests.shard_names import stem
 
 ROOT = Path(__file__).resolve().parents[2]

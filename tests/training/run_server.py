@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.training import checkpoint, local, loop
+from ray_diffsynth.training import checkpoint, local, trainer
 
 # What a run would import by itself, again in each child.
 LAZY = (
     "diffusers.models.transformers.transformer_qwenimage",
     "diffusers.optimization",
     "diffusers.schedulers.scheduling_flow_match_euler_discrete",
-    "ray_diffsynth.pipelines.qwen_image",
+    "ray_diffsynth.pipelines.qwen_image.pipeline",
     "ray_diffsynth.report",
     "torch.optim.adamw",
 )
@@ -55,14 +55,14 @@ def _dying_at(call: Callable[..., Any], number: int) -> Callable[..., Any]:
 
 def _arm(kill: dict[str, int]) -> None:
     if "step" in kill:
-        clip, last = loop._Run._clip, kill["step"]
+        clip, last = trainer._Run._clip, kill["step"]
         steps = _dying_at(lambda: None, last)
 
         def dying(self: Any) -> float:
             steps()
             return clip(self)
 
-        loop._Run._clip = dying  # type: ignore[method-assign]
+        trainer._Run._clip = dying  # type: ignore[method-assign]
     if "fsync" in kill:
         # Only in the checkpoint's module: other files are synced too.
         sync = _dying_at(lambda call, place: call(place), kill["fsync"])
@@ -86,7 +86,7 @@ def _run(order: dict[str, Any]) -> None:
     if order["kill"]:
         _arm(order["kill"])
     if order.get("term"):
-        step, clip = order["term"], loop._Run._clip
+        step, clip = order["term"], trainer._Run._clip
 
         def asked(self: Any) -> float:
             nonlocal step
@@ -95,7 +95,7 @@ def _run(order: dict[str, Any]) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return clip(self)
 
-        loop._Run._clip = asked  # type: ignore[method-assign]
+        trainer._Run._clip = asked  # type: ignore[method-assign]
     local.run(TrainConfig(**order["config"]))
 
 
@@ -105,14 +105,14 @@ def _worker(order: dict[str, Any], rank: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # accelerate wants to see them; the group is there
     torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=workers)
-    after = loop._Run._after
+    after = trainer._Run._after
 
     def measured(self: Any, *others: Any) -> None:
         with open(f"{meet}-{rank}.json", "w") as file:
             json.dump(self._footprint().base, file)
         after(self, *others)
 
-    loop._Run._after = measured  # type: ignore[method-assign]
+    trainer._Run._after = measured  # type: ignore[method-assign]
     _run(order)
 
 

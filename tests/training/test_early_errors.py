@@ -13,14 +13,15 @@ import pytest
 from ray_diffsynth.data.formats import DatasetError
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.lora_file import LoraError
-from ray_diffsynth.pipelines.base import PipelineError
+from ray_diffsynth.pipelines.core.base import PipelineError
 from ray_diffsynth.pipelines.registry import FamilyError
-from ray_diffsynth.training import job, local
+from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import CheckpointError
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
 from ray_diffsynth.training.optim import OptimizerError, optimizer_class
+from ray_diffsynth.training.ray import job
+from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.setup import TrainingError
+from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
 

@@ -15,18 +15,19 @@ import torch
 from torch import nn
 
 from ray_diffsynth.models.lora import add_lora, leave_casts_to_autocast
-from ray_diffsynth.training import loop, memory
+from ray_diffsynth.training import trainer
 from ray_diffsynth.training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint
-from ray_diffsynth.training.context import LocalContext
+from ray_diffsynth.training.data.loader import Feed
+from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.ema import Ema
-from ray_diffsynth.training.feed import Feed
-from ray_diffsynth.training.loop import train
-from ray_diffsynth.training.metrics import read_metrics
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.optim import OptimizerError
+from ray_diffsynth.training.report import memory
+from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.result import TrainResult
+from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.setup import Setup, TrainingError
-from ray_diffsynth.training.source import DatasetSource
+from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import Runs, make_config, write_cache
 
@@ -38,7 +39,7 @@ def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
 
 def poisoned(step: int) -> Callable[[Any], float]:
     """`_Run._clip` that finds an infinite gradient in the `step`-th step."""
-    clip, count = loop._Run._clip, 0
+    clip, count = trainer._Run._clip, 0
 
     def poison(self: Any) -> float:
         nonlocal count
@@ -65,7 +66,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(
     options: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 1, "num_epochs": 9}
     run(tiny_qwen, make_cache(), tmp_path / "undisturbed", **options)
     with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "_clip", poisoned(3))
+        patched.setattr(trainer._Run, "_clip", poisoned(3))
         last = tmp_path / "out/step-2.safetensors"
         with pytest.raises(
             TrainingError,
@@ -90,13 +91,13 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(
 def test_weights_that_are_not_finite_are_never_written(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clip = loop._Run._clip
+    clip = trainer._Run._clip
 
     def overflow(self: Any) -> float:
         next(iter(self.state.parameters.values())).data[0] = float("inf")
         return clip(self)
 
-    monkeypatch.setattr(loop._Run, "_clip", overflow)
+    monkeypatch.setattr(trainer._Run, "_clip", overflow)
     with pytest.raises(TrainingError, match="step 1: the trained weights are not finite; no file was written"):
         run(tiny_qwen, make_cache(), tmp_path, save_steps=1)
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -106,7 +107,7 @@ def test_a_gradient_scaler_leaves_such_a_step_out_and_its_state_goes_on(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with float16 on a GPU, by a scaler that works on the CPU: weights and average stay, the scale is halved."""
-    accelerator = loop.accelerator
+    accelerator = trainer.accelerator
 
     @contextmanager
     def scaling(*arguments: Any) -> Iterator[Any]:
@@ -121,10 +122,10 @@ def test_a_gradient_scaler_leaves_such_a_step_out_and_its_state_goes_on(
             engine.clip_grad_norm_ = clip
             yield engine
 
-    monkeypatch.setattr(loop, "accelerator", scaling)
+    monkeypatch.setattr(trainer, "accelerator", scaling)
     options: dict[str, Any] = {"save_steps": 1, "keep_checkpoints": 9, "ema_decay": 0.5, "max_steps": 4}
     with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "_clip", poisoned(2))
+        patched.setattr(trainer._Run, "_clip", poisoned(2))
         run(tiny_qwen, make_cache(), tmp_path / "out", **options)
     first, second, third = (
         safetensors.torch.load_file(tmp_path / f"out/checkpoints/step-0000000{step}/tensors.safetensors")
@@ -274,9 +275,9 @@ def full(*_: Any, **__: Any) -> Any:
     ("where", "options"),
     [
         ("ray_diffsynth.training.setup.add_lora", {}),
-        ("ray_diffsynth.training.loop.make_optimizer", {}),
-        ("ray_diffsynth.training.loop.distribute", {}),
-        ("ray_diffsynth.training.loop.HeldOut.loss", {"validation_samples": 1, "validation_steps": 1}),
+        ("ray_diffsynth.training.trainer.make_optimizer", {}),
+        ("ray_diffsynth.training.trainer.distribute", {}),
+        ("ray_diffsynth.training.trainer.HeldOut.loss", {"validation_samples": 1, "validation_steps": 1}),
     ],
 )
 def test_out_of_memory_is_explained_wherever_it_comes(

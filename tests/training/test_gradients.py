@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.errors import ConfigError
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.result import TrainResult
+from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.setup import Setup, TrainingError
-from ray_diffsynth.training.source import DatasetSource
+from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import LORA, make_config, write_cache
 from tests.training.own_family import STYLES, Styler

@@ -17,8 +17,9 @@ from torch import nn
 from ray_diffsynth import ray_session
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.ray_session import ClusterError
-from ray_diffsynth.training import elastic, engine, job, ray_worker, shard
-from ray_diffsynth.training.elastic import Group, Watch, wait_for_room
+from ray_diffsynth.training import distributed, shard
+from ray_diffsynth.training.ray import elastic, job, worker
+from ray_diffsynth.training.ray.elastic import Group, Watch, wait_for_room
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.setup import TrainingError
 
@@ -190,7 +191,7 @@ def test_a_worker_without_a_gpu_of_its_own_computes_on_the_cpu(monkeypatch: pyte
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: ids)
-    assert ray_worker.RayContext(None).device.type == ("cuda" if ids else "cpu")
+    assert worker.RayContext(None).device.type == ("cuda" if ids else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     assert ray_session.own_device() == ("cuda" if ids else "cpu")
@@ -209,20 +210,20 @@ def test_ddp_takes_the_device_that_the_module_lies_on(monkeypatch: pytest.Monkey
         def __init__(self, module: nn.Module, **options: Any) -> None:
             made.append(options)
 
-    monkeypatch.setattr(engine, "DistributedDataParallel", Parallel)
+    monkeypatch.setattr(distributed, "DistributedDataParallel", Parallel)
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-    engine.distribute(module, 2)
+    distributed.distribute(module, 2)
     assert made[0] == {"ignored": ["1.weight", "1.bias"]} and made[1].get("device_ids") is None
-    assert engine.distribute(module, 1) is module
+    assert distributed.distribute(module, 1) is module
 
 
 def test_the_messages_of_rank_0_go_to_the_driver() -> None:
     said: list[tuple[str, int]] = []
     collector = SimpleNamespace(say=SimpleNamespace(remote=lambda *message: said.append(message)))
-    log = logging.getLogger("ray_diffsynth.training.loop")
+    log = logging.getLogger("ray_diffsynth.training.trainer")
     before = logging.getLogger("ray_diffsynth").level
     for rank in (0, 1):
-        with ray_worker.messages_to_driver(SimpleNamespace(collector=collector, world_rank=rank)):  # type: ignore[arg-type]
+        with worker.messages_to_driver(SimpleNamespace(collector=collector, world_rank=rank)):  # type: ignore[arg-type]
             log.info("going on from step %d", 4)
             log.warning("damaged")
             log.debug("nothing")
@@ -236,25 +237,25 @@ def test_metrics_are_sent_no_oftener_than_the_driver_looks(monkeypatch: pytest.M
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray, "get_gpu_ids", list)
     now, sent = [100.0], list[int]()
-    monkeypatch.setattr(ray_worker.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
     collector = SimpleNamespace(add=SimpleNamespace(remote=lambda metrics: sent.append(metrics["step"])))
-    worker = ray_worker.RayContext(collector)
+    train_context = worker.RayContext(collector)
     for step in range(1, 8):
-        worker.report({"step": step})
+        train_context.report({"step": step})
         now[0] += 0.2
     assert sent == [1, 4, 7]
-    worker.report({"step": 8})
+    train_context.report({"step": 8})
     for _ in range(2):
-        worker.send_metrics()  # at the end
+        train_context.send_metrics()  # at the end
     assert sent == [1, 4, 7, 8]
 
 
 def test_a_sampler_says_at_once_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     collector = SimpleNamespace(say=SimpleNamespace(remote=said.append))
-    monkeypatch.setattr(ray_worker.ray, "get", lambda value: value)
-    monkeypatch.setattr(ray_worker.ray, "get_gpu_ids", list)
-    actor = ray_worker.SamplerActor.__ray_metadata__.modified_class(  # type: ignore[attr-defined]
+    monkeypatch.setattr(worker.ray, "get", lambda value: value)
+    monkeypatch.setattr(worker.ray, "get_gpu_ids", list)
+    actor = worker.SamplerActor.__ray_metadata__.modified_class(  # type: ignore[attr-defined]
         TrainConfig(model="/nowhere", dataset_base_path="c"), ["a cat"], False, collector
     )
     actor.draw(4, {})

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from ray_diffsynth.training.checkpoint import CheckpointError
-from ray_diffsynth.training.context import LocalContext
 from ray_diffsynth.training.identity import check_identity
-from ray_diffsynth.training.loop import train
+from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.setup import Setup
+from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
 

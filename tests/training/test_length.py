@@ -11,7 +11,7 @@ import pytest
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import list_checkpoints
 from ray_diffsynth.training.length import describe_length, total_steps
-from ray_diffsynth.training.metrics import read_metrics
+from ray_diffsynth.training.report.metrics_log import read_metrics
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
 

@@ -12,14 +12,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
-from ray_diffsynth.training.metrics import read_metrics
 from ray_diffsynth.training.optim import OptimizerError
 from ray_diffsynth.training.optimizer_modes import evaluated, has_modes, to_training
+from ray_diffsynth.training.report.metrics_log import read_metrics
+from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.sample_prompts import SamplePrompt
+from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.setup import Setup
+from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import Runs, make_config
 from tests.training.own_optimizers import ScheduleFreeSGD

@@ -18,21 +18,21 @@ from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.diffusion.timestep_sampling import TimestepSampling
 from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.models.lora import read_lora
-from ray_diffsynth.training import memory
-from ray_diffsynth.training.captions import drop_captions, is_dropped
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.feed import Feed
-from ray_diffsynth.training.held_out import ValidationError, choose_rows
-from ray_diffsynth.training.loop import train
-from ray_diffsynth.training.metrics import read_metrics
+from ray_diffsynth.training.data.captions import drop_captions, is_dropped
+from ray_diffsynth.training.data.loader import Feed
 from ray_diffsynth.training.optim import OptimizerError, base_learning_rate, learning_rate, make_optimizer
 from ray_diffsynth.training.quantize import ScaledLinear, quantize
+from ray_diffsynth.training.report import memory
+from ray_diffsynth.training.report.metrics_log import read_metrics
+from ray_diffsynth.training.report.trackers import TrackerError
 from ray_diffsynth.training.result import TrainResult
+from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.setup import Setup, TrainingError
-from ray_diffsynth.training.trackers import TrackerError
+from ray_diffsynth.training.trainer import train
+from ray_diffsynth.training.validation import ValidationError, choose_rows
 from tests.training.conftest import CacheMaker
+from tests.training.data.test_source import Numbers
 from tests.training.helpers import Runs, make_config
-from tests.training.test_source import Numbers
 
 
 def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
@@ -292,7 +292,7 @@ def test_out_of_memory_says_what_to_try_with_numbers(
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("ray_diffsynth.training.engine.Accelerator.backward", full)
+    monkeypatch.setattr("ray_diffsynth.training.distributed.Accelerator.backward", full)
     with pytest.raises(
         memory.OutOfMemory, match=r"Tried to allocate 2.00 GiB.*frozen weights 0\.4 MB.*--fp8_base 0\.\d MB"
     ):

@@ -13,8 +13,8 @@ import pytest
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.models import locate
 from ray_diffsynth.preprocess.job import Job
+from ray_diffsynth.training.data.source import SourceError
 from ray_diffsynth.training.setup import Setup
-from ray_diffsynth.training.source import SourceError
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.data.storage import StorageError, exists, join, list_folders, read_bytes, write_bytes_atomic
+from ray_diffsynth.storage import StorageError, exists, join, list_folders, read_bytes, write_bytes_atomic
 from ray_diffsynth.training.checkpoint import (
     Checkpoint,
     CheckpointError,

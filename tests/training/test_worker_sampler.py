@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ray_diffsynth.pipelines import on_demand
-from ray_diffsynth.pipelines.qwen_image import QwenImagePipeline
-from ray_diffsynth.training import job
-from ray_diffsynth.training.context import LocalContext
-from ray_diffsynth.training.loop import train
-from ray_diffsynth.training.metrics import read_metrics
+from ray_diffsynth.pipelines.core import on_demand
+from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.training.ray import job
+from ray_diffsynth.training.report.metrics_log import read_metrics
+from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.trainer import train
 from tests.cuda_autocast import CudaAutocast
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import Runs, make_config

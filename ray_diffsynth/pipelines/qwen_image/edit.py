@@ -1,0 +1,268 @@
+"""Qwen-Image-Edit: Qwen-Image with pictures to edit, which its text encoder and its transformer both see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
+from ray_diffsynth.pipelines.core.base import Part, PipelineError
+from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState
+from ray_diffsynth.pipelines.image import image_units
+from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents
+from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+
+Pictures: TypeAlias = Image.Image | Sequence[Image.Image]
+
+EditLatents: TypeAlias = Tensor | Sequence[Sequence[Tensor]]
+
+EDIT_AREA = 1024 * 1024
+"""Pixels to which diffusers scales a picture before it is edited."""
+IMAGE_PAD = "<|image_pad|>"
+
+
+class QwenImageEditPipeline(QwenImagePipeline):
+    """Qwen-Image-Edit. `edit_image` is the picture to edit, `input_image` the result."""
+
+    family: ClassVar[str] = "qwen_image_edit"
+    parts: ClassVar[Mapping[str, Part]] = {
+        **QwenImagePipeline.parts,
+        "text_encoder": Part(
+            "text_encoder", "transformers:Qwen2_5_VLForConditionalGeneration", ("tokenizer", "processor")
+        ),
+    }
+    companions: ClassVar[Mapping[str, Part]] = {
+        **QwenImagePipeline.companions,
+        # The one on Pillow: it needs no torchvision, and gives the same pixels on every machine.
+        "processor": Part("processor", "transformers:Qwen2VLImageProcessorPil"),
+    }
+    column_params: ClassVar[Mapping[str, str]] = {
+        "input_image": "image",
+        "edit_image": "edit_image",
+        "prompt": "prompt",
+    }
+    file_params: ClassVar[tuple[str, ...]] = ("input_image", "edit_image")
+    reference_params: ClassVar[tuple[str, ...]] = ("edit_image",)
+    diffusers_pipeline: ClassVar[str] = "QwenImageEditPipeline"
+    """Whose prompt template is used."""
+    picture_text: ClassVar[str] = ""
+    """What stands before the prompt for each picture, {} its number; empty: the template has the place of one."""
+    vision_area: ClassVar[int | None] = None
+    """Pixels to which a picture is scaled for the text encoder; None: it sees the picture that the VAE sees."""
+
+    processor: Any
+
+    def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(device=device, torch_dtype=torch_dtype)
+        self.units = [*image_units(), QwenImageEditUnit_EditImageEmbedder(), QwenImageEditUnit_PromptEmbedder()]
+        self.model_fn = model_fn_qwen_image_edit
+
+    def training_settings(self) -> dict[str, Any]:
+        # Off: a dataset's pictures are scaled to their bucket, by their own shape.
+        return {**super().training_settings(), "edit_image_auto_resize": False}
+
+    def pictures(self, edit_image: Pictures) -> list[Image.Image]:
+        """`edit_image` as a list. Raises PipelineError for none, or more than the family takes."""
+        pictures = [edit_image] if isinstance(edit_image, Image.Image) else list(edit_image)
+        if not pictures or (len(pictures) > 1 and not self.picture_text):
+            raise PipelineError(
+                f"edit_image holds {len(pictures)} pictures, but the family {self.family} edits one; "
+                "several are for --family qwen_image_edit_plus (Qwen-Image-Edit-2509 and later)"
+            )
+        return pictures
+
+    def encode_edit_prompt(self, prompt: str, pictures: Sequence[Image.Image]) -> Tensor:
+        """One embedding (1, L, D) of the pictures and the prompt, without the tokens of the template's beginning."""
+        seen = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
+        text, drop = self._vision_text(prompt, seen.image_grid_thw)
+        tokens = self.tokenizer([text], return_tensors="pt").to(self.device)
+        outputs = self.text_encoder(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            pixel_values=seen.pixel_values.to(self.torch_dtype),
+            image_grid_thw=seen.image_grid_thw,
+            # Without it transformers >= 5 gives the pictures positions of text, in silence.
+            mm_token_type_ids=(tokens.input_ids == self.text_encoder.config.image_token_id).long(),
+            output_hidden_states=True,
+        )
+        embeds: Tensor = outputs.hidden_states[-1][:, drop:].clone().to(self.torch_dtype)
+        return embeds
+
+    def _vision_text(self, prompt: str, grids: Tensor) -> tuple[str, int]:
+        """The templated prompt with a placeholder for each token of the pictures, and how many tokens are dropped."""
+        template, drop = _template(self.diffusers_pipeline)
+        before = "".join(self.picture_text.format(number) for number in range(1, len(grids) + 1))
+        head, *tails = template.format(before + prompt).split(IMAGE_PAD)
+        if len(tails) != len(grids):
+            raise PipelineError(f"the prompt holds {IMAGE_PAD}, which stands for a picture; take it out: {prompt:.80}")
+        counts = (grids.prod(dim=1) // self.processor.merge_size**2).tolist()
+        return head + "".join(IMAGE_PAD * count + tail for count, tail in zip(counts, tails, strict=True)), drop
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str,
+        edit_image: Pictures,
+        negative_prompt: str = "",
+        cfg_scale: float | None = None,
+        input_image: Image.Image | None = None,
+        denoising_strength: float = 1.0,
+        edit_image_auto_resize: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | None = None,
+        rand_device: str = "cpu",
+        num_inference_steps: int | None = None,
+        tiled: bool = False,
+        tile_size: int = 128,
+        tile_stride: int = 64,
+        output_type: str = "pil",
+        progress_bar_cmd: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda steps: steps,
+    ) -> Image.Image | Tensor:
+        """Edit one picture, or make one of several. Arguments that are not named here: `ImagePipeline.__call__`.
+
+        Args:
+            edit_image: the picture; several where the family takes them.
+            edit_image_auto_resize: scale the pictures to about 1024 x 1024 pixels of their shape, as diffusers does.
+            height, width: of the result; None: those of the last picture, scaled.
+        """
+        last = scaled_size(self.pictures(edit_image)[-1], EDIT_AREA)
+        own = self.defaults
+        shared = {
+            "cfg_scale": own.cfg_scale if cfg_scale is None else cfg_scale,
+            "edit_image": edit_image, "edit_image_auto_resize": edit_image_auto_resize, "input_image": input_image,
+            "height": height or last[1], "width": width or last[0], "seed": seed, "rand_device": rand_device,
+            "tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride,
+        }  # fmt: skip
+        return self.generate(
+            UnitState(shared, {"prompt": prompt}, {"negative_prompt": negative_prompt}),
+            num_inference_steps=num_inference_steps or own.num_inference_steps,
+            denoising_strength=denoising_strength,
+            output_type=output_type,
+            progress_bar_cmd=progress_bar_cmd,
+        )
+
+
+class QwenImageEditPlusPipeline(QwenImageEditPipeline):
+    """Qwen-Image-Edit-2509 and later: `edit_image` may be a list, and the text encoder sees small pictures."""
+
+    family: ClassVar[str] = "qwen_image_edit_plus"
+    diffusers_pipeline: ClassVar[str] = "QwenImageEditPlusPipeline"
+    picture_text: ClassVar[str] = f"Picture {{}}: <|vision_start|>{IMAGE_PAD}<|vision_end|>"
+    vision_area: ClassVar[int | None] = 384 * 384
+
+
+class QwenImageEditUnit_EditImageEmbedder(PipelineUnit):
+    """`edit_image` -> edit_latents (1, pictures, C, h, w); of pictures of several sizes a list of (1, C, h, w)."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            input_params=("edit_image", "edit_image_auto_resize", "tiled", "tile_size", "tile_stride"),
+            output_params=("edit_latents",),
+            onload_model_names=("vae",),
+        )
+
+    def process(
+        self,
+        pipe: QwenImageEditPipeline,
+        edit_image: Pictures,
+        edit_image_auto_resize: bool = False,
+        tiled: bool = False,
+        tile_size: int = 128,
+        tile_stride: int = 64,
+    ) -> dict[str, Any]:
+        pictures = pipe.pictures(edit_image)
+        if edit_image_auto_resize:
+            pictures = [resized(picture, EDIT_AREA) for picture in pictures]
+        for picture in pictures:
+            pipe.check_resize_height_width(picture.height, picture.width)
+        pipe.load_models_to_device(("vae",))
+        pixels = (pipe.preprocess_image(picture) for picture in pictures)
+        tiling: dict[str, Any] = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
+        latents = [pipe.encode_images(picture, **tiling) for picture in pixels]
+        same = len({picture.size for picture in pictures}) == 1
+        return {"edit_latents": torch.stack(latents, dim=1) if same else latents}
+
+
+class QwenImageEditUnit_PromptEmbedder(PipelineUnit):
+    """`prompt` (and `negative_prompt`) with the pictures -> embeddings (1, L, D) without padding."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            seperate_cfg=True,
+            input_params=("edit_image", "edit_image_auto_resize"),
+            input_params_posi={"prompt": "prompt"},
+            input_params_nega={"prompt": "negative_prompt"},
+            output_params=("prompt_embeds",),
+            onload_model_names=("text_encoder",),
+        )
+
+    def process(
+        self, pipe: QwenImageEditPipeline, prompt: str, edit_image: Pictures, edit_image_auto_resize: bool = False
+    ) -> dict[str, Any]:
+        pipe.load_models_to_device(("text_encoder",))
+        area = pipe.vision_area or (EDIT_AREA if edit_image_auto_resize else None)
+        pictures = [picture if area is None else resized(picture, area) for picture in pipe.pictures(edit_image)]
+        return {"prompt_embeds": pipe.encode_edit_prompt(prompt, pictures)}
+
+
+def model_fn_qwen_image_edit(
+    *,
+    dit: Any,
+    latents: Tensor,
+    timestep: Tensor,
+    edit_latents: EditLatents,
+    prompt_embeds: Tensor,
+    prompt_embeds_mask: Tensor | None = None,
+    use_gradient_checkpointing: bool = False,
+    use_gradient_checkpointing_offload: bool = False,
+) -> Tensor:
+    """The velocity noise - x0, in the shape of `latents`: see `model_fn_qwen_image`.
+
+    Args:
+        edit_latents: (B, pictures, C, h, w), clean; of several sizes for each sample a list of (1, C, h, w), the sizes
+            alike in all samples. Their tokens follow those of `latents`, and their outputs are cut.
+    """
+    batch, _, height, width = latents.shape
+    enable_checkpointing(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    if isinstance(edit_latents, Tensor):
+        pictures = [latents, *edit_latents.unbind(1)]
+    else:
+        pictures = [latents, *(torch.cat(alike) for alike in zip(*edit_latents, strict=True))]
+    prediction: Tensor = dit(
+        hidden_states=torch.cat([pack_latents(picture) for picture in pictures], dim=1),
+        timestep=timestep.expand(batch) / 1000,
+        encoder_hidden_states=prompt_embeds,
+        encoder_hidden_states_mask=prompt_embeds_mask,
+        img_shapes=[[(1, picture.shape[-2] // 2, picture.shape[-1] // 2) for picture in pictures]] * batch,
+        return_dict=False,
+    )[0]
+    return unpack_latents(prediction[:, : height * width // 4], height, width)
+
+
+def scaled_size(picture: Image.Image, area: int) -> tuple[int, int]:
+    """(width, height) of the shape of `picture` with about `area` pixels, in steps of 32: diffusers' rule."""
+    width = math.sqrt(area * picture.width / picture.height)
+    height = width * picture.height / picture.width
+    return round(width / 32) * 32, round(height / 32) * 32
+
+
+def resized(picture: Image.Image, area: int) -> Image.Image:
+    """The picture in its `scaled_size`."""
+    return picture.resize(scaled_size(picture, area), Image.Resampling.LANCZOS)
+
+
+@cache
+def _template(pipeline: str) -> tuple[str, int]:
+    """diffusers' prompt template of a pipeline, and how many tokens of its beginning are dropped."""
+    import diffusers
+
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "processor", "transformer")
+    pipe = getattr(diffusers, pipeline)(**dict.fromkeys(names))
+    return pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx

@@ -1,0 +1,146 @@
+"""Qwen-Image on diffusers' and transformers' own classes: text to image, and image to image by `input_image`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
+from ray_diffsynth.models.locate import ModelSource
+from ray_diffsynth.pipelines.core.base import Part
+from ray_diffsynth.pipelines.image import (
+    MAX_SEQUENCE_LENGTH,
+    ImagePipeline,
+    ImageUnit_PromptEmbedder,
+    SamplingDefaults,
+    image_units,
+)
+from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents
+from ray_diffsynth.pipelines.text import warn_of_cut
+from ray_diffsynth.pipelines.tiling import vae_tiling
+
+
+class QwenImagePipeline(ImagePipeline):
+    """Qwen-Image. Latents are (B, C, h, w), the VAE's one frame removed; prompt embeddings (1, L, D), unpadded."""
+
+    family: ClassVar[str] = "qwen_image"
+    schedule: ClassVar[str] = "Qwen-Image"
+    defaults: SamplingDefaults = SamplingDefaults(height=1328, width=1328, cfg_scale=4.0)
+    parts: ClassVar[Mapping[str, Part]] = {
+        "text_encoder": Part("text_encoder", "transformers:Qwen2_5_VLForConditionalGeneration", ("tokenizer",)),
+        "vae": Part("vae", "diffusers:AutoencoderKLQwenImage"),
+        "dit": Part("transformer", "diffusers:QwenImageTransformer2DModel"),
+    }
+    companions: ClassVar[Mapping[str, Part]] = {"tokenizer": Part("tokenizer", "transformers:Qwen2Tokenizer")}
+    padded_params: ClassVar[Mapping[str, str]] = {"prompt_embeds": "prompt_embeds_mask"}
+    collate_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds_mask",)
+    lora_prefix: ClassVar[str] = "diffusion_model."
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
+        "img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1",
+    )  # fmt: skip
+
+    text_encoder: Any
+    tokenizer: Any
+
+    def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(device=device, torch_dtype=torch_dtype, height_division_factor=16, width_division_factor=16)
+        self.latent_channels = 16
+        self.vae_scale_factor = 8
+        self.units = [*image_units(), ImageUnit_PromptEmbedder()]
+        self.model_fn = model_fn_qwen_image
+
+    def configure(self, source: ModelSource) -> None:
+        """Take the latents' geometry from the VAE's configuration, even if its weights are not loaded."""
+        if config := source.config("vae"):
+            self.latent_channels = int(config.get("z_dim", 16))
+            self.vae_scale_factor = 2 ** len(config.get("temperal_downsample", (False, True, True)))
+        # The transformer packs 2 x 2 latents into a token.
+        self.height_division_factor = self.width_division_factor = 2 * self.vae_scale_factor
+
+    def encode_images(self, pixels: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
+        with vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
+            moments = self.vae.encode(pixels.to(self.vae.dtype)[:, :, None]).latent_dist
+        mean, std = self._latent_statistics()
+        latents: Tensor = (moments.mode()[:, :, 0].float() - mean) / std
+        return latents.to(self.torch_dtype)
+
+    def decode_latents(self, latents: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
+        mean, std = self._latent_statistics()
+        raw = (latents.float() * std + mean).to(self.vae.dtype)
+        with vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
+            pixels: Tensor = self.vae.decode(raw[:, :, None]).sample
+        return pixels[:, :, 0]
+
+    def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> list[Tensor]:
+        """One unpadded embedding (1, L, D) a prompt, by diffusers' own template and encoding; cut to the maximum."""
+        from diffusers import QwenImagePipeline as DiffusersPipeline
+
+        encoder: Any = DiffusersPipeline(
+            scheduler=None, vae=None, text_encoder=self.text_encoder, tokenizer=self.tokenizer, transformer=None
+        )
+        # One token more than allowed shows which prompts are cut.
+        limit = max_sequence_length + 1
+        encoder.tokenizer_max_length = max(encoder.tokenizer_max_length, limit)
+        embeds, mask = encoder.encode_prompt(list(prompts), device=self.device, max_sequence_length=limit)
+        result = []
+        for index, prompt in enumerate(prompts):
+            single = embeds[index] if mask is None else embeds[index][mask[index].bool()]
+            if len(single) > max_sequence_length:
+                whole = self.tokenizer(encoder.prompt_template_encode.format(prompt)).input_ids
+                warn_of_cut(prompt, len(whole) - encoder.prompt_template_encode_start_idx, max_sequence_length)
+            # A copy, so that the row does not keep the whole padded batch in memory.
+            result.append(single[:max_sequence_length].clone()[None].to(self.torch_dtype))
+        return result
+
+    def guided_prediction(self, posi: Mapping[str, Any], nega: Mapping[str, Any], cfg_scale: float) -> Tensor:
+        """Guidance, then each token gets back the norm of the positive prediction, as diffusers does for Qwen-Image."""
+        if cfg_scale == 1:
+            return self.predict(posi)
+        height, width = posi["latents"].shape[-2:]
+        positive, negative = pack_latents(self.predict(posi)), pack_latents(self.predict(nega))
+        combined = negative + cfg_scale * (positive - negative)
+        norms = torch.norm(positive, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
+        return unpack_latents(combined * norms, height, width)
+
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents, fp32, (1, C, 1, 1)."""
+        config = self.vae.config
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
+
+
+def model_fn_qwen_image(
+    *,
+    dit: Any,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_embeds: Tensor,
+    prompt_embeds_mask: Tensor | None = None,
+    use_gradient_checkpointing: bool = False,
+    use_gradient_checkpointing_offload: bool = False,
+) -> Tensor:
+    """The velocity noise - x0, in the shape of `latents`.
+
+    Args:
+        latents: (B, C, h, w), h and w even; one size a batch, since one rotary table serves it.
+        timestep: 1000 * sigma, (B,) or (1,), fp32.
+        prompt_embeds: (B, L, D); prompt_embeds_mask: bool (B, L), None if nothing is padded.
+    """
+    batch, _, height, width = latents.shape
+    enable_checkpointing(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    prediction = dit(
+        hidden_states=pack_latents(latents),
+        timestep=timestep.expand(batch) / 1000,
+        encoder_hidden_states=prompt_embeds,
+        encoder_hidden_states_mask=prompt_embeds_mask,
+        img_shapes=[[(1, height // 2, width // 2)]] * batch,
+        return_dict=False,
+    )[0]
+    return unpack_latents(prediction, height, width)

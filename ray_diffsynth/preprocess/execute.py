@@ -1,0 +1,226 @@
+"""The encoding itself: the shards of each group, until each row is written or known to be impossible."""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from ray_diffsynth.cache.store import Shard
+from ray_diffsynth.data.media import SourceChanged
+from ray_diffsynth.preprocess.attempts import Unfinished
+from ray_diffsynth.preprocess.catalog import GroupCatalog
+from ray_diffsynth.preprocess.losses import RETRIES, Losses
+from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec, described
+from ray_diffsynth.preprocess.metrics import PoolMetrics
+from ray_diffsynth.preprocess.monitor import Counter, Counts
+from ray_diffsynth.preprocess.nodes import living
+from ray_diffsynth.preprocess.pool import PoolSize
+from ray_diffsynth.preprocess.ray_data import Pipeline, Stopped, run_pass
+from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.shards import ShardPlan
+from ray_diffsynth.progress import Progress
+from ray_diffsynth.ray_session import alive_nodes, on_this_node
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 60.0
+"""How long the other groups may take to end when one cannot go on."""
+
+
+@dataclass
+class Work:
+    """One group's shards that are to be encoded. What is written goes to `catalog`; `encoded` counts those rows.
+
+    `reused`: wanted rows that the cache held before.
+    """
+
+    spec: EncoderSpec
+    size: PoolSize
+    shards: Sequence[ShardPlan]
+    catalog: GroupCatalog
+    reused: int = 0
+    encoded: int = field(default=0, init=False)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(shard.rows) for shard in self.shards)
+
+    def take(self, results: Sequence[dict[str, Any]]) -> None:
+        """Take in what a pass gave for its shards. Raises EncoderError if one of them says that nothing can be done."""
+        for result in results:
+            if "fatal" in result:
+                raise EncoderError(result["fatal"])
+            if result["shard"] is not None:
+                shard = Shard.from_dict(result["shard"])
+                self.catalog.add(shard)
+                self.encoded += len(shard.keys)
+            self.catalog.passed.update((kind, detail) for kind, detail in result["warnings"])
+            for key, reason in result["passing"].items():
+                self.catalog.passing[key] = Failure(*reason)
+
+    def changed_sources(self) -> set[str]:
+        """Paths of the files of rows that could not be encoded since a file was not the one that was scanned."""
+        spec = self.spec.sample
+        changed = {key for key, reason in self.catalog.passing.items() if reason.error == SourceChanged.__name__}
+        rows = [row.row for shard in self.shards if changed for row in shard.rows if row.key in changed]
+        params = [param for param in spec.file_params if param in self.spec.inputs]
+        return {path for row in rows for param in params for path in spec.paths(row, param)}
+
+    def missing(self, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
+        """Those of the shards of which nothing is known: a shard is taken in as a whole or not at all."""
+        done = {*self.catalog.known(), *self.catalog.passing}
+        return [shard for shard in shards if not done.issuperset(shard.keys)]
+
+
+def encode_all(works: Sequence[Work], *, cache: str, codec: str) -> None:
+    """Encode and write the shards of all groups side by side. Raises EncoderError, and whatever Ray raises.
+
+    When one group cannot go on, the others are stopped too.
+    """
+    works = [work for work in works if work.shards]
+    if not works:
+        return
+    stop = threading.Event()
+    counters = [Counter.options(scheduling_strategy=on_this_node()).remote() for _ in works]  # type: ignore[attr-defined]
+    lines = [
+        Pipeline(work.spec, work.size, cache, codec, counter, stop)
+        for work, counter in zip(works, counters, strict=True)
+    ]
+    title = f"encode {works[0].spec.group}" if len(works) == 1 else "encode"
+    total = sum(work.rows for work in works)
+    try:
+        with Progress(title, total=total, unit="samples") as progress, _watch(works, counters, stop, progress):
+            if len(works) == 1:
+                encode_group(works[0], lines[0])
+            else:
+                _side_by_side(works, lines, stop)
+    finally:
+        for counter in counters:
+            ray.kill(counter)
+
+
+def _side_by_side(works: Sequence[Work], lines: Sequence[Pipeline], stop: threading.Event) -> None:
+    """A thread for each group. The first that cannot go on stops the others; its error is raised when they have ended.
+
+    Another group's own error, if it had one too, is logged.
+    """
+    errors: list[tuple[str, BaseException]] = []
+
+    def one(work: Work, line: Pipeline) -> None:
+        try:
+            encode_group(work, line)
+        except BaseException as error:
+            errors.append((work.spec.group, error))
+            stop.set()
+
+    # Daemons, joined in small waits: an interrupt is heard at once, not after the last shard.
+    threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in zip(works, lines, strict=True)]
+    for thread in threads:
+        thread.start()
+    try:
+        while not stop.is_set() and any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(timeout=0.1)
+    finally:
+        if any(thread.is_alive() for thread in threads):
+            stop.set()
+        for thread in threads:
+            thread.join(timeout=STOP_SECONDS)
+    own = [(group, error) for group, error in errors if not isinstance(error, Stopped)]
+    for group, error in own[1:]:
+        logger.error("%s", described(error) if isinstance(error, EncoderError) else f"{group}: {described(error)}")
+    for group, error in own or errors:
+        if not isinstance(error, EncoderError):  # whose text names its group
+            error.add_note(f"while the group {group} was encoded")
+        raise error
+
+
+def encode_group(work: Work, line: Pipeline) -> None:
+    """Encode the shards of one group. Raises EncoderError, Stopped when another group cannot go on.
+
+    What was lost with a machine is tried again as it was: the cache is then that of an undisturbed run, byte for byte.
+    A shard whose process dies again and again is dropped by Ray Data. The batch that killed is then cut out of it, and
+    cut in two until the row that kills its encoder stands alone, which is quarantined; the others are encoded.
+    """
+    group, shards = work.spec.group, work.shards
+    losses = Losses(group)
+    first = True
+    while shards:
+        # Two shards in flight overlap moving one with encoding the one before, but both are lost when an actor dies.
+        # A part of a lost shard is not worth as many deaths (each costs loading the models): it is suspect already.
+        retries, in_flight = (RETRIES, 2) if first else (1, 1)
+        first = False
+        nodes = set(alive_nodes())
+        try:
+            results, deaths = run_pass(line, shards, retries=retries, in_flight=in_flight)
+        except Exception as error:
+            # What a task or an actor said is nearer to the cause than how Ray reports its end.
+            if not isinstance(error, EncoderError) and (reason := ray.get(line.counter.get.remote()).fatal):
+                raise EncoderError(reason) from error
+            raise
+        work.take(results)
+        lost = work.missing(shards)
+        if not lost:
+            return
+        if not deaths:
+            raise EncoderError(
+                f"Ray lost {len(lost)} of {len(shards)} shards of {group} without a word; see its logs, and run again: "
+                "what is written is kept"
+            )
+        found: list[tuple[Unfinished, ...]] = ray.get(line.counter.unfinished.remote([shard.name for shard in lost]))
+        nodes |= {item.attempt.node for attempts in found for item in attempts}
+        alive = living(nodes)
+        shards = []
+        for shard, attempts in zip(lost, found, strict=True):
+            again = losses.again(shard, attempts, alive, retries=retries, node_lost=not nodes <= alive)
+            if isinstance(again, Failure):
+                work.catalog.failures[shard.keys[0]] = again
+            else:
+                shards += again
+        whole = {shard.name for shard in lost} & {shard.name for shard in shards}
+        logger.warning(
+            "%s: %d rows were lost%s; %d of them are tried again as they were, the others in smaller parts",
+            group,
+            sum(len(shard.rows) for shard in lost),
+            " with a machine or their process" if nodes - alive else " with their process",
+            sum(len(shard.rows) for shard in lost if shard.name in whole),
+        )
+
+
+@contextmanager
+def _watch(works: Sequence[Work], counters: Sequence[Any], stop: threading.Event, progress: Progress) -> Iterator[None]:
+    """Within it, `progress` and Ray's metrics follow the counters, and `stop` is set when one of them gives up."""
+    over = threading.Event()
+    metrics = [PoolMetrics(work.spec.group, work.rows) for work in works]
+
+    def look() -> None:
+        counts: list[Counts] = ray.get([counter.get.remote() for counter in counters])
+        if any(count.fatal for count in counts):
+            stop.set()
+        rates = [metric.update(count) for metric, count in zip(metrics, counts, strict=True)]
+        values: dict[str, float | str] = {"quarantined": str(sum(count.failed for count in counts))}
+        values["MB"] = f"{sum(count.nbytes for count in counts) / 1e6:.1f}"
+        if len(works) > 1:
+            values |= {work.spec.group: f"{rate:.3g}/s" for work, rate in zip(works, rates, strict=True)}
+        progress.update(sum(count.written + count.failed for count in counts), **values)
+
+    def follow() -> None:
+        while not over.wait(0.5):
+            try:
+                look()
+            except ray.exceptions.RayError as error:
+                logger.warning("the progress is not shown any more: %s", error)
+                return
+
+    thread = threading.Thread(target=follow, name="encode-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    look()

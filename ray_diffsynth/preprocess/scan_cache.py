@@ -1,0 +1,89 @@
+"""The memo of the scan: sources that were read before, so that a file which has not changed is not read again."""
+
+import io
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import astuple
+
+from ray_diffsynth.data.samples import SourceFile
+from ray_diffsynth.storage import exists, join, read_bytes, write_bytes_atomic
+
+MEMO = "index/sources.jsonl"
+VERSION = 3
+"""Raise it when what a `SourceFile` says of the same file changes: it is read again then."""
+SAVES = 10
+"""How often the memo is saved during a scan of new files: each time a tenth of them is read."""
+LEAST = 1024
+"""Files that are worth saving."""
+
+
+class Memo:
+    """Sources by path; of a dataset with these `paths`, others are forgotten.
+
+    Nothing is written unless `remember`. It only saves time, so a damaged one, or one of another version, is ignored.
+    """
+
+    def __init__(self, cache: str, paths: Sequence[str], *, remember: bool = True) -> None:
+        self.path = join(cache, MEMO)
+        self.remember = remember
+        self.files = _load(self.path, set(paths))
+        self._unsaved = 0
+        self._step = max(len(paths) // SAVES, LEAST)
+
+    def known(self, paths: Iterable[str]) -> dict[str, SourceFile]:
+        """What is remembered of these paths."""
+        return {path: self.files[path] for path in paths if path in self.files}
+
+    def add(self, found: Mapping[str, object]) -> None:
+        """Take in what a scan found (not a SourceFile: the path could not be read), and save now and then."""
+        for path, file in found.items():
+            if not isinstance(file, SourceFile):
+                self.files.pop(path, None)
+            elif self.files.get(path) != file:
+                self.files[path] = file
+                self._unsaved += 1
+        if self._unsaved >= self._step:
+            self.save()
+
+    def save(self) -> None:
+        """Write it, for this run's rerun and for the next run."""
+        if not self.remember:
+            return
+        _write(self.path, self.files.values())
+        self._unsaved = 0
+
+
+def forget(cache: str, paths: Collection[str]) -> None:
+    """Let the next scan read these files again: they hold something else than what is remembered of them."""
+    path = join(cache, MEMO)
+    files = _load(path)
+    if not files.keys().isdisjoint(paths):
+        gone = set(paths)
+        _write(path, (file for file in files.values() if file.path not in gone))
+
+
+def _write(path: str, files: Iterable[SourceFile]) -> None:
+    text = io.BytesIO()
+    text.write(json.dumps({"version": VERSION}).encode())
+    for file in files:
+        if file.stamp:  # else nothing tells whether the file has changed
+            text.write(b"\n" + json.dumps(astuple(file)).encode())
+    write_bytes_atomic(path, text.getbuffer())
+
+
+def _load(path: str, wanted: Collection[str] | None = None) -> dict[str, SourceFile]:
+    """What is remembered, by path; only of the `wanted` paths, if they are given."""
+    if not exists(path):
+        return {}
+    files = {}
+    try:
+        header, *rows = read_bytes(path).split(b"\n")
+        if json.loads(header) != {"version": VERSION}:
+            return {}
+        for row in rows:
+            file = SourceFile(*json.loads(row))
+            if wanted is None or file.path in wanted:
+                files[file.path] = file
+    except (ValueError, TypeError):
+        return {}
+    return files

@@ -1,0 +1,1 @@
+"""From the cache or the dataset to batches: epoch order, source, loader."""

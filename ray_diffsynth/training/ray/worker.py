@@ -1,0 +1,229 @@
+"""Ray's side of one worker, and the actors that stand beside a run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.data.warnings import DataWarnings, collecting
+from ray_diffsynth.training.report.sample_prompts import SamplePrompt
+from ray_diffsynth.training.setup import Setup
+
+POLL_SECONDS = 0.5
+PENDING_PICTURES = 4
+"""Grids that may wait for the actor that makes them; further ones are left out."""
+
+
+class RayContext:
+    """A worker of Ray Train. collector, sampler: handles of the actors below; samples: those that no actor draws."""
+
+    def __init__(self, collector: Any, sampler: Any = None, samples: Sequence[SamplePrompt] = ()) -> None:
+        context = ray.train.get_context()
+        self.world_rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        # Without a GPU of its own Ray Train would name the first of the machine's.
+        self.device: torch.device = ray.train.torch.get_device() if ray.get_gpu_ids() else torch.device("cpu")
+        self.collector, self.sampler, self._samples = collector, sampler, samples
+        self._unsent: dict[str, Any] | None = None
+        self._sent_at = 0.0
+        self._drawing: list[Any] = []
+        self._asked: Any = None
+        self._asked_at = 0.0
+        self._stop = False
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        # Not ray.train.report: it makes all the workers wait for each other. No oftener than the driver looks.
+        self._unsent = dict(metrics)
+        if time.monotonic() - self._sent_at >= POLL_SECONDS:
+            self.send_metrics()
+
+    def send_metrics(self) -> None:
+        """Send the newest metrics now, if they are not sent yet."""
+        if self._unsent is not None:
+            self.collector.add.remote(self._unsent)
+            self._unsent, self._sent_at = None, time.monotonic()
+
+    def stop_requested(self) -> bool:
+        """What the driver wants, as rank 0 heard it last: never waits for the answer."""
+        if self.world_rank != 0 or self._stop:
+            return self._stop
+        if self._asked is None:
+            if time.monotonic() - self._asked_at >= POLL_SECONDS:
+                self._asked, self._asked_at = self.collector.stop_wanted.remote(), time.monotonic()
+        elif ray.wait([self._asked], timeout=0)[0]:
+            self._stop, self._asked = bool(ray.get(self._asked)), None
+        return self._stop
+
+    def own_samples(self, setup: Setup) -> Sequence[SamplePrompt]:
+        return self._samples
+
+    def draw_samples(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+        if self.sampler is None:
+            return
+        if self._drawing:
+            _, self._drawing = ray.wait(self._drawing, num_returns=len(self._drawing), timeout=0)
+        if len(self._drawing) >= PENDING_PICTURES:
+            self.collector.say.remote(f"no sample pictures of step {step}: {PENDING_PICTURES} grids are still waiting")
+            return
+        arrays = {name: value.float().numpy() for name, value in weights.items()}
+        self._drawing.append(self.sampler.draw.remote(step, arrays))
+
+    def wait_for_samples(self) -> None:
+        """Until the pictures that were asked for are made: they need the weights that this process holds."""
+        if self._drawing:
+            ray.wait(self._drawing, num_returns=len(self._drawing))
+
+
+class _ToDriver(logging.Handler):
+    """Sends this package's messages to the collector, which the driver shows: a worker's own stderr stays unseen."""
+
+    def __init__(self, collector: Any) -> None:
+        super().__init__(logging.INFO)
+        self._collector = collector
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._collector.say.remote(record.getMessage(), record.levelno)
+
+
+@contextmanager
+def messages_to_driver(context: RayContext) -> Iterator[None]:
+    """Within it the user sees what rank 0 says; the others would say the same."""
+    log = logging.getLogger("ray_diffsynth")
+    handler = _ToDriver(context.collector) if context.world_rank == 0 else logging.NullHandler()
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
+
+
+@ray.remote(num_cpus=0)
+class Collector:
+    """Carries messages, metrics and the result from rank 0 to the driver, and the driver's wish to stop to rank 0.
+
+    environment: variables for the workers. Here, since Ray Train may show its own arguments, and these may be secret.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._environment = environment
+        self._latest: dict[str, Any] | None = None
+        self._result: dict[str, Any] | None = None
+        self._messages: list[tuple[str, int]] = []
+        self._warnings: list[list[str]] = []
+        self._stop = self._begun = False
+
+    def environment(self) -> dict[str, str]:
+        """For a worker that starts."""
+        self._begun = True
+        return self._environment
+
+    def has_begun(self) -> bool:
+        """Whether the group's workers are there."""
+        return self._begun
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        self._latest = metrics
+
+    def say(self, message: str, level: int = logging.WARNING) -> None:
+        self._messages.append((message, level))
+
+    def warn(self, rows: list[list[str]]) -> None:
+        """What was said of the prompts of sample pictures (`DataWarnings.rows`): for the terminal and the report."""
+        self._warnings += rows
+        for line in DataWarnings.of(rows).lines():
+            self.say(f"--validation_prompts: {line}")
+
+    def warnings(self) -> list[list[str]]:
+        return self._warnings
+
+    def take(self) -> tuple[dict[str, Any] | None, list[tuple[str, int]]]:
+        """The newest metrics, and messages with their level; each once."""
+        latest, self._latest = self._latest, None
+        messages, self._messages = self._messages, []
+        return latest, messages
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+    def stop_wanted(self) -> bool:
+        return self._stop
+
+    def begin(self) -> None:
+        """A new group of workers starts."""
+        self._stop, self._begun, self._result = False, False, None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        self._result = result
+
+    def result(self) -> dict[str, Any]:
+        if self._result is None:
+            raise RuntimeError("the workers ended without a result")
+        return self._result
+
+
+@ray.remote
+class SamplerActor:
+    """`Sampler` in a process of its own, which loads the model by the first call; a failure ends only the pictures.
+
+    start: make those of step 0 before all others. collector: gets the message of a failure.
+    """
+
+    def __init__(self, config: TrainConfig, samples: list[SamplePrompt], start: bool, collector: Any) -> None:
+        self._config, self._samples, self._start, self._collector = config, samples, start, collector
+        self._sampler: Any = None
+        self._told = DataWarnings()
+        self._drawn: list[str] = []
+        self._error: str | None = None
+
+    def begin(self) -> None:
+        """Load the model now, and make the pictures of step 0, without waiting for a step that asks for its own."""
+        self._attempt(0, self._ready)
+
+    def draw(self, step: int, weights: Mapping[str, Any]) -> None:
+        def make() -> None:
+            tensors = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
+            self._drawn.append(self._ready().draw(step, tensors))
+
+        self._attempt(step, make)
+
+    def _ready(self) -> Any:
+        from ray_diffsynth.training.report.sample_images import Sampler
+
+        if self._sampler is None:
+            device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+            sampler = Sampler(self._config, self._samples, device)
+            if self._start:  # here, as calls of the driver and of a worker come in any order, and a step's weights stay
+                self._drawn.append(sampler.draw(0, {}))
+            self._sampler = sampler
+        return self._sampler
+
+    def _attempt(self, step: int, make: Callable[[], object]) -> None:
+        if self._error is not None:
+            return
+        try:
+            with collecting() as said:
+                make()
+            told = set(self._told)
+            if new := DataWarnings(warning for warning in said if warning not in told):
+                self._told.merge(new)
+                ray.get(self._collector.warn.remote(new.rows()))
+        except Exception as error:  # training goes on
+            self._error = f"step {step}: {type(error).__name__}: {error}"
+            ray.get(self._collector.say.remote(f"the sample pictures ended early: {self._error}"))
+
+    def finish(self) -> list[str]:
+        """Files that were made; waits for the pictures that were asked for before."""
+        return self._drawn

@@ -1,0 +1,1 @@
+"""What a run tells while it trains: step statistics, metrics log, trackers, sample images, summary."""

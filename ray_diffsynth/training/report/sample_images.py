@@ -1,0 +1,130 @@
+"""Sample pictures while a run trains: by an actor with a model of its own, or by the workers between two steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.storage import is_remote, join, write_bytes_atomic
+from ray_diffsynth.training.distributed import gather
+from ray_diffsynth.training.module import DiffusionTrainingModule
+from ray_diffsynth.training.report.drawing import Drawing, encode_samples
+from ray_diffsynth.training.report.sample_grids import SAMPLES_FOLDER, Shown, encode, grid, grid_name
+from ray_diffsynth.training.report.sample_prompts import SamplePrompt
+from ray_diffsynth.training.runtime import Context
+from ray_diffsynth.training.setup import Setup
+
+logger = logging.getLogger(__name__)
+
+
+class Sampler:
+    """A model of its own with the run's LoRA, and the prompts. Made once; `draw` takes other weights each time."""
+
+    def __init__(self, config: TrainConfig, samples: Sequence[SamplePrompt], device: torch.device) -> None:
+        self.setup, self.samples = Setup.of(config), samples
+        encoded = encode_samples(self.setup, samples, range(len(samples)), device)
+        self.module, _ = self.setup.build(device)
+        self._drawing = Drawing(self.setup, self.module, samples, encoded)
+        self._parameters = dict(self.module.named_parameters())
+
+    @torch.no_grad()
+    def draw(self, step: int, weights: Mapping[str, torch.Tensor]) -> str:
+        """Write the grid of one picture a prompt after `step` steps; the same noise each time. Returns its path.
+
+        Without weights, before any are given: what the training starts from, the base model or the LoRAs it was given.
+        """
+        for name, value in weights.items():
+            self._parameters[name].copy_(value)
+        return write_grid(self.setup, self.samples, step, [self._drawing.draw(n) for n in range(len(self.samples))])
+
+
+class WorkerSampler:
+    """The workers draw between two steps, each its part of the prompts, where nothing is left for an actor.
+
+    The prompts are encoded when this is made, before the model is loaded; the model that trains draws, and is left as
+    it was: a run with pictures trains what the run without them does. A failure ends only the pictures, except where
+    the workers share a model out (--shard_base) and would wait for each other.
+    """
+
+    def __init__(self, setup: Setup, samples: Sequence[SamplePrompt], context: Context) -> None:
+        self.setup, self.samples, self.context = setup, samples, context
+        rank, world = context.world_rank, context.world_size
+        # As many pictures on each worker: a sharded model gathers its weights in all of them at once.
+        rounds = range(rank, -(-len(samples) // world) * world, world)
+        self._numbers = [number % len(samples) for number in rounds if setup.config.shard_base or number < len(samples)]
+        self._error: str | None = None
+        self._ended = False
+        self._encoded: Any = {}
+        self._attempt(self._encode)
+
+    def _encode(self) -> None:
+        self._encoded = encode_samples(self.setup, self.samples, self._numbers, self.context.device)
+
+    def draw(self, step: int, module: DiffusionTrainingModule) -> None:
+        """Write the grid after `step` steps; all workers must call it."""
+        if self._ended:
+            return
+        pictures: list[tuple[int, bytes]] = []
+        self._attempt(lambda: pictures.extend(self._draw(module)))
+        found = gather([(self._error, pictures)], self.context.world_size)
+        errors = [error for error, _ in found if error is not None]
+        self._ended = bool(errors)
+        if self.context.world_rank != 0:
+            return
+        if errors:
+            logger.warning("the sample pictures ended early: step %d: %s", step, errors[0])
+            return
+        by_number = {number: data for _, part in found for number, data in part}
+        sheets = [Image.open(BytesIO(by_number[number])) for number in range(len(self.samples))]
+        write_grid(self.setup, self.samples, step, sheets)
+
+    def _draw(self, module: DiffusionTrainingModule) -> list[tuple[int, bytes]]:
+        drawing = Drawing(self.setup, module, self.samples, self._encoded)
+        try:
+            return [(number, _png(drawing.draw(number))) for number in self._numbers]
+        finally:
+            drawing.release()
+
+    def _attempt(self, work: Any) -> None:
+        if self._error is not None:
+            return
+        try:
+            work()
+        except Exception as error:
+            if self.setup.config.shard_base and self.context.world_size > 1:
+                raise
+            # As text: the error itself holds its frames, and with them the tensors on the device.
+            self._error = f"{type(error).__name__}: {error}"
+        if self._error is not None and self.context.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def write_grid(setup: Setup, samples: Sequence[SamplePrompt], step: int, pictures: Sequence[Image.Image]) -> str:
+    """Write the grid of `step`, as PNG and in TensorBoard; returns its path."""
+    sheet = grid(pictures)
+    path = join(setup.output_path, SAMPLES_FOLDER, grid_name(step))
+    write_bytes_atomic(path, encode(sheet, Shown.of(setup.config, samples, step)))
+    if "tensorboard" in setup.config.trackers and not is_remote(setup.output_path):
+        _to_tensorboard(setup.output_path, step, sheet)
+    return path
+
+
+def _to_tensorboard(output_path: str, step: int, sheet: Image.Image) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(join(output_path, "tensorboard"), filename_suffix=".samples")
+    writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+    writer.close()
+
+
+def _png(picture: Image.Image) -> bytes:
+    data = BytesIO()
+    picture.save(data, format="PNG")
+    return data.getvalue()

@@ -1,0 +1,217 @@
+"""Where the metrics go beside metrics.jsonl: TensorBoard (default), a CSV file, W&B, MLflow."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.errors import UserError
+from ray_diffsynth.storage import exists, is_remote, join, read_bytes, write_bytes_atomic
+from ray_diffsynth.training.report.metrics_log import METRICS_FILE, read_metrics
+from ray_diffsynth.training.setup import Setup
+
+logger = logging.getLogger(__name__)
+
+TENSORBOARD_FOLDER = "tensorboard"
+CSV_FILE = "metrics.csv"
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+"""What a tracker imports, by its name."""
+_NOT_CURVES = ("step", "steps", "samples", "samples_total", "samples_seen")
+
+
+class TrackerError(UserError):
+    """A tracker that is asked for and cannot be used."""
+
+
+class Tracker(Protocol):
+    """One of them. A step comes once, or again after a resume from an earlier one."""
+
+    def write(self, metrics: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raise TrackerError if the package of a tracker that `config` names is not installed."""
+    for name in config.trackers:
+        if name in PACKAGES:
+            _import(PACKAGES[name], name)
+
+
+class Trackers:
+    """All that `--log_with` names. Used by rank 0 alone; a context manager.
+
+    One that cannot start is an error in a new run. Later it is left alone after its first failure, which is said: a run
+    does not end because a server is away; metrics.jsonl has all lines.
+    """
+
+    def __init__(self, setup: Setup, *, after: int) -> None:
+        """after: the step that the run goes on from; what was written for later ones is taken back where it can be."""
+        self._open: dict[str, Tracker] = {}
+        for name in setup.config.trackers:
+            try:
+                self._open[name] = TRACKERS[name](setup, after)
+            except UserError:
+                raise
+            except Exception as error:
+                if not after:
+                    raise TrackerError(
+                        f"--log_with {name} cannot start: {type(error).__name__}: {error}; mend it, or leave it out"
+                    ) from error
+                _without(name, error)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.write(metrics)
+            except Exception as error:
+                _without(name, error)
+                del self._open[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, tracker in self._open.items():
+            try:
+                tracker.close()
+            except Exception as problem:
+                _without(name, problem)
+
+
+def _without(name: str, error: Exception) -> None:
+    logger.warning(
+        "%s failed (%s: %s): the run goes on without it; %s has all metrics",
+        name,
+        type(error).__name__,
+        error,
+        METRICS_FILE,
+    )
+
+
+class TensorBoard:
+    """Curves in `<output_path>/tensorboard`, on the local file system."""
+
+    def __init__(self, setup: Setup, after: int) -> None:
+        self._writer: Any = None
+        if is_remote(setup.output_path):
+            logger.info("no TensorBoard: it needs a local output_path; the curves are in report.html")
+            return
+        writer = _import(PACKAGES["tensorboard"], "tensorboard").SummaryWriter
+        self._writer = writer(join(setup.output_path, TENSORBOARD_FOLDER), purge_step=after + 1 if after else None)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            for name, value in curves(metrics).items():
+                self._writer.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class CsvFile:
+    """`<output_path>/metrics.csv`: metrics.jsonl as a table, made when the run ends or is asked to stop."""
+
+    def __init__(self, setup: Setup, after: int) -> None:
+        self._output_path = setup.output_path
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Nothing: metrics.jsonl has the line already."""
+
+    def close(self) -> None:
+        lines = read_metrics(self._output_path)
+        columns = list(dict.fromkeys(name for line in lines for name in line))
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, columns)
+        table.writeheader()
+        table.writerows(lines)
+        write_bytes_atomic(join(self._output_path, CSV_FILE), text.getvalue().encode())
+
+
+class WeightsAndBiases:
+    """A run of wandb; a resumed training goes on in the same one. Project by WANDB_PROJECT, else ray_diffsynth."""
+
+    def __init__(self, setup: Setup, after: int) -> None:
+        wandb = _import("wandb", "wandb")
+        known = _known_id(setup.output_path, "wandb")
+        folder = None if is_remote(setup.output_path) else setup.output_path
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "ray_diffsynth"),
+            dir=folder,
+            id=known,
+            resume="allow" if known else None,
+            config=setup.config.to_dict(),
+        )
+        _remember_id(setup.output_path, "wandb", self._run.id)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        self._run.log(curves(metrics), step=metrics["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow, at MLFLOW_TRACKING_URI; a resumed training goes on in the same one."""
+
+    def __init__(self, setup: Setup, after: int) -> None:
+        self._mlflow = _import("mlflow", "mlflow")
+        known = _known_id(setup.output_path, "mlflow")
+        run = self._mlflow.start_run(run_id=known)
+        if known is None:
+            _remember_id(setup.output_path, "mlflow", run.info.run_id)
+            self._mlflow.log_params({name: str(value)[:500] for name, value in setup.config.to_dict().items()})
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        self._mlflow.log_metrics(curves(metrics), step=metrics["step"])
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+TRACKERS: dict[str, Callable[[Setup, int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "csv": CsvFile,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}
+
+
+def curves(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line that change."""
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if name not in _NOT_CURVES and isinstance(value, (int, float))
+    }
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # ImportError, or whatever a version raises that does not fit the other packages
+        raise TrackerError(
+            f"--log_with {package}: {type(error).__name__}: {error}; install it (pip install {package}), or omit it"
+        ) from error
+
+
+def _known_id(output_path: str, tracker: str) -> str | None:
+    path = join(output_path, f".{tracker}-run")
+    return read_bytes(path).decode() if exists(path) else None
+
+
+def _remember_id(output_path: str, tracker: str, run_id: str) -> None:
+    write_bytes_atomic(join(output_path, f".{tracker}-run"), run_id.encode())

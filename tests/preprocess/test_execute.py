@@ -1,0 +1,306 @@
+"""What becomes of shards whose process died, without Ray: passes are played, everything else is real."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
+
+from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.preprocess import execute as work_module
+from ray_diffsynth.preprocess.attempts import Attempt, Attempts, Stage
+from ray_diffsynth.preprocess.catalog import GroupCatalog
+from ray_diffsynth.preprocess.execute import Work, _side_by_side, encode_group
+from ray_diffsynth.preprocess.messages import EncoderError
+from ray_diffsynth.preprocess.monitor import Counts
+from ray_diffsynth.preprocess.ray_data import PassCallback, Reports, Stopped
+from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.shards import ShardPlan, Wanted, plan_shards
+
+SIZE = Bucket(64, 64)
+
+
+def row(number: int) -> Wanted:
+    key = hashlib.blake2b(str(number).encode(), digest_size=8).hexdigest()
+    return Wanted(key, f"{number}.png", {"image": f"{number}.png"}, SIZE.name, SIZE)
+
+
+class PlayedRay:
+    """A pass as Ray would run it: shards with a deadly row are lost after `retries`, in the stage where it kills.
+
+    In the pass `node_dies_in` all shards are lost with node `b`, on which each was begun; Ray uses up its other tries
+    on actors that it starts on the dead machine too, and that begin nothing.
+    """
+
+    def __init__(self, deadly: dict[str, Stage], *, says: int | None = None, innocent: Sequence[str] = ()) -> None:
+        self.deadly, self.says, self.innocent = deadly, says, list(innocent)
+        self.passes: list[list[int]] = []
+        self.deaths = 0
+        self.attempts = Attempts()
+        self.processes = itertools.count()
+        self.batch_size = 1 << 30
+        self.fatal = ""
+        self.nodes = {"a", "b"}
+        self.node_dies_in: int | None = None
+        self.counter = SimpleNamespace(
+            get=SimpleNamespace(remote=lambda: Counts(fatal=self.fatal)),
+            unfinished=SimpleNamespace(remote=lambda names: [self.attempts.unfinished(name) for name in names]),
+        )
+
+    def dies(self, shard: ShardPlan, stage: Stage, node: str, batch: Sequence[str] = ()) -> None:
+        attempt = Attempt(shard.name, stage, node, f"process {next(self.processes)}", 0)
+        self.attempts.begin(attempt)
+        self.attempts.begin_batch(attempt, batch)
+
+    def run_pass(
+        self, line: Any, shards: Sequence[ShardPlan], *, retries: int, in_flight: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        self.passes.append([len(shard.rows) for shard in shards])
+        if self.node_dies_in == len(self.passes):
+            self.nodes.remove("b")
+            for shard in shards:
+                self.dies(shard, "encode", "b", shard.keys)
+            return [], retries + 1
+        results, deaths = [], 0
+        for shard in shards:
+            stages = [self.deadly[key] for key in shard.keys if key in self.deadly]
+            if stages:
+                at = next(number for number, key in enumerate(shard.keys) if key in self.deadly)
+                at -= at % self.batch_size
+                for _ in range(retries + 1):
+                    self.dies(shard, stages[0], "a", shard.keys[at : at + self.batch_size])
+                deaths += retries + 1
+            elif any(key in self.innocent for key in shard.keys):
+                self.innocent = [key for key in self.innocent if key not in shard.keys]
+            else:
+                facts = {"group": "vae", "file": f"{shard.name}.parquet", "bucket": shard.bucket, "nbytes": 1}
+                facts |= {"keys": list(shard.keys), "codec": "none", "rows_per_group": len(shard.keys), "failed": {}}
+                results.append({"shard": facts, "passing": {}, "warnings": []})
+        self.deaths += deaths
+        return results, deaths if self.says is None else self.says
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlayedRay, int], Work]:
+    def call(played: PlayedRay, rows: int) -> Work:
+        monkeypatch.setattr(work_module, "run_pass", played.run_pass)
+        monkeypatch.setattr(work_module, "ray", SimpleNamespace(get=lambda value: value))
+        monkeypatch.setattr(work_module, "alive_nodes", lambda: dict.fromkeys(("a", "b")))  # as Ray says: late
+        monkeypatch.setattr(work_module, "living", lambda nodes: set(nodes) & played.nodes)
+        shards = list(plan_shards(row(number) for number in range(rows)))
+        work = Work(SimpleNamespace(group="vae"), None, shards, GroupCatalog())  # type: ignore[arg-type]
+        encode_group(work, SimpleNamespace(counter=played.counter))  # type: ignore[arg-type]
+        return work
+
+    return call
+
+
+def test_only_the_rows_that_kill_are_lost(play: Callable[[PlayedRay, int], Work]) -> None:
+    deadly = {row(3).key: "encode", row(70).key: "encode", row(100).key: "decode"}
+    played = PlayedRay(deadly)
+    work = play(played, 320)
+    errors = {key: failure.error for key, failure in work.catalog.failures.items()}
+    assert errors == {row(3).key: "EncoderDied", row(70).key: "EncoderDied", row(100).key: "DecoderDied"}
+    assert "decoding process" in work.catalog.failures[row(100).key].message
+    assert len(work.catalog.locations) == work.encoded == 317
+    # Halves, not single rows: seven passes for shards of 64, and only shards that were lost come again.
+    assert [max(sizes) for sizes in played.passes] == [64, 32, 16, 8, 4, 2, 1]
+    assert len(played.passes[0]) == 5 and all(len(sizes) <= 6 for sizes in played.passes[1:])
+
+
+def test_the_batch_that_killed_is_cut_out(play: Callable[[PlayedRay, int], Work]) -> None:
+    played = PlayedRay({row(3).key: "encode", row(70).key: "encode"})
+    played.batch_size = 1
+    work = play(played, 128)
+    assert set(work.catalog.failures) == {row(3).key, row(70).key} and work.encoded == 126
+    assert [sorted(sizes) for sizes in played.passes] == [[64, 64], [1, 1, 63, 63]]
+
+
+def test_the_search_asks_once_a_pass_what_is_known(
+    play: Callable[[PlayedRay, int], Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+    known = GroupCatalog.known
+
+    def count(self: GroupCatalog) -> set[str]:
+        nonlocal asked
+        asked += 1
+        return known(self)
+
+    monkeypatch.setattr(GroupCatalog, "known", count)
+    played = PlayedRay({row(3).key: "encode"})
+    play(played, 640)
+    assert asked == len(played.passes) == 7
+
+
+def test_a_shard_that_waited_behind_a_killer_is_not_cut(play: Callable[[PlayedRay, int], Work]) -> None:
+    played = PlayedRay({row(3).key: "encode"}, innocent=[row(64).key])
+    work = play(played, 128)
+    assert sorted(played.passes[1]) == [32, 32, 64] and len(work.catalog.locations) == 127
+
+
+def test_what_is_lost_with_a_machine_is_not_cut(play: Callable[[PlayedRay, int], Work]) -> None:
+    """The same files as in an undisturbed run; only a process that dies while its machine lives makes a row suspect."""
+    played = PlayedRay({row(3).key: "encode"})
+    played.node_dies_in = 1
+    work = play(played, 128)
+    assert played.passes[:3] == [[64, 64], [64, 64], [32, 32]] and set(work.catalog.failures) == {row(3).key}
+
+
+def test_what_is_lost_without_a_death_is_nobodys_fault(play: Callable[[PlayedRay, int], Work]) -> None:
+    with pytest.raises(EncoderError, match="lost 1 of 2 shards of vae without a word"):
+        play(PlayedRay({row(3).key: "encode"}, says=0), 128)
+
+
+def test_a_dying_writer_is_no_samples_fault(play: Callable[[PlayedRay, int], Work]) -> None:
+    with pytest.raises(EncoderError, match="the process that writes vae died each time"):
+        play(PlayedRay({row(0).key: "write"}), 1)
+
+
+def test_a_reason_given_by_a_task_is_the_error(play: Callable[[PlayedRay, int], Work]) -> None:
+    played = PlayedRay({})
+    played.fatal = "the disk is full"
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise Stopped("on request")
+
+    played.run_pass = stopped  # type: ignore[method-assign]
+    with pytest.raises(EncoderError, match="the disk is full"):
+        play(played, 1)
+
+
+def own_reports() -> Reports:
+    """Of a pass whose execution runs in this thread."""
+    reports = Reports(threading.Event())
+    reports.threads.add(threading.current_thread().name)
+    return reports
+
+
+def test_only_deaths_are_deaths() -> None:
+    logger = logging.getLogger("ray.data._internal.execution.streaming_executor_state")
+    with own_reports() as reports:
+        logger.error("lost", exc_info=ActorDiedError())
+        logger.error("lost", exc_info=WorkerCrashedError())
+    assert reports.deaths("vae") == 2
+    with own_reports() as reports:
+        logger.error("lost", exc_info=RayTaskError("map", "Traceback", ValueError("no room")))
+    with pytest.raises(EncoderError, match="vae could not be encoded.*no room"):
+        reports.deaths("vae")
+    assert not [handler for handler in logger.handlers if isinstance(handler, Reports)]
+
+
+class Executor(threading.Thread):
+    """An execution of Ray Data as far as a pass sees it: a thread of its own that logs errors and asks its callback."""
+
+    def __init__(self, name: str, errors: Sequence[Exception] = ()) -> None:
+        super().__init__(name=name)
+        self.errors, self.callback = errors, PassCallback()
+        self.stopped = False
+
+    def run(self) -> None:
+        for error in self.errors:
+            logging.getLogger("ray.data._internal.execution.streaming_executor_state").error("lost", exc_info=error)
+        try:
+            self.callback.on_execution_step(self)
+        except Stopped:
+            self.stopped = True
+
+    def execute(self) -> None:
+        self.callback.before_execution_starts(self)
+        self.start()
+        self.join()
+
+
+def test_each_pass_hears_of_its_own_errors_and_its_own_stop() -> None:
+    """Two groups side by side, and another run in the same process: each in a thread, all passes under way at once."""
+    under_way = threading.Barrier(3)
+    passes: dict[str, Reports] = {}
+    executors = {
+        "vae": Executor("StreamingExecutor-1", [ActorDiedError(), WorkerCrashedError()]),
+        "text_encoder": Executor("StreamingExecutor-2", [RayTaskError("map", "Traceback", ValueError("no room"))]),
+        "another run": Executor("StreamingExecutor-3"),
+    }
+    stops = {"vae": (stop := threading.Event()), "text_encoder": stop, "another run": threading.Event()}
+    stop.set()
+
+    def one(group: str) -> None:
+        with Reports(stops[group]) as reports:
+            passes[group] = reports
+            under_way.wait(300)
+            executors[group].execute()
+            under_way.wait(300)
+
+    threads = [threading.Thread(target=one, args=(group,)) for group in executors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert passes["vae"].deaths("vae") == 2 and passes["another run"].deaths("another run") == 0
+    with pytest.raises(EncoderError, match="text_encoder could not be encoded.*no room"):
+        passes["text_encoder"].deaths("text_encoder")
+    stopped = [group for group, executor in executors.items() if executor.stopped]
+    assert stopped == ["vae", "text_encoder"]
+    with Reports(stop) as after:  # an execution that no pass began is nobody's
+        pass
+    executors = {"other": Executor("StreamingExecutor-4", [ActorDiedError()])}
+    executors["other"].execute()
+    assert after.errors == [] and not executors["other"].stopped
+
+
+def named(group: str) -> Work:
+    return Work(SimpleNamespace(group=group), None, [], GroupCatalog())  # type: ignore[arg-type]
+
+
+def test_the_other_groups_are_stopped_and_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    stop = threading.Event()
+
+    def group(work: Work, line: Any) -> None:
+        if work.spec.group == "bad":
+            raise EncoderError("no such model")
+        assert stop.wait(300)
+        ended.append(work.spec.group)
+        raise Stopped("on request")
+
+    monkeypatch.setattr(work_module, "encode_group", group)
+    with pytest.raises(EncoderError, match="no such model"):
+        _side_by_side([named("good"), named("bad")], ["", ""], stop)  # type: ignore[list-item]
+    assert ended == ["good"] and threading.active_count() >= 1
+
+
+def test_each_group_names_its_own_error_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Two groups fail by themselves, one is stopped: the first error is raised, the second told, the third neither."""
+    errors = {
+        "vae": RuntimeError("the cluster is gone"),
+        "text_encoder": EncoderError("text_encoder cannot be written to /cache: disk full"),
+        "dit": Stopped("on request"),
+    }
+    stop = threading.Event()
+
+    def group(work: Work, line: Any) -> None:
+        if work.spec.group != "vae":
+            assert stop.wait(300)  # until the first error is taken in
+        raise errors[work.spec.group]
+
+    monkeypatch.setattr(work_module, "encode_group", group)
+    works = [named(name) for name in errors]
+    with pytest.raises(RuntimeError, match="the cluster is gone") as caught:
+        _side_by_side(works, ["", "", ""], stop)  # type: ignore[list-item]
+    assert caught.value.__notes__ == ["while the group vae was encoded"]
+    assert [record.getMessage() for record in caplog.records] == ["text_encoder cannot be written to /cache: disk full"]
+
+
+def test_passing_failures_are_kept_apart() -> None:
+    catalog = GroupCatalog()
+    work = Work(None, None, [], catalog)  # type: ignore[arg-type]
+    work.take([{"shard": None, "passing": {"k": ["SourceChanged", "changed"]}, "warnings": []}])
+    assert catalog.known() == set() and catalog.failure("k") == Failure("SourceChanged", "changed")
+    with pytest.raises(EncoderError, match="disk full"):
+        work.take([{"fatal": "disk full"}])

@@ -1,0 +1,200 @@
+"""Files: atomic writes, listing, local paths and URLs alike."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from ray_diffsynth import storage
+
+
+@pytest.fixture(params=["local", "memory"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "a folder::ö")
+    fsspec.filesystem("memory").store.clear()
+    return "memory://bucket/prefix"
+
+
+def test_write_read_list_remove(base: str) -> None:
+    assert storage.list_files(base) == []
+    for name in ("b.txt", "sub/a.TXT", "sub/c.png", ".hidden.txt", "sub/.x/d.txt"):
+        storage.write_bytes_atomic(storage.join(base, name), name.encode())
+    assert storage.list_files(base) == ["b.txt"]
+    assert storage.list_files(base, suffix=".txt", recursive=True) == ["b.txt", "sub/a.TXT"]
+    path = storage.join(base, "b.txt")
+    assert storage.exists(path) and storage.read_bytes(path) == b"b.txt" and storage.file_size(path) == 5
+    with storage.open_input(path) as file:
+        file.seek(2)
+        assert file.read(2) == b"tx" and file.size() == 5
+    storage.write_bytes_atomic(path, b"new")
+    assert storage.read_bytes(path) == b"new"
+    assert storage.is_folder(storage.join(base, "sub")) and not storage.is_folder(path)
+    assert storage.remove(path) and not storage.remove(path) and not storage.exists(path)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(path)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "f")
+    storage.write_bytes_atomic(path, b"old")
+
+    def no_space(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", no_space)
+        storage.write_bytes_atomic(path, b"new")
+    assert os.listdir(tmp_path) == ["f"] and storage.read_bytes(path) == b"old"
+
+
+def test_an_unfinished_write_is_not_listed(tmp_path: Path) -> None:
+    (tmp_path / ".x.parquet.tmp-12-0af3").write_bytes(b"half")
+    assert storage.list_files(str(tmp_path)) == []
+    assert storage.is_temporary(".x.parquet.tmp-12-0af3") and not storage.is_temporary("x.parquet")
+
+
+def test_join_and_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert storage.join("s3://b/p", "x", "y.png") == "s3://b/p/x/y.png"
+    assert storage.join("/data", "/abs/y.png") == "/abs/y.png"
+    assert storage.join("/data", "https://h/y.png") == "https://h/y.png"
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("x") == str(tmp_path / "x")
+    assert storage.absolute("s3://b/x") == "s3://b/x" and storage.is_remote("s3://b/x")
+    assert not storage.is_remote("file:///x") and storage.absolute("file:///x") == "/x"
+
+
+def test_create_new_writes_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = storage.join(base, "lease.json")
+    assert storage.create_new(path, b"mine") and not storage.create_new(path, b"other")
+    assert storage.read_bytes(path) == b"mine" and storage.list_files(base) == ["lease.json"]
+
+    def no_links(*paths: str) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    second = storage.join(base, "second.json")
+    assert storage.create_new(second, b"mine") and not storage.create_new(second, b"other")
+    assert storage.read_bytes(second) == b"mine"
+
+
+def test_folders_and_unfinished_writes(base: str) -> None:
+    base = storage.join(base, "fresh")
+    for name in ("a/x.txt", "b/c/y.txt", "z.txt", ".hidden/q.txt"):
+        storage.write_bytes_atomic(storage.join(base, name), b"x")
+    assert storage.list_folders(base) == ["a", "b"] and storage.list_folders(storage.join(base, "none")) == []
+    if not storage.is_remote(base):
+        Path(base, "a", ".x.txt.tmp-1-ab").write_bytes(b"half")
+        assert storage.list_unfinished(storage.join(base, "a")) == [os.path.join(base, "a", ".x.txt.tmp-1-ab")]
+
+
+def test_the_stamp_tells_a_replaced_file_of_the_same_size_and_time(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.bmp")
+    stamps = []
+    for content in (b"one", b"two"):
+        storage.write_bytes_atomic(path, content)
+        os.utime(path, (1e9, 1e9))
+        stamps.append(storage.stamp(path))
+    assert stamps[0] != stamps[1] == storage.stamp(path)
+    inside = storage.member_path(path.replace(".bmp", ".tar"), 1, 1, "x")
+    storage.write_bytes_atomic(path.replace(".bmp", ".tar"), b"xyz")
+    assert storage.stamp(inside).endswith("@1+1")
+
+
+def test_a_store_without_versions_has_no_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/versions/a.tar", b"one")
+    first = storage.stamp("memory://versions/a.tar")
+    memory.pipe_file("/versions/a.tar", b"two")
+    assert first and storage.stamp("memory://versions/a.tar") != first
+
+    def untold(*_: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(memory), "modified", untold)
+    assert storage.stamp("memory://versions/a.tar") == ""
+    assert storage.stamp(storage.member_path("memory://versions/a.tar", 0, 1, "x")) == ""
+
+
+def test_file_sizes(base: str) -> None:
+    base = storage.join(base, "sizes")
+    assert storage.file_sizes(base) == {}
+    for name in ("a.txt", "b.txt", "sub/c.txt", ".hidden"):
+        storage.write_bytes_atomic(storage.join(base, name), name.encode())
+    assert storage.file_sizes(base) == {"a.txt": 5, "b.txt": 5}
+
+
+@pytest.mark.parametrize(("url", "extra"), [("gs://b/x", "gcs"), ("s3://b/x", "s3")])
+def test_a_package_that_is_missing_is_named(url: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise ImportError("Please install it")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    with pytest.raises(
+        storage.StorageError, match=rf"{url} cannot be reached: .*pip install 'ray-diffsynth\[{extra}\]'"
+    ):
+        storage.exists(url)
+
+
+def test_a_url_that_nothing_opens_is_named() -> None:
+    with pytest.raises(
+        storage.StorageError, match="foo://a/b cannot be reached: Protocol not known: foo; check the URL"
+    ):
+        storage.exists("foo://a/b")
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.ENOSYS, errno.EBADF])
+@pytest.mark.parametrize("of", ["folder", "file", "both"])
+def test_a_refused_fsync_fails_no_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int, of: str) -> None:
+    def refuse(handle: int) -> None:
+        if of == "both" or stat.S_ISDIR(os.fstat(handle).st_mode) == (of == "folder"):
+            raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    path = tmp_path / "a" / "file"
+    for content in (b"1", b"2"):
+        storage.write_bytes_atomic(str(path), content)
+        assert path.read_bytes() == content and os.listdir(path.parent) == ["file"]
+
+
+def test_a_folder_that_cannot_be_opened_fails_no_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, *args: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        storage.write_bytes_atomic(str(tmp_path / "file"), b"1")
+    assert (tmp_path / "file").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("failure", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_failed_fsync_is_told_and_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int
+) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(failure, os.strerror(failure))
+
+    (tmp_path / "file").write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="file"):
+        storage.write_bytes_atomic(str(tmp_path / "file"), b"1")
+    assert (tmp_path / "file").read_bytes() == b"before" and os.listdir(tmp_path) == ["file"]
+
+
+def test_unfinished_writes_of_this_process_are_told_from_those_that_had_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda source, target: seen.append(source))
+        storage.write_bytes_atomic(str(tmp_path / "file"), b"1")
+    assert storage.is_own_temporary(seen[0]) and storage.list_unfinished(str(tmp_path)) == seen
+    assert not storage.is_own_temporary(f".file.tmp-{os.getpid()}-0af3") and not storage.is_own_temporary("file")
