@@ -156,8 +156,8 @@ class Pipe(Base):
 
 def written(name: str, code: str, folder: Path, base: str = "QwenImagePipeline") -> type[BasePipeline]:
     """The class that a module of this code has."""
-    home = "qwen_image" if base == "QwenImagePipeline" else "qwen_image_edit"
-    text = f"from ray_diffsynth.pipelines.{home} import {base} as Base\n{code}"
+    home = "pipeline" if base == "QwenImagePipeline" else "edit"
+    text = f"from ray_diffsynth.pipelines.qwen_image.{home} import {base} as Base\n{code}"
     (folder / f"{name}.py").write_text(text)
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
