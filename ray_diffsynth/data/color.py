@@ -8,6 +8,11 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
+
+class PixelRangeError(ValueError):
+    """Pixels whose numbers stand for no known brightness."""
+
+
 _SPACES = {"L": ("GRAY", "RGB"), "RGB": ("RGB",), "CMYK": ("CMYK",), "LAB": ("Lab",)}
 """Mode of the pixels -> colour spaces of a profile that can be theirs. Grey may stand for three equal channels."""
 _KEY_SCALE = {"L;2": 85, "L;4": 17}
@@ -41,8 +46,8 @@ def to_srgb(image: Image.Image, stored: str = "") -> Image.Image:
     """8-bit sRGB as a viewer shows it; maybe the same object.
 
     The embedded profile is applied (perceptual intent), unless it is damaged or another colour space's; without one
-    pixels are sRGB. Alpha and transparent colours lie over white. `stored`: the `raw_mode`. Raises ValueError for
-    pixels without a known range.
+    pixels are sRGB. Alpha and transparent colours lie over white. `stored`: the `raw_mode`. Raises PixelRangeError
+    for pixels without a known range.
     """
     pixels, alpha = _split(image, stored)
     profile = image.info.get("icc_profile")
@@ -65,7 +70,7 @@ def _split(image: Image.Image, stored: str) -> tuple[Image.Image, Image.Image | 
     if image.mode.startswith("I"):
         return _split_grey(image, key)
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save as 8 or 16 bits")
+        raise PixelRangeError("floating-point pixels have no known range; save as 8 or 16 bits")
     if key is not None and image.mode in ("L", "RGB"):
         # Of 16 bits Pillow keeps the upper eight, of the key all.
         image.info["transparency"] = (
@@ -104,7 +109,7 @@ def _split_grey(image: Image.Image, key: object) -> tuple[Image.Image, Image.Ima
         band = levels[start : start + rows]
         low, high = int(band.min()), int(band.max())
         if low < 0 or high > white:
-            raise ValueError(
+            raise PixelRangeError(
                 f"pixels from {low} to {high} are outside of {white.bit_length()} bits and have no known range; "
                 "save as 8 or 16 bits"
             )

@@ -9,7 +9,6 @@ import hashlib
 import io
 import logging
 import re
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,8 @@ from typing import IO, Any, TypeVar, cast
 from PIL import Image, UnidentifiedImageError
 
 from ray_diffsynth import storage
-from ray_diffsynth.data.color import profile_problem, raw_mode, to_srgb
+from ray_diffsynth.data.color import PixelRangeError, profile_problem, raw_mode, to_srgb
+from ray_diffsynth.data.color_signal import png_chunk, signalled_profile
 from ray_diffsynth.data.placeholders import HEAD, wrong_content
 from ray_diffsynth.errors import UserError
 
@@ -180,6 +180,8 @@ def decoding(path: str) -> Iterator[None]:
         raise MediaError(path, "not a picture that Pillow can read") from error
     except Image.DecompressionBombError as error:
         raise MediaError(path, f"too large to decode: {error}") from error
+    except PixelRangeError as error:
+        raise MediaError(path, str(error)) from error
     # Pillow's decoders raise nearly anything on damaged files: SyntaxError, struct.error, zlib.error, IndexError …
     except Exception as error:
         raise MediaError(path, f"damaged or truncated ({type(error).__name__}: {error})") from error
@@ -199,8 +201,11 @@ class ImageInfo:
 
 
 @contextmanager
-def _opened(path: str, data: bytes | None) -> Iterator[tuple[Image.Image, bytes]]:
-    """The image with its header read, and the file; whatever goes wrong becomes a MediaError."""
+def _opened(path: str, data: bytes | None) -> Iterator[tuple[Image.Image, bytes, str]]:
+    """The image with its header read and its profile, the file, and what of its colours cannot be used ("" if nothing).
+
+    Whatever goes wrong becomes a MediaError.
+    """
     data = fetch(path) if data is None else data
     with decoding(path):
         Image.init()
@@ -213,7 +218,10 @@ def _opened(path: str, data: bytes | None) -> Iterator[tuple[Image.Image, bytes]
             finally:
                 Image.MAX_IMAGE_PIXELS = pillows
         with image:
-            yield image, data
+            signalled, problem = signalled_profile(image, data)
+            if signalled:
+                image.info["icc_profile"] = signalled
+            yield image, data, problem
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
@@ -221,22 +229,11 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     # Not image.getexif(): for PNG it decodes the pixels to look for EXIF behind them.
     exif = Image.Image.getexif(image)
     value = exif.get(_ORIENTATION_TAG)
-    if value is None and image.format == "PNG" and (late := _png_chunk(data, b"eXIf")):
+    if value is None and image.format == "PNG" and (late := png_chunk(data, b"eXIf")):
         behind = Image.Exif()
         behind.load(b"Exif\0\0" + late)
         value = behind.get(_ORIENTATION_TAG)
     return value if value in _TURNS else 1
-
-
-def _png_chunk(data: bytes, kind: bytes) -> bytes:
-    """Content of the first chunk of a kind, wherever it stands; empty if there is none."""
-    place = 8
-    while place + 8 <= len(data):
-        length, found = struct.unpack_from(">I4s", data, place)
-        if found == kind:
-            return data[place + 8 : place + 8 + length]
-        place += 12 + length
-    return b""
 
 
 def _decode_bytes(image: Image.Image, data: bytes, *, turned: bool) -> int:
@@ -255,12 +252,12 @@ def _first_of_several(image: Image.Image) -> str:
 
 def image_info(path: str, data: bytes | None = None) -> ImageInfo:
     """What the header alone tells. `data`: the file's bytes, where they have been read already. Raises MediaError."""
-    with _opened(path, data) as (image, content):
+    with _opened(path, data) as (image, content, problem):
         turn = _orientation(image, content)
         # Pillow turns a TIFF itself; the size that it says is turned if the orientation is a tag, and not if it is XMP.
         swaps = turn in _SWAPS_SIDES and _ORIENTATION_TAG not in getattr(image, "tag_v2", ())
         width, height = image.size[::-1] if swaps else image.size
-        notes = filter(None, (profile_problem(image), _first_of_several(image)))
+        notes = filter(None, (problem, profile_problem(image), _first_of_several(image)))
         return ImageInfo(width, height, _decode_bytes(image, content, turned=turn in _TURNS), "; ".join(notes))
 
 
@@ -276,7 +273,7 @@ def load_image(path: str, data: bytes | None = None, *, max_bytes: int = MAX_DEC
     `data`: the file's bytes, where they have been read already. Raises MediaError, also for one whose decoding would
     take more than `max_bytes`.
     """
-    with _opened(path, data) as (image, content):
+    with _opened(path, data) as (image, content, _):
         turn = _TURNS.get(_orientation(image, content))
         turns_itself = image.format == "TIFF"
         size = f"{image.width}x{image.height} pixels"

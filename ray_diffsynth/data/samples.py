@@ -38,7 +38,7 @@ from ray_diffsynth.data.video import (
 )
 from ray_diffsynth.data.video_stream import is_video
 
-TRANSFORM = "srgb-cover-bilinear-center/2"
+TRANSFORM = "srgb-cover-bilinear-center/3"
 """Name of what becomes of an image or frame on its way (see `load_image`, `resize_crop`); part of the cache key of
 everything encoded from pixels."""
 
