@@ -24,7 +24,7 @@ from ray_diffsynth.diffsynth_flags import NO_EFFECT, REFUSED
 from ray_diffsynth.errors import ConfigError, UserError
 from ray_diffsynth.job_config import JobConfig
 from ray_diffsynth.progress import Progress
-from ray_diffsynth.report import write_report
+from ray_diffsynth.report import make_report, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 GIVEN = ["--dataset_base_path", "data", "--model", "tiny"]
@@ -337,9 +337,8 @@ def test_a_submitted_job_may_not_write_into_rays_folder(
 
 def test_the_report(tmp_path: Path) -> None:
     config = parse(TrainConfig, GIVEN)
-    path = write_report(
-        str(tmp_path / "new"), counts={"samples": 3}, seconds=1.5, config=config, loss=float("nan"), where=tmp_path
-    )
+    content = make_report(counts={"samples": 3}, seconds=1.5, config=config, loss=float("nan"), where=tmp_path)
+    path = write_json(str(tmp_path / "new"), content)
     report = json.loads(Path(path).read_text())
     assert report["counts"] == {"samples": 3} and report["seconds"] == 1.5 and report["loss"] == "nan"
     assert report["config"]["learning_rate"] == 1e-4 and report["where"] == str(tmp_path)

@@ -265,7 +265,7 @@ def _check_places(index: pa.Table, groups: Iterable[GroupSpec], where: str) -> N
 
 
 def _check(manifest: Manifest, index: pa.Table, quarantine: pa.Table) -> None:
-    """Law 4, before anything is written."""
+    """Raise CacheError unless every sample is in the index or in quarantine, once; before anything is written."""
     counts = manifest.counts
     if counts["samples"] != index.num_rows or counts["quarantined"] != quarantine.num_rows:
         raise CacheError(
@@ -283,17 +283,10 @@ def _check(manifest: Manifest, index: pa.Table, quarantine: pa.Table) -> None:
     ranges = {name: len(rows) for name, rows in bucket_ranges(index).items()}
     if list(ranges.items()) != list(manifest.buckets.items()):
         raise CacheError(f"the manifest has the buckets {manifest.buckets}, its index {ranges}")
-
-
-def _with_empty_location(group: GroupSpec, index: pa.Table) -> GroupSpec:
-    """`empty_at` from a sample that has the empty caption, when the writer did not say where it is."""
-    if group.empty_key is None or group.empty_at is not None:
-        return group
-    at = pc.index(index.column(f"{group.name}_key"), group.empty_key).as_py()
-    if at < 0:
-        raise CacheError(f"the group {group.name} has an empty caption {group.empty_key} but no place of it (empty_at)")
-    file, row_group, row = (index.column(f"{group.name}_{name}")[at].as_py() for name in ("file", "row_group", "row"))
-    return replace(group, empty_at=(file, row_group, row))
+    for group in manifest.groups:
+        if group.empty_key is not None and group.empty_at is None:
+            what = f"an empty caption {group.empty_key}"
+            raise CacheError(f"the group {group.name} has {what} but no place of it (empty_at)")
 
 
 def commit(
@@ -321,13 +314,12 @@ def commit(
     digest = table_hash(index_data)
     whole = replace(
         manifest,
-        groups=tuple(_with_empty_location(group, index) for group in manifest.groups),
         index_file=f"{INDEX_FOLDER}/{digest}.parquet",
         index_hash=digest,
         quarantine_file=f"{QUARANTINE_FOLDER}/{table_hash(quarantine_data)}.parquet",
     )
     whole.check_names(cache)
-    _check_places(index, whole.groups, cache)
+    _check_places(index, manifest.groups, cache)
     for folder in (INDEX_FOLDER, QUARANTINE_FOLDER):
         inside(cache, folder)
     storage.write_bytes_atomic(storage.join(cache, whole.index_file), index_data)

@@ -68,11 +68,6 @@ def load_companion(source: ModelSource, subfolder: str, cls: str) -> Any:
         raise ModelFolderError(f"{folder} cannot be loaded as {name}: {type(err).__name__}: {err}") from err
 
 
-def weights_bytes(source: ModelSource, subfolder: str) -> int:
-    """Bytes of the part's weight files on disk."""
-    return sum(file.stat().st_size for file in source.weight_files(subfolder))
-
-
 def _resolve(cls: str) -> Any:
     library, _, name = cls.partition(":")
     if not library or not name:

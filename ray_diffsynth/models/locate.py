@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -80,31 +80,6 @@ class ModelSource:
         raise ModelFolderError(
             f"model {self.model_id} has no {subfolder}: looked at {', '.join(dict.fromkeys(places))}; "
             f"{flag}copy the folder {subfolder}/ of the model's repository there"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; ``from_dict`` is its inverse."""
-        return {
-            "root": self.root,
-            "model_id": self.model_id,
-            "parts": None if self.parts is None else sorted(self.parts),
-            "files": {part: list(names) for part, names in self.files},
-            "tokenizer_path": self.tokenizer_path,
-            "processor_path": self.processor_path,
-            "folders": dict(self.folders),
-        }
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> ModelSource:
-        """Inverse of ``to_dict``."""
-        return cls(
-            root=value["root"],
-            model_id=value["model_id"],
-            parts=None if value["parts"] is None else frozenset(value["parts"]),
-            files=tuple(sorted((part, tuple(names)) for part, names in value["files"].items())),
-            tokenizer_path=value["tokenizer_path"],
-            processor_path=value["processor_path"],
-            folders=tuple(sorted(value["folders"].items())),
         )
 
 

@@ -1,6 +1,6 @@
 """What a job leaves for people: ``report.json`` and, from the same data, ``report.html``."""
 
-from ray_diffsynth.report.document import LIBRARIES, library_versions, make_report, write_json, write_report
+from ray_diffsynth.report.document import LIBRARIES, library_versions, make_report, write_json
 from ray_diffsynth.report.image import Picture, thumbnail
 from ray_diffsynth.report.page import render, write_page
 from ray_diffsynth.report.training import training_numbers
@@ -15,5 +15,4 @@ __all__ = [
     "training_numbers",
     "write_json",
     "write_page",
-    "write_report",
 ]

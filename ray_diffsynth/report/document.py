@@ -33,25 +33,6 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def write_report(
-    output_path: str,
-    name: str = "report.json",
-    *,
-    counts: Mapping[str, int],
-    seconds: float | Mapping[str, float],
-    config: JobConfig | Mapping[str, Any],
-    versions: Mapping[str, str] | None = None,
-    **extra: Any,
-) -> str:
-    """Write ``<output_path>/<name>`` in one step and return its path; a local folder is made when it is missing.
-
-    ``seconds`` is the whole time or a mapping of phases; ``versions`` are this machine's unless given. Numbers that
-    JSON lacks (NaN, infinities) become the strings "nan", "inf" and "-inf". Raises OSError when it cannot be written.
-    """
-    report = make_report(counts=counts, seconds=seconds, config=config, versions=versions, **extra)
-    return write_json(output_path, report, name)
-
-
 def make_report(
     *,
     counts: Mapping[str, int],
@@ -60,7 +41,11 @@ def make_report(
     versions: Mapping[str, str] | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """What `write_report` writes, as JSON values; `job` says of which job, when `config` is one's configuration."""
+    """The content of report.json, as JSON values; `job` says of which job, when `config` is one's configuration.
+
+    seconds: the whole time, or a mapping of phases. versions: those of this machine unless given. extra: further keys.
+    Numbers that JSON lacks (NaN, infinities) become the strings "nan", "inf" and "-inf".
+    """
     report: dict[str, Any] = plain(
         {
             **({"job": config.job} if isinstance(config, JobConfig) else {}),

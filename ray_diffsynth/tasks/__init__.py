@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ray_diffsynth.tasks.base import TASKS, LossOutput, Task, get_task, stage_of, task_family
+from ray_diffsynth.tasks.base import TASKS, LossOutput, Task, get_task, task_family
 from ray_diffsynth.tasks.direct_distill import DirectDistill
 from ray_diffsynth.tasks.sft import SFT
 
-__all__ = ["SFT", "TASKS", "DirectDistill", "LossOutput", "Task", "get_task", "stage_of", "task_family"]
+__all__ = ["SFT", "TASKS", "DirectDistill", "LossOutput", "Task", "get_task", "task_family"]

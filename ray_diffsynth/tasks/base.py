@@ -94,12 +94,6 @@ def task_family(task: str) -> str:
     return family
 
 
-def stage_of(task: str) -> str | None:
-    """``"sft:train"`` -> ``"train"``; None for the unsplit task."""
-    task_family(task)
-    return task.partition(":")[2] or None
-
-
 def get_task(task: str, **settings: Any) -> Task:
     """The task object for a task name of any stage, e.g. ``get_task("sft:train", weighting="bell")``.
 

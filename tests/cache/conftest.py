@@ -64,6 +64,7 @@ def write_cache(cache: str, *, codec: str = "planes-zstd", rows_per_file: int = 
                 rows=3,
                 nbytes=nbytes,
                 empty_key="t0" if empty else None,
+                empty_at=(shard_file("texts"), 0, 0) if empty else None,
             ),
         ),
         buckets=BUCKETS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ray_diffsynth.models.load import load_companion, load_part, weights_bytes
+from ray_diffsynth.models.load import load_companion, load_part
 from ray_diffsynth.models.locate import ModelFolderError, ModelSource, locate_model
 
 DIT = "diffusers:QwenImageTransformer2DModel"
@@ -44,7 +44,6 @@ def test_parts_equal_those_of_diffusers(tiny_qwen: Path) -> None:
         assert equal(ours, module)
         assert not ours.training
         assert not any(p.requires_grad for p in ours.parameters())
-        assert weights_bytes(source, part) > sum(p.numel() for p in ours.parameters()) * 4 * 0.9
     ours_tokenizer = load_companion(source, "tokenizer", "transformers:AutoTokenizer")
     assert ours_tokenizer("a red square").input_ids == pipe.tokenizer("a red square").input_ids
     scheduler = load_companion(source, "scheduler", "diffusers:FlowMatchEulerDiscreteScheduler")

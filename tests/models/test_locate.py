@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.models.locate import ModelFolderError, ModelSource, locate_model
+from ray_diffsynth.models.locate import ModelFolderError, locate_model
 
 MakeModel = Callable[[Path], Path]
 STAGE_1 = "text_encoder/model*.safetensors", "vae/diffusion_pytorch_model.safetensors"
@@ -269,16 +269,6 @@ def test_two_folders_for_one_part(tmp_path: Path, make_model: MakeModel) -> None
     a, b = make_model(tmp_path / "a"), make_model(tmp_path / "b")
     with pytest.raises(ModelFolderError, match="two folders are named for the part vae"):
         locate_model(None, model_id_with_origin_paths=f"{a}:vae/,{b}:vae/")
-
-
-def test_a_source_goes_through_json(tmp_path: Path, make_model: MakeModel) -> None:
-    edit, base = make_model(tmp_path / "edit"), make_model(tmp_path / "base")
-    source = locate_model(
-        None, model_id_with_origin_paths=f"{base}:{STAGE_1[0]},{edit}:{STAGE_2}", tokenizer_path=str(base / "tokenizer")
-    )
-    assert ModelSource.from_dict(json.loads(json.dumps(source.to_dict()))) == source
-    whole = locate_model(str(base))
-    assert ModelSource.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
 
 
 def test_no_torch() -> None:
