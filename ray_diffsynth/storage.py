@@ -10,13 +10,15 @@ import os
 import posixpath
 import re
 import secrets
-
-import fsspec
-import pyarrow as pa
+from typing import TYPE_CHECKING
 
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.system_errors import naming_file
 from ray_diffsynth.urls import is_remote as is_remote
+
+if TYPE_CHECKING:  # half a second of imports, which a command that only says --help does not need
+    import fsspec
+    import pyarrow as pa
 
 _MEMBER = re.compile(r"^(.+\.tar)/@([0-9]+)\+([0-9]+)/[^/].*$")
 _TEMPORARY = re.compile(r"^\..+\.tmp-[0-9]+-[0-9a-f]+$")
@@ -34,6 +36,8 @@ def _local(path: str) -> str:
 
 
 def _remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    import fsspec
+
     # Without listings from memory: other processes write to the same folders.
     try:
         fs, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
@@ -141,6 +145,8 @@ def open_input(path: str, *, block_size: int | None = None) -> pa.NativeFile:
 
     `block_size`: bytes of a remote file that are fetched at once, for who reads little of it.
     """
+    import pyarrow as pa
+
     if member := _member(path):
         return pa.BufferReader(_read_member(*member))
     if is_remote(path):

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ray_diffsynth.cli import find_user_error, main, parse
-from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
-from ray_diffsynth.diffsynth_flags import NO_EFFECT, REFUSED
+from ray_diffsynth.cli import find_user_error, main
+from ray_diffsynth.config import GenerateConfig, JobConfig, PreprocessConfig, TrainConfig
+from ray_diffsynth.config.diffsynth import NO_EFFECT, REFUSED
+from ray_diffsynth.config.flags import parse
 from ray_diffsynth.errors import ConfigError, UserError
-from ray_diffsynth.job_config import JobConfig
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.report import make_report, write_json
 

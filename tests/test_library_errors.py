@@ -12,8 +12,8 @@ import pytest
 import ray.exceptions
 from PIL import Image
 
-from ray_diffsynth.cli import parse
 from ray_diffsynth.config import GenerateConfig, TrainConfig
+from ray_diffsynth.config.flags import parse
 from ray_diffsynth.data.formats import DatasetError, read_json, read_jsonl
 from ray_diffsynth.data.samples import file_list
 from ray_diffsynth.data.webdataset import read_tars

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ray_diffsynth.job_config import JobConfig
+from ray_diffsynth.config import JobConfig
 from ray_diffsynth.models.folder import (
     KNOWN_PARTS,
     PICKLE_SUFFIXES,

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 
 from ray_diffsynth import __version__
-from ray_diffsynth.job_config import JobConfig
+from ray_diffsynth.config import JobConfig
 from ray_diffsynth.system_errors import naming_file
 
 LIBRARIES = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "pyarrow")

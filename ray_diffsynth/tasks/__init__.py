@@ -1,9 +1,34 @@
-"""What one training step optimises: each task turns a batch and its keys into a loss."""
+"""What one training step optimises: each task turns a batch and its keys into a loss.
+
+Names are imported on first use, so that the registry stays free of torch.
+"""
 
 from __future__ import annotations
 
-from ray_diffsynth.tasks.base import TASKS, LossOutput, Task, get_task, task_family
-from ray_diffsynth.tasks.direct_distill import DirectDistill
-from ray_diffsynth.tasks.sft import SFT
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["SFT", "TASKS", "DirectDistill", "LossOutput", "Task", "get_task", "task_family"]
+if TYPE_CHECKING:
+    from ray_diffsynth.tasks.base import LossOutput as LossOutput
+    from ray_diffsynth.tasks.base import Task as Task
+    from ray_diffsynth.tasks.direct_distill import DirectDistill as DirectDistill
+    from ray_diffsynth.tasks.registry import TASKS as TASKS
+    from ray_diffsynth.tasks.registry import get_task as get_task
+    from ray_diffsynth.tasks.registry import task_family as task_family
+    from ray_diffsynth.tasks.sft import SFT as SFT
+
+_HOMES = {
+    "DirectDistill": "direct_distill",
+    "LossOutput": "base",
+    "SFT": "sft",
+    "TASKS": "registry",
+    "Task": "base",
+    "get_task": "registry",
+    "task_family": "registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,25 +1,15 @@
-"""The contract of a training task, and the names by which a run asks for one."""
+"""The contract of a training task."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
 from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
 from ray_diffsynth.diffusion.randomness import SampleKey
-from ray_diffsynth.errors import UserError
-
-STAGES = ("data_process", "train")
-
-
-class TaskError(UserError):
-    """A task name that no task goes by."""
 
 
 @dataclass(frozen=True)
@@ -74,39 +64,3 @@ class Task(Protocol):
     as_sampled: ClassVar[bool]
 
     def loss(self, pipe: TrainablePipeline, batch: Mapping[str, Any], keys: Sequence[SampleKey]) -> LossOutput: ...
-
-
-# task family -> "module:Class"; the class is made with the keyword settings of `get_task`.
-TASKS: dict[str, str] = {
-    "sft": "ray_diffsynth.tasks.sft:SFT",
-    "direct_distill": "ray_diffsynth.tasks.direct_distill:DirectDistill",
-}
-
-
-def task_family(task: str) -> str:
-    """``"sft:train"`` -> ``"sft"``. An unknown task or stage is a TaskError that lists what exists."""
-    family, _, stage = task.partition(":")
-    if family not in TASKS or (stage and stage not in STAGES):
-        names = [name for known in TASKS for name in (known, *(f"{known}:{s}" for s in STAGES))]
-        near = difflib.get_close_matches(task, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise TaskError(f"no task is named {task!r}{hint} (tasks: {', '.join(names)})")
-    return family
-
-
-def get_task(task: str, **settings: Any) -> Task:
-    """The task object for a task name of any stage, e.g. ``get_task("sft:train", weighting="bell")``.
-
-    A setting of another task is left out: one configuration serves them all. One of no task is a TypeError.
-    """
-    classes = {name: _task_class(name) for name in TASKS}
-    known = {name: {field.name for field in dataclasses.fields(cls)} for name, cls in classes.items()}
-    family = task_family(task)
-    others = set().union(*known.values()) - known[family]
-    own = {name: value for name, value in settings.items() if name not in others}
-    return cast(Task, classes[family](**own))
-
-
-def _task_class(family: str) -> Any:
-    module, _, name = TASKS[family].partition(":")
-    return getattr(importlib.import_module(module), name)

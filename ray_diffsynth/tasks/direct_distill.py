@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ray_diffsynth.diffusion.randomness import SampleKey
-from ray_diffsynth.tasks.base import LossOutput, TaskError, TrainablePipeline
+from ray_diffsynth.tasks.base import LossOutput, TrainablePipeline
+from ray_diffsynth.tasks.registry import TaskError
 
 
 def _whole_number(value: Any, least: int) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
+from ray_diffsynth.diffusion.loss_weighting import LOSS_WEIGHTINGS
 from ray_diffsynth.diffusion.randomness import SampleKey, sample_noise, sample_timestep_index
-from ray_diffsynth.diffusion.timestep_sampling import SAMPLINGS, Sampling, TimestepSampling, shifted
+from ray_diffsynth.diffusion.timestep_sampling import TIMESTEP_SAMPLINGS, TimestepSampling, shifted
 from ray_diffsynth.diffusion.transfer import to_device
 from ray_diffsynth.tasks.base import LossOutput, TrainablePipeline
 
@@ -25,7 +26,7 @@ class SFT:
     timestep_sampling: see ``TimestepSampling``; "shift" draws uniformly from the schedule by which the family samples
     a picture of the sample's size, 1000 points of it, or from the unshifted one shifted by ``timestep_shift``.
 
-    weighting: "bell" multiplies by DiffSynth-Studio's bell-shaped weight (mean 1), "none" by 1.
+    weighting: a name of ``LOSS_WEIGHTINGS``.
     """
 
     name: ClassVar[str] = "sft"
@@ -34,10 +35,10 @@ class SFT:
     columns: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
     as_sampled: ClassVar[bool] = False
 
-    weighting: Literal["bell", "none"] = "bell"
+    weighting: str = "bell"
     min_timestep_boundary: float = 0.0
     max_timestep_boundary: float = 1.0
-    timestep_sampling: Sampling = "uniform"
+    timestep_sampling: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
@@ -49,10 +50,11 @@ class SFT:
                 f"min_timestep_boundary={self.min_timestep_boundary} and max_timestep_boundary="
                 f"{self.max_timestep_boundary} leave no timestep; use 0 <= min < max <= 1"
             )
-        if self.weighting not in ("bell", "none"):
-            raise ValueError(f"loss weighting {self.weighting!r} is unknown; use 'bell' or 'none'")
-        if self.timestep_sampling not in SAMPLINGS:
-            raise ValueError(f"timestep sampling {self.timestep_sampling!r} is unknown; use {', '.join(SAMPLINGS)}")
+        if self.weighting not in LOSS_WEIGHTINGS:
+            raise ValueError(f"loss weighting {self.weighting!r} is unknown; use {', '.join(LOSS_WEIGHTINGS)}")
+        if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
+            names = ", ".join(TIMESTEP_SAMPLINGS)
+            raise ValueError(f"timestep sampling {self.timestep_sampling!r} is unknown; use {names}")
 
     def timesteps(
         self, pipe: TrainablePipeline, keys: Sequence[SampleKey], x0: torch.Tensor | None = None
@@ -90,6 +92,6 @@ class SFT:
         made = {"latents": latents.to(pipe.torch_dtype), "noise": noise, "timestep": at}
         prediction = pipe.predict({**batch, **made})
         per_sample = (prediction.float() - target).square().flatten(1).mean(1)
-        if self.weighting == "bell":
-            per_sample = per_sample * to_device(pipe.scheduler.training_weight(timestep), per_sample.device)
+        weight = LOSS_WEIGHTINGS[self.weighting](pipe.scheduler, timestep)
+        per_sample = per_sample * to_device(weight, per_sample.device)
         return LossOutput(per_sample.mean(), per_sample.detach(), timestep / 1000)

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.config.optimizer import OptimizerConfig
+from ray_diffsynth.config.schedule import ScheduleConfig
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.own_module import describe_failure, import_from_working_folder
+from ray_diffsynth.training.lr_schedules import LR_SCHEDULES
 
 LearningRate = Callable[[int], float]
 """Optimizer step (from 0) -> learning rate. A pure function, so that resume needs no state for it."""
@@ -22,7 +24,7 @@ class OptimizerError(UserError):
     """An optimizer that cannot be made, or whose state cannot be kept."""
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> Optimizer:
     """AdamW, fused on CUDA; or `config.customized_optimizer`, whose own defaults hold for what is not given.
 
     Raises OptimizerError.
@@ -41,7 +43,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
         ) from error
 
 
-def customized(path: str, config: TrainConfig) -> tuple[type[Optimizer], dict[str, Any]]:
+def customized(path: str, config: OptimizerConfig) -> tuple[type[Optimizer], dict[str, Any]]:
     """The class that an import path names, and what it is called with. Raises OptimizerError for an option that it does
     not take, and one that it cannot do without.
     """
@@ -82,31 +84,17 @@ def optimizer_class(path: str) -> type[Optimizer]:
     return found
 
 
-def base_learning_rate(optimizer: Optimizer, config: TrainConfig) -> float:
+def base_learning_rate(optimizer: Optimizer, config: OptimizerConfig) -> float:
     """What the schedule scales: the option, or the optimizer's own default. Ask before a checkpoint is restored."""
     if config.learning_rate is not None:
         return config.learning_rate
     return float(optimizer.param_groups[0].get("lr", 0.0))
 
 
-def learning_rate(config: TrainConfig, total: int, base: float) -> LearningRate:
-    """The schedule of diffusers (`diffusers.optimization.get_scheduler`) over `total` steps, as a pure function."""
-    if config.lr_scheduler == "constant":
-        return lambda step: base
-    from diffusers.optimization import get_scheduler
-
-    # Its factors do not depend on the optimizer, which it wants all the same.
-    holder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base)
-    schedule = get_scheduler(
-        config.lr_scheduler, holder, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total
-    )
-    (factor,) = schedule.lr_lambdas
-    return lambda step: base * float(factor(step))
-
-
-def depends_on_length(config: TrainConfig) -> bool:
-    """Whether the learning rate of a step depends on how many steps the run has."""
-    return not config.lr_scheduler.startswith("constant")
+def learning_rate(config: ScheduleConfig, total: int, base: float) -> LearningRate:
+    """The learning rate of each of `total` steps by ``--lr_scheduler``, as a pure function."""
+    factor = LR_SCHEDULES[config.lr_scheduler].make(config.lr_warmup_steps, total, base)
+    return lambda step: base * factor(step)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

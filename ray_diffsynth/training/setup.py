@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from ray_diffsynth.cache.local_copy import LocalCopies
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
-from ray_diffsynth.config import TrainConfig, split_names
+from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.config.options import defaults_of, identity_of, split_names
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
@@ -20,7 +21,6 @@ from ray_diffsynth.models.fingerprint import part_sketch
 from ray_diffsynth.models.locate import ModelSource, locate_configured
 from ray_diffsynth.models.lora import LoraInfo, add_lora, leave_casts_to_autocast
 from ray_diffsynth.models.lora_file import lora_digest
-from ray_diffsynth.option_effects import DEFAULTS, has_effect
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.stages import (
     check_caption_dropout,
@@ -48,20 +48,6 @@ from ray_diffsynth.training.identity import check_identity
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.quantize import quantize
 from ray_diffsynth.training.report.memory import Footprint
-
-# What may change when a run goes on: where things lie, how far it goes, what it costs and what it says. Everything else
-# that TrainConfig has decides what is trained, and must be equal.
-FREE_FIELDS = frozenset(
-    (
-        *("output_path", "dataset_base_path", "dataset_metadata_path", "num_epochs", "max_steps", "save_steps"),
-        *("model", "model_id_with_origin_paths", "model_paths", "tokenizer_path", "processor_path", "family"),
-        *("num_workers", "resources", "ray_address", "verbose", "dataset_num_workers", "resume", "keep_checkpoints"),
-        *("log_every", "use_gradient_checkpointing", "use_gradient_checkpointing_offload", "lora_checkpoint"),
-        "max_decode_memory",  # what it rejects is part of the data
-        *("gradient_checkpointing_every", "shard_base", "lora_format", "log_with", "shard_cache", "shard_cache_gb"),
-        *("validation_steps", "validation_prompts", "sample_steps", "sample_inference_steps", "sample_resources"),
-    )
-)
 
 
 class TrainingError(UserError):
@@ -159,8 +145,7 @@ class Setup:
         check_identity(checkpoint.identity, self._own_identity(), where, self.identity_defaults())
 
     def _own_identity(self) -> dict[str, Any]:
-        values = self.config.to_dict()
-        settings = {n: v for n, v in values.items() if n not in FREE_FIELDS and has_effect(self.config, n)}
+        settings = identity_of(self.config)
         settings["task"] = task_family(self.config.task)
         if preset := self.config.preset_lora_path:  # what is in it counts, not where it lies
             settings["preset_lora_path"] = f"content {lora_digest(preset, 8)}"
@@ -169,8 +154,7 @@ class Setup:
 
     def identity_defaults(self) -> dict[str, Any]:
         """What a checkpoint was made with whose version did not have an option yet."""
-        there = {field.name: field.default for field in fields(self.config) if field.default is not MISSING}
-        return {**there, **DEFAULTS}
+        return defaults_of(type(self.config))
 
     def footprint(self) -> Footprint:
         """About what the models take before anything is added: as much as their files, half of it for 8 bits."""

@@ -33,11 +33,11 @@ from ray_diffsynth.training.ema import Ema
 from ray_diffsynth.training.export import Trained, describe, export_trained, newest_file
 from ray_diffsynth.training.identity import check_identity
 from ray_diffsynth.training.length import describe_length, total_steps
+from ray_diffsynth.training.lr_schedules import LR_SCHEDULES
 from ray_diffsynth.training.module import DiffusionTrainingModule, fix_unused, freeze
 from ray_diffsynth.training.optim import (
     OptimizerError,
     base_learning_rate,
-    depends_on_length,
     learning_rate,
     make_optimizer,
     optimizer_state,
@@ -142,7 +142,7 @@ class _Run:
                 f"--lr_warmup_steps {config.lr_warmup_steps} leaves nothing of the run's {self.total} steps: the "
                 "learning rate would never be reached; warm up for fewer steps, or train longer"
             )
-        if depends_on_length(config):
+        if LR_SCHEDULES[config.lr_scheduler].depends_on_length:
             self.identity["lr_total_steps"] = self.total
         if checkpoint:
             where = f"{self.setup.output_path}/checkpoints/{checkpoint.name}"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_diffsynth.cli import parse
 from ray_diffsynth.config import PreprocessConfig, TrainConfig
+from ray_diffsynth.config.flags import parse
 from ray_diffsynth.pipelines.registry import FAMILIES, get_pipeline_class
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "families.md").read_text(encoding="utf-8")

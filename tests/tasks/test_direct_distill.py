@@ -19,8 +19,8 @@ from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.stages import plan_stages
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.tasks import DirectDistill, get_task
-from ray_diffsynth.tasks.base import TaskError
 from ray_diffsynth.tasks.direct_distill import sample
+from ray_diffsynth.tasks.registry import TaskError
 from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.report.metrics_log import read_metrics

@@ -11,7 +11,7 @@ import torch
 from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
 from ray_diffsynth.diffusion.randomness import SampleKey, sample_noise
 from ray_diffsynth.tasks import SFT, get_task, task_family
-from ray_diffsynth.tasks.base import TaskError
+from ray_diffsynth.tasks.registry import TaskError
 
 
 class Scaled:
@@ -91,5 +91,5 @@ def test_bad_settings_are_named() -> None:
 
 def test_names() -> None:
     assert [task_family(name) for name in ("sft", "sft:train", "sft:data_process")] == ["sft"] * 3
-    with pytest.raises(TaskError, match="did you mean 'sft:train'"):
+    with pytest.raises(TaskError, match="did you mean sft:train"):
         get_task("sft:trian")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ray_diffsynth.config import CommonConfig
+from ray_diffsynth.config.dataset import DataConfig, DatasetConfig
 from ray_diffsynth.data.buckets import SizeRule
 from ray_diffsynth.data.samples import SampleSpec, file_list
 from ray_diffsynth.errors import did_you_mean
@@ -130,7 +130,7 @@ def _reads(pipe: BasePipeline, task: TaskContract) -> set[str] | None:
     return {*pipe.column_params, *task.columns, *task.reads, *pipe.model_fn_params(), *by_units}
 
 
-def check_columns(pipe: BasePipeline, task: TaskContract, config: CommonConfig) -> None:
+def check_columns(pipe: BasePipeline, task: TaskContract, config: DatasetConfig) -> None:
     """Raise PipelineError for a column of the configuration that would reach nobody.
 
     A unit that does not declare what it reads may read any.
@@ -168,7 +168,7 @@ def check_caption_dropout(stages: Stages, inputs: Collection[str]) -> None:
 
 def dataset_spec(
     pipe: BasePipeline,
-    config: CommonConfig,
+    config: DataConfig,
     task_columns: Mapping[str, Callable[[Any], Any]],
     *,
     keep_size: bool = False,

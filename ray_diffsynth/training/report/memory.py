@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ray_diffsynth.config import TrainConfig, split_names
+from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.config.options import split_names
 from ray_diffsynth.diffusion.out_of_memory import is_out_of_memory
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.core.graph import model_root

@@ -7,23 +7,23 @@ import importlib
 import io
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
-from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.config.validation import TrackingConfig
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.storage import exists, is_remote, join, read_bytes, write_bytes_atomic
 from ray_diffsynth.training.report.metrics_log import METRICS_FILE, read_metrics
-from ray_diffsynth.training.setup import Setup
+
+if TYPE_CHECKING:
+    from ray_diffsynth.training.setup import Setup
 
 logger = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
 CSV_FILE = "metrics.csv"
-PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-"""What a tracker imports, by its name."""
 _NOT_CURVES = ("step", "steps", "samples", "samples_total", "samples_seen")
 
 
@@ -34,16 +34,22 @@ class TrackerError(UserError):
 class Tracker(Protocol):
     """One of them. A step comes once, or again after a resume from an earlier one."""
 
+    requires: ClassVar[str]
+    """The module without which it cannot start; "" for none."""
+
+    def __init__(self, setup: Setup, after: int) -> None:
+        """after: the step that the run goes on from."""
+
     def write(self, metrics: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
 
-def check_trackers(config: TrainConfig) -> None:
+def check_trackers(config: TrackingConfig) -> None:
     """Raise TrackerError if the package of a tracker that `config` names is not installed."""
     for name in config.trackers:
-        if name in PACKAGES:
-            _import(PACKAGES[name], name)
+        if module := TRACKERS[name].requires:
+            _import(module, name)
 
 
 class Trackers:
@@ -99,15 +105,17 @@ def _without(name: str, error: Exception) -> None:
     )
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Curves in `<output_path>/tensorboard`, on the local file system."""
+
+    requires = "torch.utils.tensorboard"
 
     def __init__(self, setup: Setup, after: int) -> None:
         self._writer: Any = None
         if is_remote(setup.output_path):
             logger.info("no TensorBoard: it needs a local output_path; the curves are in report.html")
             return
-        writer = _import(PACKAGES["tensorboard"], "tensorboard").SummaryWriter
+        writer = _import(self.requires, "tensorboard").SummaryWriter
         self._writer = writer(join(setup.output_path, TENSORBOARD_FOLDER), purge_step=after + 1 if after else None)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
@@ -120,8 +128,10 @@ class TensorBoard:
             self._writer.close()
 
 
-class CsvFile:
+class CsvFile(Tracker):
     """`<output_path>/metrics.csv`: metrics.jsonl as a table, made when the run ends or is asked to stop."""
+
+    requires = ""
 
     def __init__(self, setup: Setup, after: int) -> None:
         self._output_path = setup.output_path
@@ -139,11 +149,13 @@ class CsvFile:
         write_bytes_atomic(join(self._output_path, CSV_FILE), text.getvalue().encode())
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """A run of wandb; a resumed training goes on in the same one. Project by WANDB_PROJECT, else ray_diffsynth."""
 
+    requires = "wandb"
+
     def __init__(self, setup: Setup, after: int) -> None:
-        wandb = _import("wandb", "wandb")
+        wandb = _import(self.requires, "wandb")
         known = _known_id(setup.output_path, "wandb")
         folder = None if is_remote(setup.output_path) else setup.output_path
         if folder:
@@ -164,11 +176,13 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-class MLflow:
+class MLflow(Tracker):
     """A run of MLflow, at MLFLOW_TRACKING_URI; a resumed training goes on in the same one."""
 
+    requires = "mlflow"
+
     def __init__(self, setup: Setup, after: int) -> None:
-        self._mlflow = _import("mlflow", "mlflow")
+        self._mlflow = _import(self.requires, "mlflow")
         known = _known_id(setup.output_path, "mlflow")
         run = self._mlflow.start_run(run_id=known)
         if known is None:
@@ -182,12 +196,13 @@ class MLflow:
         self._mlflow.end_run()
 
 
-TRACKERS: dict[str, Callable[[Setup, int], Tracker]] = {
+TRACKERS: dict[str, type[Tracker]] = {
     "tensorboard": TensorBoard,
     "csv": CsvFile,
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
 }
+"""By the name that ``--log_with`` takes."""
 
 
 def curves(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from ray_diffsynth.config import TASKS, CommonConfig, PreprocessConfig, TrainConfig, split_names
+from ray_diffsynth.config import JobConfig, PreprocessConfig, TrainConfig
+from ray_diffsynth.config.options import split_names
+from ray_diffsynth.config.task import task_specs
 from ray_diffsynth.errors import ConfigError, did_you_mean, nearest
 
 GIVEN: dict[str, Any] = {"dataset_base_path": "data", "model": "tiny"}
@@ -86,7 +88,7 @@ def test_what_cannot_work_is_refused_with_the_fix(fields: dict[str, Any], words:
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", task_specs())
 def test_each_task_is_run_by_one_job(task: str) -> None:
     accepted: list[str] = []
     for config_class in (PreprocessConfig, TrainConfig):
@@ -95,14 +97,14 @@ def test_each_task_is_run_by_one_job(task: str) -> None:
             accepted.append(config_class.job)
         except ConfigError:
             continue
-    assert accepted == [TASKS[task].job]
+    assert accepted == [task_specs()[task].job]
 
 
 def test_every_field_has_a_type_and_a_default() -> None:
     for config_class in (PreprocessConfig, TrainConfig):
         without = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]
         assert without == ["dataset_base_path"]
-        assert issubclass(config_class, CommonConfig)
+        assert issubclass(config_class, JobConfig)
 
 
 def test_nearest_names() -> None:
@@ -113,9 +115,9 @@ def test_nearest_names() -> None:
 
 
 def test_the_tasks_are_those_that_have_a_loss() -> None:
-    from ray_diffsynth.tasks.base import TASKS as LOSSES
+    from ray_diffsynth.tasks.registry import TASKS as LOSSES
 
-    assert {name.partition(":")[0] for name in TASKS} == set(LOSSES)
+    assert {name.partition(":")[0] for name in task_specs()} == set(LOSSES)
 
 
 @pytest.mark.parametrize("memory", [0, -1, float("inf"), float("nan")])

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ray_diffsynth.cli import parse
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.yaml_config import read_options
+from ray_diffsynth.config.flags import parse
+from ray_diffsynth.config.yaml_file import read_options
 
 GIVEN = ["--dataset_base_path", "data", "--model", "tiny"]
 

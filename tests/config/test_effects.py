@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ray_diffsynth.cli import parse
-from ray_diffsynth.config import PreprocessConfig, TrainConfig
+from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
+from ray_diffsynth.config.flags import parse
+from ray_diffsynth.config.options import has_effect, options_of
 from ray_diffsynth.errors import ConfigError
-from ray_diffsynth.option_effects import ADAMW_DEFAULTS, ALWAYS, DEFAULTS, EFFECTS, has_effect
 
 GIVEN: dict[str, Any] = {"dataset_base_path": "data", "model": "tiny"}
 FULL: dict[str, Any] = {"trainable_models": "dit"}
@@ -72,12 +72,14 @@ NOTED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def test_each_option_is_in_one_table() -> None:
-    fields = {f.name for config_class in (TrainConfig, PreprocessConfig) for f in dataclasses.fields(config_class)}
-    assert fields == EFFECTS.keys() | ALWAYS and not EFFECTS.keys() & ALWAYS
-    assert DEFAULTS.keys() <= EFFECTS.keys() and ADAMW_DEFAULTS.keys() <= ALWAYS
+def test_each_option_that_needs_something_is_tried() -> None:
+    known = options_of(TrainConfig) | options_of(PreprocessConfig) | options_of(GenerateConfig)
     tried = REFUSED.keys() | NOTED.keys() | {"num_workers", "resources"}  # these two: of preprocess
-    assert tried == EFFECTS.keys()
+    needing = {
+        name for config in (TrainConfig, PreprocessConfig) for name, o in options_of(config).items() if o.effects
+    }
+    assert tried == needing | {"num_workers"}
+    assert all(option.effects for option in known.values() if option.used_as is not None)
 
 
 def argv(values: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -65,17 +65,21 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
-def read_options(text: str, hints: Mapping[str, Any]) -> Any:
+def read_options(text: str, hints: Mapping[str, Any], sections: Collection[str] = ()) -> Any:
     """What a YAML text says: a mapping of options, if it is such a file.
 
     hints: type of each option. One that is a text is what stands there, whatever a YAML reader would make of it: 512
-    for `resolution`, no for `family`. Raises yaml.YAMLError, and ConfigError for what is said twice or is not clear.
+    for `resolution`, no for `family`. sections: keys below which options may stand. Raises yaml.YAMLError, and
+    ConfigError for what is said twice or is not clear.
     """
 
     def check(node: yaml.Node) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                _check(str(key.value), hints.get(key.value), value)
+                if key.value in sections and isinstance(value, yaml.MappingNode):
+                    check(value)
+                else:
+                    _check(str(key.value), hints.get(key.value), value)
 
     return _read(text, check)
 
