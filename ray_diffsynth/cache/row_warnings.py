@@ -15,18 +15,18 @@ from ray_diffsynth.data.warnings import WHAT
 
 WARNINGS_FILE = "warnings.json"
 
-Said = tuple[tuple[str, str], ...]
+RowWarnings = tuple[tuple[str, str], ...]
 """(kind, detail) of each warning of a row, sorted."""
 
 
-def said(value: object) -> Said:
-    """`Said` from JSON; what is of no known kind (another version's) or no such thing is left out."""
+def parse_row_warnings(value: object) -> RowWarnings:
+    """`RowWarnings` from JSON; what is of no known kind (another version's) or no such thing is left out."""
     pairs = value if isinstance(value, list | tuple) else ()
     good = (p for p in pairs if isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p))
     return tuple(sorted({(kind, detail) for kind, detail in good if kind in WHAT}))
 
 
-def write_warnings(cache: str, by_group: Mapping[str, Mapping[str, Said]]) -> None:
+def write_warnings(cache: str, by_group: Mapping[str, Mapping[str, RowWarnings]]) -> None:
     """Write group -> key -> what is said of the row; without any there is no file. Raises OSError."""
     path = storage.join(cache, WARNINGS_FILE)
     content = {group: rows for group, rows in by_group.items() if rows}
@@ -36,7 +36,7 @@ def write_warnings(cache: str, by_group: Mapping[str, Mapping[str, Said]]) -> No
         storage.remove(path)
 
 
-def read_warnings(cache: str) -> dict[str, dict[str, Said]]:
+def read_warnings(cache: str) -> dict[str, dict[str, RowWarnings]]:
     """What `write_warnings` wrote; empty where there is nothing, or nothing that can be used.
 
     Raises UnreadableError when it cannot be read just now.
@@ -50,7 +50,7 @@ def read_warnings(cache: str) -> dict[str, dict[str, Said]]:
         raise UnreadableError(path, error) from error
     groups = content.items() if isinstance(content, dict) else ()
     return {
-        group: {key: pairs for key, value in rows.items() if (pairs := said(value))}
+        group: {key: pairs for key, value in rows.items() if (pairs := parse_row_warnings(value))}
         for group, rows in groups
         if isinstance(rows, dict)
     }

@@ -21,7 +21,7 @@ from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError
 from ray_diffsynth.cache.layout import equal_groups, largest_cell, parquet_bytes
 from ray_diffsynth.cache.names import check_group, inside, is_shard, shard_path
-from ray_diffsynth.cache.row_warnings import Said, said
+from ray_diffsynth.cache.row_warnings import RowWarnings, parse_row_warnings
 from ray_diffsynth.cache.schema import KEY, row_views, table_from_rows, table_parameters, table_schema
 from ray_diffsynth.data.parquet import check_columns, open_parquet
 
@@ -65,7 +65,7 @@ class Shard:
     codec: str
     rows_per_group: int
     failed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    warnings: Mapping[str, Said] = field(default_factory=dict)
+    warnings: Mapping[str, RowWarnings] = field(default_factory=dict)
 
     def locate(self, position: int) -> tuple[int, int]:
         """(row group, row in it) of the file's row `position`, as the index wants them."""
@@ -79,7 +79,9 @@ class Shard:
     def from_dict(cls, content: Mapping[str, Any]) -> Shard:
         """The inverse of `to_dict`."""
         failed = {key: (error, message) for key, (error, message) in content.get("failed", {}).items()}
-        warnings = {key: pairs for key, value in content.get("warnings", {}).items() if (pairs := said(value))}
+        warnings = {
+            key: pairs for key, value in content.get("warnings", {}).items() if (pairs := parse_row_warnings(value))
+        }
         return cls(**{**content, "keys": tuple(content["keys"]), "failed": failed, "warnings": warnings})
 
 
@@ -114,7 +116,7 @@ def write_shard(
     parameters: Sequence[str] | None = None,
     rows_per_group: int | None = None,
     failed: Mapping[str, Sequence[str]] | None = None,
-    warnings: Mapping[str, Said] | None = None,
+    warnings: Mapping[str, RowWarnings] | None = None,
 ) -> Shard:
     """Write `<cache>/<group>/<name>.parquet` atomically; equal rows give equal bytes (no time, no host in the file).
 

@@ -75,7 +75,7 @@ class SourceChanged(MediaError):
     """A file that is not the one that was scanned any more."""
 
 
-PASSING = (SourceUnavailable, SourceChanged)
+TRANSIENT = (SourceUnavailable, SourceChanged)
 """Errors that are not the content's: the next run tries again."""
 
 

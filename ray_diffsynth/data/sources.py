@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray_diffsynth import storage
-from ray_diffsynth.data.media import PASSING, MediaError, SourceChanged, bytes_hash, content_hash, fetch
+from ray_diffsynth.data.media import TRANSIENT, MediaError, SourceChanged, bytes_hash, content_hash, fetch
 
 
 def steady_bytes(path: str, digest: str | None) -> bytes:
@@ -75,7 +75,7 @@ def _gone_is_changed(path: str) -> Iterator[None]:
     """Within it, a file that is absent or empty, which it was not when it was scanned, has changed."""
     try:
         yield
-    except PASSING:
+    except TRANSIENT:
         raise
     except MediaError as error:
         raise _changed(path, error.reason) from error

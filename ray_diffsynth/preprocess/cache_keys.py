@@ -2,7 +2,7 @@
 
 key = blake2b(group fingerprint, sample inputs that flow into the group), where the group fingerprint covers the code of
 the group's units and of the pipeline that they call, the weights of its models, the dtype, the transform of the
-pictures and the settings that the units read.
+images and the settings that the units read.
 """
 
 import hashlib

@@ -11,9 +11,9 @@ import pyarrow as pa
 from ray_diffsynth.cache.errors import CacheError, UnreadableError
 from ray_diffsynth.cache.manifest import MANIFEST_FILE, GroupSpec, Manifest, committed
 from ray_diffsynth.cache.names import UnsafeNameError
-from ray_diffsynth.cache.row_warnings import Said, read_warnings
+from ray_diffsynth.cache.row_warnings import RowWarnings, read_warnings
 from ray_diffsynth.cache.store import Shard, list_shards, read_shard_header, shard_name
-from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, remaining
 from ray_diffsynth.storage import exists, file_sizes, join
 
@@ -35,19 +35,19 @@ class Location:
 class GroupCatalog:
     """Known rows of one group by key, and the keys whose sample failed to encode.
 
-    `passing` are those that could not be tried in this run (a file that could not be read): the next one tries again.
-    `warnings`: what is said of a row, by key. `passed`: what is said of this run and of no row, as (kind, detail).
+    transient: those that could not be tried in this run (a file that could not be read); the next one tries again.
+    warnings: those of a row, by key. run_warnings: those of this run and of no row, as (kind, detail).
     """
 
     locations: dict[str, Location] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
-    passing: dict[str, Failure] = field(default_factory=dict)
-    warnings: dict[str, Said] = field(default_factory=dict)
-    passed: set[tuple[str, str]] = field(default_factory=set)
+    transient: dict[str, Failure] = field(default_factory=dict)
+    warnings: dict[str, RowWarnings] = field(default_factory=dict)
+    run_warnings: set[tuple[str, str]] = field(default_factory=set)
 
     def failure(self, key: str) -> Failure | None:
         """Why the sample of a key is not stored; None for one that is, or was not tried."""
-        return None if key in self.locations else self.failures.get(key) or self.passing.get(key)
+        return None if key in self.locations else self.failures.get(key) or self.transient.get(key)
 
     def known(self) -> set[str]:
         """Keys that need no encoding: stored, or failed before with the very same inputs."""

@@ -11,13 +11,13 @@ import pyarrow.compute as pc
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit
 from ray_diffsynth.cache.names import shard_path
-from ray_diffsynth.cache.row_warnings import Said, write_warnings
+from ray_diffsynth.cache.row_warnings import RowWarnings, write_warnings
 from ray_diffsynth.data.metadata import DUPLICATE, Quarantined
 from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
-from ray_diffsynth.preprocess.scan import Failure, Sample
+from ray_diffsynth.preprocess.records import Failure, Sample
 from ray_diffsynth.storage import file_sizes, join
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def commit_cache(
         columns[f"{name}_file"] = pa.array([place.file for place in places], pa.string())
         columns[f"{name}_row_group"] = pa.array([place.row_group for place in places], pa.int32())
         columns[f"{name}_row"] = pa.array([place.row for place in places], pa.int32())
-    write_warnings(job.cache, {name: _said(set(keys[name]), catalogs[name]) for name in keys})
+    write_warnings(job.cache, {name: _row_warnings(set(keys[name]), catalogs[name]) for name in keys})
     draft = _manifest(job, keys, Counter(index["bucket"]), len(bad), total, catalogs)
     caption = job.sample.columns.get("prompt")
     captions = [_text(sample.row.get(caption)) for sample in good] if caption is not None else None
@@ -111,7 +111,7 @@ def commit_cache(
     return Outcome(manifest, listed)
 
 
-def _said(keys: Collection[str], catalog: GroupCatalog) -> dict[str, Said]:
+def _row_warnings(keys: Collection[str], catalog: GroupCatalog) -> dict[str, RowWarnings]:
     return {key: pairs for key, pairs in catalog.warnings.items() if key in keys}
 
 
@@ -121,7 +121,7 @@ def add_row_warnings(
     """Add what is known of each sample's rows, encoded now or by an earlier run, and of this run's batches."""
     for group in job.groups:
         catalog = catalogs[group.name]
-        for kind, detail in sorted(catalog.passed):
+        for kind, detail in sorted(catalog.run_warnings):
             warnings.add(kind, "", detail)
         for sample in samples if catalog.warnings else ():
             for kind, detail in catalog.warnings.get(group.key(sample.inputs), ()):
@@ -167,7 +167,7 @@ def check_quarantine(
 def _failing(job: "Job", catalogs: Mapping[str, GroupCatalog]) -> list[tuple[GroupPlan, GroupCatalog]]:
     """The groups in which a sample failed, in the order in which they are done."""
     found = [(group, catalogs[group.name]) for group in job.groups if group.name in catalogs]
-    return [(group, catalog) for group, catalog in found if catalog.failures or catalog.passing]
+    return [(group, catalog) for group, catalog in found if catalog.failures or catalog.transient]
 
 
 def _quarantined(sample: Sample, groups: Sequence[tuple[GroupPlan, GroupCatalog]]) -> dict[str, str] | None:

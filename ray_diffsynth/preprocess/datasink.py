@@ -13,7 +13,7 @@ from ray.data import Datasink
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import WriteResult
 
-from ray_diffsynth.cache.row_warnings import said
+from ray_diffsynth.cache.row_warnings import parse_row_warnings
 from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
 from ray_diffsynth.preprocess.messages import described, give_up, unpack
 from ray_diffsynth.preprocess.monitor import attempt_at
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 class ShardSink(Datasink[list[dict[str, Any]]]):
     """Writes the shards of one group. When all are written, the driver's copy holds what became of each in `results`.
 
-    A result is {"fatal": reason}, or {"shard": `Shard.to_dict`, or None where nothing was to be written, "passing": …,
-    "warnings": those of no single row}.
+    A result is {"fatal": reason}, or {"shard": `Shard.to_dict`, or None where nothing was to be written,
+    "transient": …, "warnings": those of no single row}.
     """
 
-    def __init__(self, cache: str, group: str, parameters: Sequence[str], codec: str, counter: Any = None) -> None:
+    def __init__(self, cache: str, group: str, parameters: Sequence[str], codec: str, monitor: Any = None) -> None:
         self.cache = cache
         self.group = group
         self.parameters = tuple(parameters)
         self.codec = codec
-        self.counter = counter
+        self.monitor = monitor
         self.results: list[dict[str, Any]] = []
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> list[dict[str, Any]]:
@@ -43,26 +43,26 @@ class ShardSink(Datasink[list[dict[str, Any]]]):
                 if item["fatal"]:
                     written.append({"fatal": item["fatal"]})
                     continue
-                with attempt_at(self.counter, item["name"], "write"):
+                with attempt_at(self.monitor, item["name"], "write"):
                     try:
                         written.append(self._write(item))
                     except Exception as error:
                         # Whatever is raised here would only make Ray Data drop the shard.
                         logger.exception("shard %s cannot be written", item["name"])
                         reason = f"{self.group} cannot be written to {self.cache}: {described(error)}"
-                        written.append({"fatal": give_up(item, self.counter, reason)["fatal"]})
+                        written.append({"fatal": give_up(item, self.monitor, reason)["fatal"]})
         return written
 
     def _write(self, item: Mapping[str, Any]) -> dict[str, Any]:
         rows = [GroupRow(key, values) for key, values in unpack(item["inputs"])]
         failed = json.loads(item["failed"])
-        passing = json.loads(item["passing"])
+        transient = json.loads(item["transient"])
         warnings = json.loads(item["warnings"])
-        passed = warnings.pop("", [])  # how this run went, not what these rows are: no part of their file
+        of_the_run = warnings.pop("", [])  # how this run went, not what these rows are: no part of their file
         name = item["name"]
-        if passing:
+        if transient:
             # A planned name stands for all planned rows: these would then be taken for done.
-            name = shard_name([row["key"] for row in json.loads(item["rows"]) if row["key"] not in passing])
+            name = shard_name([row["key"] for row in json.loads(item["rows"]) if row["key"] not in transient])
         shard = None
         if rows or failed:
             shard = write_shard(
@@ -74,11 +74,11 @@ class ShardSink(Datasink[list[dict[str, Any]]]):
                 codec=self.codec,
                 parameters=self.parameters,
                 failed=failed,
-                warnings={key: said(pairs) for key, pairs in warnings.items()},
+                warnings={key: parse_row_warnings(pairs) for key, pairs in warnings.items()},
             )
-        if self.counter is not None:
-            self.counter.add.remote(len(rows), len(failed) + len(passing), shard.nbytes if shard is not None else 0)
-        return {"shard": shard.to_dict() if shard is not None else None, "passing": passing, "warnings": passed}
+        if self.monitor is not None:
+            self.monitor.add.remote(len(rows), len(failed) + len(transient), shard.nbytes if shard is not None else 0)
+        return {"shard": shard.to_dict() if shard is not None else None, "transient": transient, "warnings": of_the_run}
 
     def on_write_complete(self, write_result: WriteResult[list[dict[str, Any]]]) -> None:
         self.results = [item for part in write_result.write_returns for item in part]

@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.data.media import PASSING
+from ray_diffsynth.data.media import TRANSIENT
 from ray_diffsynth.data.samples import load_inputs
 from ray_diffsynth.data.video_stream import VideoSupportError
 from ray_diffsynth.data.warnings import collecting
@@ -20,27 +20,27 @@ NOT_THE_SAMPLES = (StorageError, VideoSupportError)
 
 
 class Decoder:
-    """CPU task: shard -> shard with the inputs of its rows. One that cannot be decoded is in `failed` or `passing`."""
+    """CPU task: shard -> shard with the inputs of its rows. Those not decoded are in `failed` or `transient`."""
 
-    def __init__(self, spec: EncoderSpec, counter: Any = None) -> None:
+    def __init__(self, spec: EncoderSpec, monitor: Any = None) -> None:
         self.spec = spec
-        self.counter = counter
+        self.monitor = monitor
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        with attempt_at(self.counter, shard["name"], "decode"):
+        with attempt_at(self.monitor, shard["name"], "decode"):
             try:
                 return self._decode(shard)
             except Exception as error:
                 # Whatever is raised here would only make Ray Data drop the shard.
                 logger.exception("shard %s cannot be decoded", shard["name"])
                 why = f"the inputs of {self.spec.group} cannot be read: {described(error)}"
-                return give_up(shard, self.counter, why)
+                return give_up(shard, self.monitor, why)
 
     def _decode(self, shard: dict[str, Any]) -> dict[str, Any]:
         keys: list[str] = []
         rows: list[dict[str, Any]] = []
         failed: dict[str, list[str]] = {}
-        passing: dict[str, list[str]] = {}
+        transient: dict[str, list[str]] = {}
         warnings: dict[str, list[tuple[str, str]]] = {}
         for item in json.loads(shard["rows"]):
             size = Bucket.parse(item["size"])
@@ -51,8 +51,8 @@ class Decoder:
                     )
             except NOT_THE_SAMPLES:
                 raise
-            except (*PASSING, MemoryError) as error:
-                passing[item["key"]] = [type(error).__name__, str(error) or "too little memory to decode it"]
+            except (*TRANSIENT, MemoryError) as error:
+                transient[item["key"]] = [type(error).__name__, str(error) or "too little memory to decode it"]
             except Exception as error:
                 logger.debug("%s cannot be decoded", item["sample_id"], exc_info=True)
                 failed[item["key"]] = [type(error).__name__, str(error)]
@@ -61,5 +61,5 @@ class Decoder:
                 rows.append(found)
                 if told:
                     warnings[item["key"]] = [(warning.kind, warning.detail) for warning in told]
-        more = {"failed": json.dumps(failed), "passing": json.dumps(passing), "warnings": json.dumps(warnings)}
+        more = {"failed": json.dumps(failed), "transient": json.dumps(transient), "warnings": json.dumps(warnings)}
         return {**shard, "inputs": pack(keys, rows, self.spec.inputs), **more}

@@ -14,7 +14,7 @@ from ray_diffsynth.preprocess.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
 from ray_diffsynth.preprocess.commit import add_row_warnings
 from ray_diffsynth.preprocess.plan import Committed, open_shards
-from ray_diffsynth.preprocess.scan import Sample
+from ray_diffsynth.preprocess.records import Sample
 from ray_diffsynth.preprocess.shards import EMPTY_CAPTION, ShardPlan
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _group_plan(
 
 
 def _bytes(group: GroupPlan, shards: Sequence[ShardPlan], mean: float | None) -> int:
-    """About how much will be written: as the rows that are there, else by the size of the pictures."""
+    """About how much will be written: as the rows that are there, else by the size of the images."""
     if mean is not None:
         return round(mean * sum(len(shard.rows) for shard in shards))
     if not group.bucketed:

@@ -16,7 +16,7 @@ from ray_diffsynth.pipelines.core.base import BasePipeline, MissingModelError
 from ray_diffsynth.pipelines.core.graph import UnitGroup
 from ray_diffsynth.pipelines.core.sides import row_of
 from ray_diffsynth.pipelines.core.unit import MissingInputError, UnitError, make_state, run_units
-from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.records import Failure
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from ray_diffsynth.preprocess.encode_batches import DeviceError, encode
 from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec, described, give_up, pack, unpack
 from ray_diffsynth.preprocess.monitor import attempt_at, end_this_process
 from ray_diffsynth.preprocess.nodes import living
-from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.ray_session import own_device
 from ray_diffsynth.tasks import get_task
 
@@ -41,24 +41,24 @@ def died_loading(nodes: Sequence[str]) -> int:
 class Encoder:
     """Actor: shard with inputs -> shard with the encoded parameters in their place."""
 
-    def __init__(self, spec: EncoderSpec, counter: Any = None) -> None:
+    def __init__(self, spec: EncoderSpec, monitor: Any = None) -> None:
         self.spec = spec
-        self.counter = counter
+        self.monitor = monitor
         self.batch_sizes: dict[str, int] = {}
         try:
             self._load()
         except Exception as error:
             # Of an actor that Ray starts again nobody else would hear it: Ray Data would wait for ever.
-            if counter is not None:
+            if monitor is not None:
                 reason = f"the encoder of {spec.group} cannot be loaded: {described(error)}"
-                ray.get(counter.give_up.remote(reason))
+                ray.get(monitor.give_up.remote(reason))
             raise
 
     def _load(self) -> None:
         spec = self.spec
-        if self.counter is not None:
+        if self.monitor is not None:
             context = ray.get_runtime_context()
-            begun = ray.get(self.counter.begin_loading.remote(context.get_actor_id(), context.get_node_id()))
+            begun = ray.get(self.monitor.begin_loading.remote(context.get_actor_id(), context.get_node_id()))
             if died_loading(begun) >= LOADS:
                 raise EncoderError(
                     "its process died each time while it loaded its models; the machine may lack memory for them (see "
@@ -74,24 +74,24 @@ class Encoder:
         self.pipe.scheduler.set_timesteps(1000, training=True)
         stages = plan_stages(self.pipe, task, spec.trainable, spec.sample.inputs)
         self.group = next(group for group in stages.groups if group.name == spec.group)
-        if self.counter is not None:
+        if self.monitor is not None:
             context = ray.get_runtime_context()
-            self.counter.loaded.remote(context.get_actor_id(), context.current_actor)
+            self.monitor.loaded.remote(context.get_actor_id(), context.current_actor)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
         if shard["fatal"]:
             return shard
-        with attempt_at(self.counter, shard["name"], "encode") as attempt:
+        with attempt_at(self.monitor, shard["name"], "encode") as attempt:
             try:
                 return self._encode(shard, attempt)
             except DeviceError as error:
                 logger.error("the device is lost, so this process ends: %s", error)
-                end_this_process(self.counter, attempt, str(error))
+                end_this_process(self.monitor, attempt, str(error))
                 raise
             except Exception as error:
                 # Whatever is raised here would only make Ray Data drop the shard.
                 logger.exception("shard %s cannot be encoded", shard["name"])
-                return give_up(shard, self.counter, f"{self.spec.group} could not be encoded: {described(error)}")
+                return give_up(shard, self.monitor, f"{self.spec.group} could not be encoded: {described(error)}")
 
     def _encode(self, shard: dict[str, Any], attempt: Attempt | None) -> dict[str, Any]:
         rows = unpack(shard["inputs"])
@@ -99,7 +99,7 @@ class Encoder:
 
         def on_batch(start: int, end: int) -> None:
             if attempt is not None:
-                self.counter.begin_batch.remote(attempt, [key for key, _ in rows[start:end]])
+                self.monitor.begin_batch.remote(attempt, [key for key, _ in rows[start:end]])
 
         with collecting() as told:
             results, self.batch_sizes[shard["bucket"]] = encode(

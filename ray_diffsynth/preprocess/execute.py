@@ -16,11 +16,11 @@ from ray_diffsynth.preprocess.catalog import GroupCatalog
 from ray_diffsynth.preprocess.losses import RETRIES, Losses
 from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec, described
 from ray_diffsynth.preprocess.metrics import PoolMetrics
-from ray_diffsynth.preprocess.monitor import Counter, Counts
+from ray_diffsynth.preprocess.monitor import Counts, Monitor
 from ray_diffsynth.preprocess.nodes import living
 from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.ray_data import Pipeline, Stopped, run_pass
-from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.ray_session import alive_nodes, on_this_node
@@ -58,21 +58,21 @@ class Work:
                 shard = Shard.from_dict(result["shard"])
                 self.catalog.add(shard)
                 self.encoded += len(shard.keys)
-            self.catalog.passed.update((kind, detail) for kind, detail in result["warnings"])
-            for key, reason in result["passing"].items():
-                self.catalog.passing[key] = Failure(*reason)
+            self.catalog.run_warnings.update((kind, detail) for kind, detail in result["warnings"])
+            for key, reason in result["transient"].items():
+                self.catalog.transient[key] = Failure(*reason)
 
     def changed_sources(self) -> set[str]:
         """Paths of the files of rows that could not be encoded since a file was not the one that was scanned."""
         spec = self.spec.sample
-        changed = {key for key, reason in self.catalog.passing.items() if reason.error == SourceChanged.__name__}
+        changed = {key for key, reason in self.catalog.transient.items() if reason.error == SourceChanged.__name__}
         rows = [row.row for shard in self.shards if changed for row in shard.rows if row.key in changed]
         params = [param for param in spec.file_params if param in self.spec.inputs]
         return {path for row in rows for param in params for path in spec.paths(row, param)}
 
     def missing(self, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
         """Those of the shards of which nothing is known: a shard is taken in as a whole or not at all."""
-        done = {*self.catalog.known(), *self.catalog.passing}
+        done = {*self.catalog.known(), *self.catalog.transient}
         return [shard for shard in shards if not done.issuperset(shard.keys)]
 
 
@@ -85,22 +85,22 @@ def encode_all(works: Sequence[Work], *, cache: str, codec: str) -> None:
     if not works:
         return
     stop = threading.Event()
-    counters = [Counter.options(scheduling_strategy=on_this_node()).remote() for _ in works]  # type: ignore[attr-defined]
+    monitors = [Monitor.options(scheduling_strategy=on_this_node()).remote() for _ in works]  # type: ignore[attr-defined]
     lines = [
-        Pipeline(work.spec, work.size, cache, codec, counter, stop)
-        for work, counter in zip(works, counters, strict=True)
+        Pipeline(work.spec, work.size, cache, codec, monitor, stop)
+        for work, monitor in zip(works, monitors, strict=True)
     ]
     title = f"encode {works[0].spec.group}" if len(works) == 1 else "encode"
     total = sum(work.rows for work in works)
     try:
-        with Progress(title, total=total, unit="samples") as progress, _watch(works, counters, stop, progress):
+        with Progress(title, total=total, unit="samples") as progress, _watch(works, monitors, stop, progress):
             if len(works) == 1:
                 encode_group(works[0], lines[0])
             else:
                 _side_by_side(works, lines, stop)
     finally:
-        for counter in counters:
-            ray.kill(counter)
+        for monitor in monitors:
+            ray.kill(monitor)
 
 
 def _side_by_side(works: Sequence[Work], lines: Sequence[Pipeline], stop: threading.Event) -> None:
@@ -159,7 +159,7 @@ def encode_group(work: Work, line: Pipeline) -> None:
             results, deaths = run_pass(line, shards, retries=retries, in_flight=in_flight)
         except Exception as error:
             # What a task or an actor said is nearer to the cause than how Ray reports its end.
-            if not isinstance(error, EncoderError) and (reason := ray.get(line.counter.get.remote()).fatal):
+            if not isinstance(error, EncoderError) and (reason := ray.get(line.monitor.get.remote()).fatal):
                 raise EncoderError(reason) from error
             raise
         work.take(results)
@@ -171,7 +171,7 @@ def encode_group(work: Work, line: Pipeline) -> None:
                 f"Ray lost {len(lost)} of {len(shards)} shards of {group} without a word; see its logs, and run again: "
                 "what is written is kept"
             )
-        found: list[tuple[Unfinished, ...]] = ray.get(line.counter.unfinished.remote([shard.name for shard in lost]))
+        found: list[tuple[Unfinished, ...]] = ray.get(line.monitor.unfinished.remote([shard.name for shard in lost]))
         nodes |= {item.attempt.node for attempts in found for item in attempts}
         alive = living(nodes)
         shards = []
@@ -192,13 +192,13 @@ def encode_group(work: Work, line: Pipeline) -> None:
 
 
 @contextmanager
-def _watch(works: Sequence[Work], counters: Sequence[Any], stop: threading.Event, progress: Progress) -> Iterator[None]:
-    """Within it, `progress` and Ray's metrics follow the counters, and `stop` is set when one of them gives up."""
+def _watch(works: Sequence[Work], monitors: Sequence[Any], stop: threading.Event, progress: Progress) -> Iterator[None]:
+    """Within it, `progress` and Ray's metrics follow the monitors, and `stop` is set when one of them gives up."""
     over = threading.Event()
     metrics = [PoolMetrics(work.spec.group, work.rows) for work in works]
 
     def look() -> None:
-        counts: list[Counts] = ray.get([counter.get.remote() for counter in counters])
+        counts: list[Counts] = ray.get([monitor.get.remote() for monitor in monitors])
         if any(count.fatal for count in counts):
             stop.set()
         rates = [metric.update(count) for metric, count in zip(metrics, counts, strict=True)]

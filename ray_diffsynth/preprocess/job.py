@@ -35,7 +35,8 @@ from ray_diffsynth.preprocess.execute import encode_all
 from ray_diffsynth.preprocess.messages import EncoderSpec
 from ray_diffsynth.preprocess.plan import Committed, plan_works
 from ray_diffsynth.preprocess.pool import check_pools, pool_sizes
-from ray_diffsynth.preprocess.scan import Sample, scan_dataset
+from ray_diffsynth.preprocess.records import Sample
+from ray_diffsynth.preprocess.scan import scan_dataset
 from ray_diffsynth.preprocess.scan_cache import forget
 from ray_diffsynth.preprocess.summary import contact_sheet, group_numbers, quarantine_numbers
 from ray_diffsynth.progress import Progress
@@ -203,8 +204,8 @@ def _report(
     report = make_report(counts=counts, seconds=round(seconds, 3), config=job.config, **summary, **more)
     write_json(job.cache, report)
     bad = {entry.sample_id for entry in outcome.quarantine}
-    pictures = contact_sheet([sample for sample in samples if sample.sample_id not in bad], job.sample)
-    write_page(job.cache, report, pictures=pictures)
+    images = contact_sheet([sample for sample in samples if sample.sample_id not in bad], job.sample)
+    write_page(job.cache, report, pictures=images)
     for entry in outcome.quarantine[:10]:
         logger.warning("quarantined %s: %s: %s", entry.sample_id, entry.error, entry.message)
     if len(outcome.quarantine) > 10:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ray_diffsynth.preprocess.attempts import Unfinished, on_living_nodes
 from ray_diffsynth.preprocess.messages import EncoderError
-from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, halves, split
 
 RETRIES = 2

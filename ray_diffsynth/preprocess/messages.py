@@ -38,8 +38,8 @@ class EncoderSpec:
 def shard_row(shard: ShardPlan) -> dict[str, Any]:
     """A shard as a Ray Data row.
 
-    `inputs` are the decoded inputs of its rows, later their encoded parameters. `failed` and `passing` hold the rows
-    that cannot be encoded, by key: error class and message. Those of `failed` are remembered; what is in `passing` is
+    `inputs` are the decoded inputs of its rows, later their encoded parameters. `failed` and `transient` hold the rows
+    that cannot be encoded, by key: error class and message. Those of `failed` are remembered; what is in `transient` is
     not the sample's own fault and is tried again by the next run. `warnings` are what is said of a row, by key: pairs
     of kind and detail; those of the key "" are of no single row and are not stored. `fatal` says why nothing can be
     done at all.
@@ -60,16 +60,16 @@ def shard_row(shard: ShardPlan) -> dict[str, Any]:
         "rows": json.dumps(rows),
         "inputs": b"",
         "failed": "{}",
-        "passing": "{}",
+        "transient": "{}",
         "warnings": "{}",
         "fatal": "",
     }
 
 
-def give_up(shard: Mapping[str, Any], counter: Any, reason: str) -> dict[str, Any]:
-    """The shard of a task that cannot go on; the driver, told by the counter, ends the run with the reason."""
-    if counter is not None:
-        counter.give_up.remote(reason)
+def give_up(shard: Mapping[str, Any], monitor: Any, reason: str) -> dict[str, Any]:
+    """The shard of a task that cannot go on; the driver, told by the monitor, ends the run with the reason."""
+    if monitor is not None:
+        monitor.give_up.remote(reason)
     return {**shard, "inputs": b"", "fatal": reason}
 
 
@@ -79,7 +79,7 @@ def described(error: BaseException) -> str:
 
 
 def pack(keys: Sequence[str], rows: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -> bytes:
-    """Rows as one Arrow IPC stream: how they travel between tasks (pictures as raw pixels, nothing compressed)."""
+    """Rows as one Arrow IPC stream: how they travel between tasks (images as raw pixels, nothing compressed)."""
     table = table_from_rows(keys, rows, parameters, codec="none")
     buffer = pa.BufferOutputStream()
     with pa.ipc.new_stream(buffer, table.schema) as stream:

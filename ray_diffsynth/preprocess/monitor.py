@@ -12,7 +12,7 @@ from ray_diffsynth.preprocess.attempts import Attempt, Attempts, Stage, Unfinish
 
 
 class Counts(NamedTuple):
-    """State of a `Counter`: rows written and failed, bytes, encoders that have loaded, and why the run must end."""
+    """State of a `Monitor`: rows written and failed, bytes, encoders that have loaded, and why the run must end."""
 
     written: int = 0
     failed: int = 0
@@ -22,7 +22,7 @@ class Counts(NamedTuple):
 
 
 @ray.remote(num_cpus=0)
-class Counter:
+class Monitor:
     """Rows written and failed so far, encoders that came to life, and the attempts at each shard."""
 
     def __init__(self) -> None:
@@ -89,25 +89,25 @@ _numbers = itertools.count()
 
 
 @contextmanager
-def attempt_at(counter: Any, shard: str, stage: Stage) -> Iterator[Attempt | None]:
-    """Within it this process works on the shard, which the counter knows before: the process may die any moment.
+def attempt_at(monitor: Any, shard: str, stage: Stage) -> Iterator[Attempt | None]:
+    """Within it this process works on the shard, which the monitor knows before: the process may die any moment.
 
-    None without a counter.
+    None without a monitor.
     """
-    if counter is None:
+    if monitor is None:
         yield None
         return
     context = ray.get_runtime_context()
     attempt = Attempt(shard, stage, context.get_node_id(), context.get_worker_id(), next(_numbers))
-    ray.get(counter.begin.remote(attempt))
+    ray.get(monitor.begin.remote(attempt))
     try:
         yield attempt
     finally:
-        counter.end.remote(attempt)
+        monitor.end.remote(attempt)
 
 
-def end_this_process(counter: Any, attempt: Attempt | None, words: str) -> None:
+def end_this_process(monitor: Any, attempt: Attempt | None, words: str) -> None:
     """End the process as a crash would, so that Ray starts another in its place."""
-    if counter is not None:
-        ray.get(counter.last_words.remote(attempt, words))
+    if monitor is not None:
+        ray.get(monitor.last_words.remote(attempt, words))
     os._exit(1)

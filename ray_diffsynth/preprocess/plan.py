@@ -11,7 +11,7 @@ from ray_diffsynth.preprocess.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog, committed_rows, recover
 from ray_diffsynth.preprocess.execute import Work
 from ray_diffsynth.preprocess.pool import PoolSize
-from ray_diffsynth.preprocess.scan import Sample
+from ray_diffsynth.preprocess.records import Sample
 from ray_diffsynth.preprocess.shards import ShardPlan, not_known, plan_shards, wanted_rows
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def plan_works(
         return
     done: list[tuple[GroupPlan, GroupCatalog]] = []
     for group in job.groups:
-        failing = [(g, c) for g, c in done if c.failures or c.passing]
+        failing = [(g, c) for g, c in done if c.failures or c.transient]
         alive = [sample for sample in samples if not any(c.failure(g.key(sample.inputs)) for g, c in failing)]
         one = work(group, alive)
         done.append((group, one.catalog))

@@ -104,7 +104,7 @@ class Pipeline:
     size: PoolSize
     cache: str
     codec: str
-    counter: Any
+    monitor: Any
     stop: threading.Event
 
 
@@ -117,8 +117,8 @@ def run_pass(
     in or at an actor; with one, only the shard that is encoded is lost with it. Raises Stopped, EncoderError, and
     whatever Ray raises.
     """
-    spec, size, counter = line.spec, line.size, line.counter
-    sink = ShardSink(line.cache, spec.group, spec.parameters, line.codec, counter)
+    spec, size, monitor = line.spec, line.size, line.monitor
+    sink = ShardSink(line.cache, spec.group, spec.parameters, line.codec, monitor)
     # Rows of the dataset are whole shards, so a block never tears one apart.
     dataset = ray.data.from_items([shard_row(shard) for shard in shards], override_num_blocks=len(shards))
     context = dataset.context  # its own copy, which the steps below inherit
@@ -129,14 +129,14 @@ def run_pass(
     context.execution_options.verbose_progress = False
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, PassCallback]
     decoded = dataset.map(
-        Decoder(spec, counter),
+        Decoder(spec, monitor),
         num_cpus=size.decode_cpus,
         compute=TaskPoolStrategy(size.decode_tasks),
         max_retries=retries,
     )
     encoded = decoded.map(
         Encoder,
-        fn_constructor_args=(spec, counter),
+        fn_constructor_args=(spec, monitor),
         num_cpus=size.actor_cpus,
         num_gpus=size.actor_gpus or None,
         compute=ActorPoolStrategy(
@@ -153,5 +153,5 @@ def run_pass(
         try:
             encoded.write_datasink(sink, ray_remote_args={"num_cpus": size.write_cpus, "max_retries": retries})
         finally:
-            ray.get(counter.end_encoders.remote())
+            ray.get(monitor.end_encoders.remote())
     return sink.results, reports.deaths(spec.group)

@@ -12,43 +12,20 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.fit import Fits
 from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, stamp
 from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
 from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, pixel_keys, scan_file, size_fits
 from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.preprocess.scan_cache import Memo
+from ray_diffsynth.preprocess.records import Failure, Sample
+from ray_diffsynth.preprocess.scan_cache import ScanCache
 
 logger = logging.getLogger(__name__)
 
 FILES_PER_TASK = 64
 TASKS_AHEAD = 512
 """Tasks that wait or run; the driver's memory must not grow with the dataset's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A good row: its id, raw values, bucket, and its inputs as they enter a cache key (content hash for a file)."""
-
-    sample_id: str
-    source: str
-    row: Mapping[str, Any]
-    bucket: Bucket
-    inputs: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a file or row cannot be used: error class and message, as they go to quarantine."""
-
-    error: str
-    message: str
-
-    @classmethod
-    def of(cls, error: Exception) -> "Failure":
-        return cls(type(error).__name__, str(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +41,15 @@ Scanned = SourceFile | Failure
 
 def scan_files(
     paths: Sequence[str],
-    memo: Mapping[str, SourceFile],
+    known: Mapping[str, SourceFile],
     animations: bool = False,
     max_bytes: int = MAX_DECODE_BYTES,
 ) -> list[Scanned | Unchecked]:
-    """Scan each path; a file with the stamp of its memo is taken from there. Errors are values. See `scan_file`.
+    """Scan each path; a file with the stamp that `known` has of it is taken from there. Errors are values.
 
-    A file of the memo whose stamp cannot be asked stays: a storage that fails for a moment removes no sample.
+    A known file whose stamp cannot be asked stays: a storage that fails for a moment removes no sample.
     """
-    return [_scan(path, memo.get(path), animations, max_bytes) for path in paths]
+    return [_scan(path, known.get(path), animations, max_bytes) for path in paths]
 
 
 def _scan(path: str, known: SourceFile | None, animations: bool, max_bytes: int) -> Scanned | Unchecked:
@@ -105,14 +82,14 @@ def scan_dataset(
     places = _places(rows, spec)
     paths = list(dict.fromkeys(places.values()))
     require_video_support(paths)
-    memo = Memo(cache, paths, remember=remember)
+    scan_cache = ScanCache(cache, paths, remember=remember)
     task = ray.remote(num_cpus=num_cpus, max_retries=1)(scan_files)
     files: dict[str, Scanned] = {}
     unchecked: list[Unchecked] = []
     pending: deque[tuple[list[str], Any]] = deque()
 
     def begin(part: Sequence[str]) -> Any:
-        return task.remote(part, memo.known(part), spec.size.video, spec.max_decode_bytes)
+        return task.remote(part, scan_cache.known(part), spec.size.video, spec.max_decode_bytes)
 
     def take() -> None:
         part, reference = pending.popleft()
@@ -122,7 +99,7 @@ def scan_dataset(
                 files[path] = found.file
             else:
                 files[path] = found
-        memo.add({path: files[path] for path in part})
+        scan_cache.add({path: files[path] for path in part})
         on_progress(len(part))
 
     for start in range(0, len(paths), FILES_PER_TASK):
@@ -132,7 +109,7 @@ def scan_dataset(
         pending.append((part, begin(part)))
     while pending:
         take()
-    memo.save()
+    scan_cache.save()
     if unchecked:
         logger.warning(
             "%d files are taken as they were at the last scan, since it cannot be asked now whether they have changed "

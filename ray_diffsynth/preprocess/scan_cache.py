@@ -1,4 +1,4 @@
-"""The memo of the scan: sources that were read before, so that a file which has not changed is not read again."""
+"""Source files as the scans before read them, so that one that has not changed is not read again."""
 
 import io
 import json
@@ -8,23 +8,23 @@ from dataclasses import astuple
 from ray_diffsynth.data.samples import SourceFile
 from ray_diffsynth.storage import exists, join, read_bytes, write_bytes_atomic
 
-MEMO = "index/sources.jsonl"
+SCAN_CACHE = "index/sources.jsonl"
 VERSION = 3
 """Raise it when what a `SourceFile` says of the same file changes: it is read again then."""
 SAVES = 10
-"""How often the memo is saved during a scan of new files: each time a tenth of them is read."""
+"""How often it is saved during a scan of new files: each time a tenth of them is read."""
 LEAST = 1024
 """Files that are worth saving."""
 
 
-class Memo:
+class ScanCache:
     """Sources by path; of a dataset with these `paths`, others are forgotten.
 
     Nothing is written unless `remember`. It only saves time, so a damaged one, or one of another version, is ignored.
     """
 
     def __init__(self, cache: str, paths: Sequence[str], *, remember: bool = True) -> None:
-        self.path = join(cache, MEMO)
+        self.path = join(cache, SCAN_CACHE)
         self.remember = remember
         self.files = _load(self.path, set(paths))
         self._unsaved = 0
@@ -55,7 +55,7 @@ class Memo:
 
 def forget(cache: str, paths: Collection[str]) -> None:
     """Let the next scan read these files again: they hold something else than what is remembered of them."""
-    path = join(cache, MEMO)
+    path = join(cache, SCAN_CACHE)
     files = _load(path)
     if not files.keys().isdisjoint(paths):
         gone = set(paths)

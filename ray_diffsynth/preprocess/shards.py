@@ -12,7 +12,7 @@ from ray_diffsynth.cache.store import shard_name
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.preprocess.cache_keys import GroupPlan
-from ray_diffsynth.preprocess.scan import Sample
+from ray_diffsynth.preprocess.records import Sample
 
 EMPTY_CAPTION = "(the empty caption)"
 ALL_SIZES = "all"

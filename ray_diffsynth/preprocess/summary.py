@@ -13,14 +13,14 @@ from ray_diffsynth.data.metadata import Quarantined
 from ray_diffsynth.data.samples import SampleSpec, load_inputs
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.preprocess.scan import Sample
+from ray_diffsynth.preprocess.records import Sample
 from ray_diffsynth.report import Picture, thumbnail
 
 logger = logging.getLogger(__name__)
 
 REASONS = 50
 """Entries of the quarantine that the report lists; the cache has all."""
-PICTURES = 12
+SHEET_IMAGES = 12
 
 
 def group_numbers(
@@ -62,8 +62,8 @@ def contact_sheet(samples: Sequence[Sample], spec: SampleSpec) -> list[Picture]:
     if not spec.file_params:
         return []
     param = spec.file_params[0]
-    count = min(PICTURES, len(samples))
-    pictures = []
+    count = min(SHEET_IMAGES, len(samples))
+    images = []
     for sample in (samples[i * len(samples) // count] for i in range(count)):
         try:
             bucket = replace(sample.bucket, num_frames=1)  # the first frame, not the whole video
@@ -73,7 +73,7 @@ def contact_sheet(samples: Sequence[Sample], spec: SampleSpec) -> list[Picture]:
             logger.debug("%s is not on the contact sheet: %s", sample.sample_id, error)
             continue
         found = found[0] if isinstance(found, list) else found
-        picture: Image.Image = found if isinstance(found, Image.Image) else Image.fromarray(found[0])
+        image: Image.Image = found if isinstance(found, Image.Image) else Image.fromarray(found[0])
         text = str(sample.row.get(spec.columns.get("prompt", ""), ""))
-        pictures.append(Picture(thumbnail(picture), text, f"{sample.sample_id}, {sample.bucket.name}: {text}"))
-    return pictures
+        images.append(Picture(thumbnail(image), text, f"{sample.sample_id}, {sample.bucket.name}: {text}"))
+    return images

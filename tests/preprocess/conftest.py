@@ -179,7 +179,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 
 def files(cache: Path, *names: str) -> dict[str, bytes]:
-    """The committed files of a cache: path -> bytes, without reports, times and the memo of the scan."""
+    """The committed files of a cache: path -> bytes, without reports, times and the scan's cache."""
     folders = names or ("vae", "text_encoder", "index", "quarantine")
     found = {
         str(path.relative_to(cache)): path.read_bytes() for name in folders for path in (cache / name).glob("*.parquet")

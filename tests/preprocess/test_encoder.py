@@ -19,7 +19,7 @@ from ray_diffsynth.preprocess.encode_batches import encode
 from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.job import Job
 from ray_diffsynth.preprocess.messages import shard_row, unpack
-from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
 from tests.preprocess import counting
 from tests.preprocess.counting import FAMILY, behave, build_model, calls, digest

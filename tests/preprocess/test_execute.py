@@ -21,7 +21,7 @@ from ray_diffsynth.preprocess.execute import Work, _side_by_side, encode_group
 from ray_diffsynth.preprocess.messages import EncoderError
 from ray_diffsynth.preprocess.monitor import Counts
 from ray_diffsynth.preprocess.ray_data import PassCallback, Reports, Stopped
-from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted, plan_shards
 
 SIZE = Bucket(64, 64)
@@ -49,7 +49,7 @@ class PlayedRay:
         self.fatal = ""
         self.nodes = {"a", "b"}
         self.node_dies_in: int | None = None
-        self.counter = SimpleNamespace(
+        self.monitor = SimpleNamespace(
             get=SimpleNamespace(remote=lambda: Counts(fatal=self.fatal)),
             unfinished=SimpleNamespace(remote=lambda names: [self.attempts.unfinished(name) for name in names]),
         )
@@ -82,7 +82,7 @@ class PlayedRay:
             else:
                 facts = {"group": "vae", "file": f"{shard.name}.parquet", "bucket": shard.bucket, "nbytes": 1}
                 facts |= {"keys": list(shard.keys), "codec": "none", "rows_per_group": len(shard.keys), "failed": {}}
-                results.append({"shard": facts, "passing": {}, "warnings": []})
+                results.append({"shard": facts, "transient": {}, "warnings": []})
         self.deaths += deaths
         return results, deaths if self.says is None else self.says
 
@@ -96,7 +96,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlayedRay, int], Work]:
         monkeypatch.setattr(work_module, "living", lambda nodes: set(nodes) & played.nodes)
         shards = list(plan_shards(row(number) for number in range(rows)))
         work = Work(SimpleNamespace(group="vae"), None, shards, GroupCatalog())  # type: ignore[arg-type]
-        encode_group(work, SimpleNamespace(counter=played.counter))  # type: ignore[arg-type]
+        encode_group(work, SimpleNamespace(monitor=played.monitor))  # type: ignore[arg-type]
         return work
 
     return call
@@ -297,10 +297,10 @@ def test_each_group_names_its_own_error_once(monkeypatch: pytest.MonkeyPatch, ca
     assert [record.getMessage() for record in caplog.records] == ["text_encoder cannot be written to /cache: disk full"]
 
 
-def test_passing_failures_are_kept_apart() -> None:
+def test_transient_failures_are_kept_apart() -> None:
     catalog = GroupCatalog()
     work = Work(None, None, [], catalog)  # type: ignore[arg-type]
-    work.take([{"shard": None, "passing": {"k": ["SourceChanged", "changed"]}, "warnings": []}])
+    work.take([{"shard": None, "transient": {"k": ["SourceChanged", "changed"]}, "warnings": []}])
     assert catalog.known() == set() and catalog.failure("k") == Failure("SourceChanged", "changed")
     with pytest.raises(EncoderError, match="disk full"):
         work.take([{"fatal": "disk full"}])

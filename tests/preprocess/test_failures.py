@@ -38,7 +38,7 @@ from ray_diffsynth.preprocess.encode_batches import DeviceError, encode
 from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.job import Job
 from ray_diffsynth.preprocess.messages import EncoderError, shard_row, unpack
-from ray_diffsynth.preprocess.scan import Failure
+from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
 from ray_diffsynth.storage import StorageError
 from tests.preprocess import counting
@@ -211,7 +211,7 @@ def test_the_runs_own_mistakes_end_it_with_their_text(bench: Bench, process: Pro
     shard = bench.decode()
     bench.patch.setattr(counting.PictureUnit, "process_batch", process)
     one = Encoder(bench.spec)
-    one.counter = SimpleNamespace(give_up=SimpleNamespace(remote=told.append))
+    one.monitor = SimpleNamespace(give_up=SimpleNamespace(remote=told.append))
     bench.patch.setattr(encoder, "attempt_at", lambda *_: nullcontext())
     result = one(shard)
     assert told == [result["fatal"]] and re.search(message, result["fatal"])
@@ -220,7 +220,7 @@ def test_the_runs_own_mistakes_end_it_with_their_text(bench: Bench, process: Pro
 def test_a_lost_device_ends_the_process(bench: Bench) -> None:
     ended: list[str] = []
 
-    def end(counter: Any, attempt: Any, words: str) -> None:
+    def end(monitor: Any, attempt: Any, words: str) -> None:
         ended.append(words)
 
     bench.patch.setattr(encoder, "end_this_process", end)
@@ -254,7 +254,7 @@ def test_what_the_machine_lacks_ends_the_run(bench: Bench, monkeypatch: pytest.M
 
 def test_an_encoder_that_cannot_load_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    counter = SimpleNamespace(
+    monitor = SimpleNamespace(
         begin_loading=SimpleNamespace(remote=lambda actor, node: [node] * 5),
         give_up=SimpleNamespace(remote=told.append),
     )
@@ -263,7 +263,7 @@ def test_an_encoder_that_cannot_load_says_so(bench: Bench, monkeypatch: pytest.M
     fake = SimpleNamespace(get=lambda value: value, get_runtime_context=lambda: context)
     monkeypatch.setattr(encoder, "ray", fake)
     with pytest.raises(EncoderError, match="died each time while it loaded its models"):
-        Encoder(bench.spec, counter)
+        Encoder(bench.spec, monitor)
     assert len(told) == 1 and "the encoder of vae cannot be loaded" in told[0]
 
 

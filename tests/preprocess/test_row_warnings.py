@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ray_diffsynth.cache.row_warnings import WARNINGS_FILE, read_warnings, said, write_warnings
+from ray_diffsynth.cache.row_warnings import WARNINGS_FILE, parse_row_warnings, read_warnings, write_warnings
 from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.preprocess.encoder import _by_key
 from tests.preprocess.conftest import Stage1
@@ -106,7 +106,7 @@ def test_a_damaged_file_or_a_kind_of_another_version_is_no_warning(tmp_path: Pat
     for text in ("", "[1]", '{"vae": 3}', "[" * 100_000, '{"vae": {"k": [["of_tomorrow", "d"], 3, ["caption_cut"]]}}'):
         (tmp_path / WARNINGS_FILE).write_text(text)
         assert not read_warnings(cache).get("vae")
-    assert said([["caption_cut", "b"], ["caption_cut", "a"], ("caption_cut", "a")]) == (
+    assert parse_row_warnings([["caption_cut", "b"], ["caption_cut", "a"], ("caption_cut", "a")]) == (
         ("caption_cut", "a"),
         ("caption_cut", "b"),
     )

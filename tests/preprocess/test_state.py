@@ -1,4 +1,4 @@
-"""What a run makes of the cache that it finds: lost files, others' commits, another dataset, the memo of the scan."""
+"""What a run makes of the cache that it finds: lost files, others' commits, another dataset, the scan's cache."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ray_diffsynth.data.samples import SourceFile
 from ray_diffsynth.preprocess import catalog as catalog_module
 from ray_diffsynth.preprocess import job as job_module
 from ray_diffsynth.preprocess import scan as scan_module
-from ray_diffsynth.preprocess import scan_cache as memo_module
+from ray_diffsynth.preprocess import scan_cache as scan_cache_module
 from ray_diffsynth.preprocess.scan import scan_files
-from ray_diffsynth.preprocess.scan_cache import MEMO, Memo, forget
+from ray_diffsynth.preprocess.scan_cache import SCAN_CACHE, ScanCache, forget
 from tests.preprocess.conftest import CAPTIONS, PICTURES, SHARD, Stage1, files
 from tests.preprocess.counting import build_model, calls
 
@@ -96,7 +96,7 @@ def test_what_another_attempt_commits_before_the_lease_is_seen(
     assert Manifest.load(str(cache)).counts["samples"] == 1
 
 
-def test_another_dataset_leaves_the_memo_as_it_is(tmp_path: Path, few: Path, inline: Stage1) -> None:
+def test_another_dataset_leaves_the_scan_cache_as_it_is(tmp_path: Path, few: Path, inline: Stage1) -> None:
     model, cache, other = build_model(tmp_path / "model"), tmp_path / "cache", tmp_path / "other"
     inline(model, few, cache)
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
@@ -116,7 +116,7 @@ def test_a_scan_that_was_killed_goes_on(
     tmp_path: Path, many: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
-    monkeypatch.setattr(memo_module, "LEAST", 1)
+    monkeypatch.setattr(scan_cache_module, "LEAST", 1)
     read: list[str] = []
     real = scan_module.scan_file
 
@@ -144,34 +144,34 @@ def source(path: str, stamp: str = "1-2") -> SourceFile:
     return SourceFile(path, stamp, 64, 32, "abc")
 
 
-def test_the_memo_keeps_what_can_be_trusted(tmp_path: Path) -> None:
-    memo = Memo(str(tmp_path), ["a", "b", "c"])
-    memo.add({"a": source("a"), "b": source("b", stamp=""), "c": "not there"})
-    memo.save()
-    assert Memo(str(tmp_path), ["a", "b", "c"]).files == {"a": source("a")}
-    assert Memo(str(tmp_path), ["b"]).files == {} == Memo(str(tmp_path), ["a"]).known(["b"])
-    path = tmp_path / MEMO
+def test_the_scan_cache_keeps_what_can_be_trusted(tmp_path: Path) -> None:
+    scan_cache = ScanCache(str(tmp_path), ["a", "b", "c"])
+    scan_cache.add({"a": source("a"), "b": source("b", stamp=""), "c": "not there"})
+    scan_cache.save()
+    assert ScanCache(str(tmp_path), ["a", "b", "c"]).files == {"a": source("a")}
+    assert ScanCache(str(tmp_path), ["b"]).files == {} == ScanCache(str(tmp_path), ["a"]).known(["b"])
+    path = tmp_path / SCAN_CACHE
     whole = path.read_text()
     for text in (whole.replace('"version": 3', '"version": 2'), whole[:-5], "", "[]"):
         path.write_text(text)
-        assert Memo(str(tmp_path), ["a"]).files == {}
+        assert ScanCache(str(tmp_path), ["a"]).files == {}
     path.unlink()
-    Memo(str(tmp_path), ["a"], remember=False).save()
+    ScanCache(str(tmp_path), ["a"], remember=False).save()
     assert not path.exists()
 
 
 def test_what_is_forgotten_is_read_again(tmp_path: Path) -> None:
     cache = str(tmp_path)
     forget(cache, ["a"])
-    assert not (tmp_path / MEMO).exists()
-    memo = Memo(cache, ["a", "b", "c"])
-    memo.add({name: source(name) for name in "abc"})
-    memo.save()
+    assert not (tmp_path / SCAN_CACHE).exists()
+    scan_cache = ScanCache(cache, ["a", "b", "c"])
+    scan_cache.add({name: source(name) for name in "abc"})
+    scan_cache.save()
     forget(cache, ["b", "x"])
-    assert Memo(cache, ["a", "b", "c"]).files == {"a": source("a"), "c": source("c")}
-    before = (tmp_path / MEMO).stat()
+    assert ScanCache(cache, ["a", "b", "c"]).files == {"a": source("a"), "c": source("c")}
+    before = (tmp_path / SCAN_CACHE).stat()
     forget(cache, ["b", "x"])  # nothing to do: the file stays
-    assert (tmp_path / MEMO).stat() == before
+    assert (tmp_path / SCAN_CACHE).stat() == before
 
 
 def test_a_replaced_file_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:

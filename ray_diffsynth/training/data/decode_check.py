@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ray_diffsynth.data.media import PASSING
+from ray_diffsynth.data.media import TRANSIENT
 from ray_diffsynth.data.video_stream import VideoSupportError
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.storage import StorageError
@@ -17,7 +17,7 @@ T = TypeVar("T")
 CHECKED_PICTURES, CHECKED_VIDEOS = 2000, 100
 """Samples up to which a dataset of pictures, or of videos, is decoded first. Of a larger one a damaged sample is met at
 its step, where another one of its size takes its place."""
-NOT_THE_SAMPLES = (*PASSING, MemoryError, StorageError, VideoSupportError)
+NOT_THE_SAMPLES = (*TRANSIENT, MemoryError, StorageError, VideoSupportError)
 """Errors that say nothing of the sample: they end the attempt, and the next one tries again."""
 
 
