@@ -78,7 +78,7 @@ def test_what_the_documented_commands_write_stays_here(checkout: Path, tmp_path:
             "data/a.png",
         ),
         *("notes/.ipynb_checkpoints/a.ipynb", "tests/test_cli.py", "docs/images/a.png", "benchmarks/results/a.json"),
-        *("findings/README.md", "outputs/a.png", "my_package/my_package.egg-info/PKG-INFO"),
+        *("findings/README.md", "demo_recipe/dit.py", "outputs/a.png", "my_package/my_package.egg-info/PKG-INFO"),
     ],
 )
 def test_what_is_no_part_of_a_job_stays_here(name: str, checkout: Path, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import torch
 from diffusers import QwenImagePipeline
 from safetensors import safe_open
 
+from demo_recipe.vae import decode, encode, held_out_pictures, psnr
 from ray_diffsynth.demo import demo_model_path
 from ray_diffsynth.demo.captions import Scene, canonical
 from ray_diffsynth.demo.draw import draw_picture
 from ray_diffsynth.demo.evaluate import sample, score
-from ray_diffsynth.demo.recipe.vae import decode, encode, held_out_pictures, psnr
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage as qwen_vae
 from torch import Tensor, nn
 
+from demo_recipe.encoder import CHANNELS, write_encoder
 from ray_diffsynth.demo.draw import Pixels, draw_picture
-from ray_diffsynth.demo.recipe.encoder import CHANNELS, write_encoder
 
 
 def build_vae(pixels: Pixels, seed: int) -> AutoencoderKLQwenImage:

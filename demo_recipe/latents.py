@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from demo_recipe.vae import encode
 from ray_diffsynth.demo.captions import canonical, caption
 from ray_diffsynth.demo.draw import draw_picture
-from ray_diffsynth.demo.recipe.vae import encode
 from ray_diffsynth.demo.text_encoder import build_text_encoder
 from ray_diffsynth.demo.tokenizer import build_tokenizer
 
-logger = logging.getLogger("ray_diffsynth.demo.recipe")
+logger = logging.getLogger("demo_recipe")
 EMPTY = " "  # the negative prompt, and what a dropped caption becomes
 
 

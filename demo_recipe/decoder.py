@@ -13,11 +13,11 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 
+from demo_recipe.state import TrainingState, scheduled_rate
+from demo_recipe.vae import encode, held_out_pictures, psnr, single_frame, to_tensor
 from ray_diffsynth.demo.draw import Pixels
-from ray_diffsynth.demo.recipe.state import TrainingState, scheduled_rate
-from ray_diffsynth.demo.recipe.vae import encode, held_out_pictures, psnr, single_frame, to_tensor
 
-logger = logging.getLogger("ray_diffsynth.demo.recipe")
+logger = logging.getLogger("demo_recipe")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The stages of the recipe: encoder → latents → decoder and dit (side by side) → export. Each goes on where it stopped.
 
-OMP_NUM_THREADS=2 python -m ray_diffsynth.demo.recipe encoder latents decoder dit export --out build/demo
+OMP_NUM_THREADS=2 python -m demo_recipe encoder latents decoder dit export --out build/demo
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from pathlib import Path
 
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
+from demo_recipe.decoder import DecoderConfig, train_decoder
+from demo_recipe.dit import DitConfig, train_dit
+from demo_recipe.export import export_model, pipeline
+from demo_recipe.generic import decoder_picture, encoder_picture, kept_pictures
+from demo_recipe.latents import LatentsConfig, load_latents, prepare_latents
+from demo_recipe.vae import build_vae, decode, encode, held_out_pictures
 from ray_diffsynth.demo.captions import canonical
 from ray_diffsynth.demo.evaluate import grid, known_scenes, sample, score
-from ray_diffsynth.demo.recipe.decoder import DecoderConfig, train_decoder
-from ray_diffsynth.demo.recipe.dit import DitConfig, train_dit
-from ray_diffsynth.demo.recipe.export import export_model, pipeline
-from ray_diffsynth.demo.recipe.generic import decoder_picture, encoder_picture, kept_pictures
-from ray_diffsynth.demo.recipe.latents import LatentsConfig, load_latents, prepare_latents
-from ray_diffsynth.demo.recipe.vae import build_vae, decode, encode, held_out_pictures
 
-logger = logging.getLogger("ray_diffsynth.demo.recipe")
+logger = logging.getLogger("demo_recipe")
 
 
 def stage_encoder(out: Path) -> None:
@@ -84,7 +84,7 @@ STAGES = {
 
 def main() -> None:
     """Run the named stages in the order given."""
-    parser = argparse.ArgumentParser(prog="python -m ray_diffsynth.demo.recipe", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m demo_recipe", description=__doc__.split("\n")[0])
     parser.add_argument("stages", nargs="+", choices=list(STAGES))
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     args = parser.parse_args()

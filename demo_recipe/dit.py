@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from ray_diffsynth.demo.recipe.latents import Latents
-from ray_diffsynth.demo.recipe.state import TrainingState, scheduled_rate
+from demo_recipe.latents import Latents
+from demo_recipe.state import TrainingState, scheduled_rate
 
-logger = logging.getLogger("ray_diffsynth.demo.recipe")
+logger = logging.getLogger("demo_recipe")
 
 
 @dataclass(frozen=True)

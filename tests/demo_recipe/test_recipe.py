@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from demo_recipe.dit import Batches, DitConfig, build_dit, flow_loss, rate, velocity
+from demo_recipe.encoder import blocks, components, projections
+from demo_recipe.generic import decoder_picture, encoder_picture
+from demo_recipe.latents import Latents
+from demo_recipe.state import TrainingState
+from demo_recipe.vae import build_vae, encode, to_tensor
 from ray_diffsynth.demo.draw import draw_picture
-from ray_diffsynth.demo.recipe.dit import Batches, DitConfig, build_dit, flow_loss, rate, velocity
-from ray_diffsynth.demo.recipe.encoder import blocks, components, projections
-from ray_diffsynth.demo.recipe.generic import decoder_picture, encoder_picture
-from ray_diffsynth.demo.recipe.latents import Latents
-from ray_diffsynth.demo.recipe.state import TrainingState
-from ray_diffsynth.demo.recipe.vae import build_vae, encode, to_tensor
 
 
 def _train(folder: Path, stop: int) -> tuple[torch.Tensor, torch.Tensor, int]:

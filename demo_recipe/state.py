@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-logger = logging.getLogger("ray_diffsynth.demo.recipe")
+logger = logging.getLogger("demo_recipe")
 
 
 def scheduled_rate(step: int, *, peak: float, warmup: int, steps: int, cool: int) -> float:
