@@ -49,6 +49,10 @@ class GroupCatalog:
         """Why the sample of a key is not stored; None for one that is, or was not tried."""
         return None if key in self.locations else self.failures.get(key) or self.transient.get(key)
 
+    def has_failures(self) -> bool:
+        """Whether any row is known not to be stored."""
+        return bool(self.failures or self.transient)
+
     def known(self) -> set[str]:
         """Keys that need no encoding: stored, or failed before with the very same inputs."""
         return {*self.locations, *self.failures}

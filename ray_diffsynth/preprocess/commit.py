@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import astuple, dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,13 +14,10 @@ from ray_diffsynth.cache.row_warnings import RowWarnings, write_warnings
 from ray_diffsynth.data.metadata import DUPLICATE, Quarantined
 from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.preprocess.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
-from ray_diffsynth.preprocess.records import Failure, Sample
+from ray_diffsynth.preprocess.group_run import GroupRun
+from ray_diffsynth.preprocess.records import Failure, Sample, ScannedRows
 from ray_diffsynth.storage import file_sizes, join
-
-if TYPE_CHECKING:
-    from ray_diffsynth.preprocess.job import Job
 
 
 class QuarantineError(UserError):
@@ -59,54 +55,57 @@ def check_same_dataset(
 
 
 def commit_cache(
-    job: "Job",
-    samples: Sequence[Sample],
-    rejected: Sequence[Quarantined],
-    total: int,
-    catalogs: Mapping[str, GroupCatalog],
+    cache: str, draft: Manifest, rows: ScannedRows, runs: Sequence[GroupRun], *, caption: str | None = None
 ) -> Outcome:
-    """Write index, quarantine and manifest; the samples come in the order of training (by bucket).
+    """Write index, quarantine and manifest.
 
+    `draft`: the manifest without groups, buckets and counts. caption: the column that holds the captions.
     Raises CacheError when no sample is left, before anything is written.
     """
-    good: list[Sample] = []
-    groups = [(group, catalogs[group.name]) for group in job.groups]
-    failing = _failing(job, catalogs)
-    keys: dict[str, list[str]] = {group.name: [] for group in job.groups}
-    bad = [{"sample_id": q.sample_id, "source": q.source, "error": q.error, "message": q.message} for q in rejected]
-    for sample in samples:
-        entry = _quarantined(sample, failing)
+    good: list[int] = []
+    failing = [run for run in runs if run.catalog.has_failures()]
+    total = rows.total
+    bad = [_entry(item) for item in rows.rejected]
+    for number, sample in enumerate(rows.samples):
+        entry = _quarantined(number, sample, failing)
         if entry is not None:
             bad.append(entry)
             continue
-        good.append(sample)
-        for group, catalog in groups:
-            key = group.key(sample.inputs)
-            if key not in catalog.locations:
-                raise CacheError(f"{sample.sample_id} was neither encoded nor did it fail in {group.name}; run again")
-            keys[group.name].append(key)
+        good.append(number)
+        for run in runs:
+            if run.keys[number] not in run.catalog.locations:
+                raise CacheError(f"{sample.sample_id} was neither encoded nor did it fail in {run.name}; run again")
     if len(good) + len(bad) != total:
         raise CacheError(f"{total} rows came in, {len(good)} are cached and {len(bad)} quarantined: a sample was lost")
     if not good:
         raise CacheError(_nothing_left(bad, total))
+    samples = [rows.samples[number] for number in good]
     index = {
-        "sample_id": [s.sample_id for s in good],
-        "source": [s.source for s in good],
-        "bucket": [s.bucket.name for s in good],
+        "sample_id": [sample.sample_id for sample in samples],
+        "source": [sample.source for sample in samples],
+        "bucket": [sample.bucket.name for sample in samples],
     }
     columns: dict[str, pa.Array] = {name: pa.array(values, pa.string()) for name, values in index.items()}
-    for name, of_group in keys.items():
-        places = [catalogs[name].locations[key] for key in of_group]
-        columns[f"{name}_key"] = pa.array(of_group, pa.string())
-        columns[f"{name}_file"] = pa.array([place.file for place in places], pa.string())
-        columns[f"{name}_row_group"] = pa.array([place.row_group for place in places], pa.int32())
-        columns[f"{name}_row"] = pa.array([place.row for place in places], pa.int32())
-    write_warnings(job.cache, {name: _row_warnings(set(keys[name]), catalogs[name]) for name in keys})
-    draft = _manifest(job, keys, Counter(index["bucket"]), len(bad), total, catalogs)
-    caption = job.sample.columns.get("prompt")
-    captions = [_text(sample.row.get(caption)) for sample in good] if caption is not None else None
+    keys = {run.name: [run.keys[number] for number in good] for run in runs}
+    for run in runs:
+        places = [run.catalog.locations[key] for key in keys[run.name]]
+        columns[f"{run.name}_key"] = pa.array(keys[run.name], pa.string())
+        columns[f"{run.name}_file"] = pa.array([place.file for place in places], pa.string())
+        columns[f"{run.name}_row_group"] = pa.array([place.row_group for place in places], pa.int32())
+        columns[f"{run.name}_row"] = pa.array([place.row for place in places], pa.int32())
+    distinct = {name: set(of_group) for name, of_group in keys.items()}
+    write_warnings(cache, {run.name: _row_warnings(distinct[run.name], run.catalog) for run in runs})
+    groups = tuple(_group_spec(cache, run, distinct[run.name]) for run in runs)
+    texts = sum(spec.rows for spec, run in zip(groups, runs, strict=True) if run.plan.caption_only)
+    draft = replace(
+        draft,
+        groups=groups,
+        buckets=dict(Counter(index["bucket"])),
+        counts={"samples": len(good), "quarantined": len(bad), "total": total, "texts": texts},
+    )
+    captions = [_text(sample.row.get(caption)) for sample in samples] if caption is not None else None
     quarantine = pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA)
-    manifest = commit(job.cache, draft, pa.table(columns), quarantine, captions)
+    manifest = commit(cache, draft, pa.table(columns), quarantine, captions)
     listed = tuple(Quarantined(item["sample_id"], item["source"], item["error"], item["message"]) for item in bad)
     return Outcome(manifest, listed)
 
@@ -115,16 +114,15 @@ def _row_warnings(keys: Collection[str], catalog: GroupCatalog) -> dict[str, Row
     return {key: pairs for key, pairs in catalog.warnings.items() if key in keys}
 
 
-def add_row_warnings(
-    warnings: DataWarnings, job: "Job", samples: Sequence[Sample], catalogs: Mapping[str, GroupCatalog]
-) -> None:
+def add_row_warnings(warnings: DataWarnings, samples: Sequence[Sample], runs: Sequence[GroupRun]) -> None:
     """Add what is known of each sample's rows, encoded now or by an earlier run, and of this run's batches."""
-    for group in job.groups:
-        catalog = catalogs[group.name]
-        for kind, detail in sorted(catalog.run_warnings):
+    for run in runs:
+        for kind, detail in sorted(run.catalog.run_warnings):
             warnings.add(kind, "", detail)
-        for sample in samples if catalog.warnings else ():
-            for kind, detail in catalog.warnings.get(group.key(sample.inputs), ()):
+        if not run.catalog.warnings:
+            continue
+        for sample, key in zip(samples, run.keys, strict=True):
+            for kind, detail in run.catalog.warnings.get(key, ()):
                 warnings.add(kind, sample.sample_id, detail)
 
 
@@ -132,28 +130,19 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def check_quarantine(
-    job: "Job",
-    samples: Sequence[Sample],
-    rejected: Sequence[Quarantined],
-    total: int,
-    catalogs: Mapping[str, GroupCatalog],
-) -> None:
-    """Raise QuarantineError if more rows are for quarantine by now than `max_quarantine` allows.
+def check_quarantine(rows: ScannedRows, runs: Sequence[GroupRun], most: float | None) -> None:
+    """Raise QuarantineError if more rows are for quarantine by now than `most` (`--max_quarantine`) allows.
 
-    `catalogs`: of the groups that are done. Exact repetitions, by which rows are given more weight, do not count.
+    Exact repetitions, by which rows are given more weight, do not count.
     """
-    most = job.config.max_quarantine
     if most is None:
         return
+    total = rows.total
     limit = int(most * total if most < 1 else most)
-    bad: list[Mapping[str, str]] = [
-        {"sample_id": entry.sample_id, "error": entry.error, "message": entry.message}
-        for entry in rejected
-        if entry.error != DUPLICATE
-    ]
-    if failing := _failing(job, catalogs):
-        bad += [entry for sample in samples if (entry := _quarantined(sample, failing)) is not None]
+    bad: list[Mapping[str, str]] = [_entry(item) for item in rows.rejected if item.error != DUPLICATE]
+    if failing := [run for run in runs if run.catalog.has_failures()]:
+        found = (_quarantined(number, sample, failing) for number, sample in enumerate(rows.samples))
+        bad += [entry for entry in found if entry is not None]
     if len(bad) <= limit:
         return
     reasons = ", ".join(f"{count} x {error}" for error, count in Counter(item["error"] for item in bad).most_common())
@@ -164,23 +153,20 @@ def check_quarantine(
     )
 
 
-def _failing(job: "Job", catalogs: Mapping[str, GroupCatalog]) -> list[tuple[GroupPlan, GroupCatalog]]:
-    """The groups in which a sample failed, in the order in which they are done."""
-    found = [(group, catalogs[group.name]) for group in job.groups if group.name in catalogs]
-    return [(group, catalog) for group, catalog in found if catalog.failures or catalog.transient]
+def _entry(item: Quarantined) -> dict[str, str]:
+    return {"sample_id": item.sample_id, "source": item.source, "error": item.error, "message": item.message}
 
 
-def _quarantined(sample: Sample, groups: Sequence[tuple[GroupPlan, GroupCatalog]]) -> dict[str, str] | None:
+def _quarantined(number: int, sample: Sample, runs: Sequence[GroupRun]) -> dict[str, str] | None:
     """The quarantine's entry of a sample that failed in one of the groups; None for a good one.
 
     Its `group` and `key`, by which the next run knows it, are left out where that run is to try it again.
     """
-    for group, catalog in groups:
-        key = group.key(sample.inputs)
-        if (reason := catalog.failure(key)) is not None:
-            entry = {"sample_id": sample.sample_id, "source": sample.source}
-            entry |= {"error": reason.error, "message": reason.message}
-            return entry | ({"group": group.name, "key": key} if key in catalog.failures else {})
+    for run in runs:
+        if (reason := run.failure(number)) is not None:
+            key = run.keys[number]
+            entry = _entry(Quarantined(sample.sample_id, sample.source, reason.error, reason.message))
+            return entry | ({"group": run.name, "key": key} if key in run.catalog.failures else {})
     return None
 
 
@@ -191,31 +177,9 @@ def _nothing_left(bad: Sequence[Mapping[str, str]], total: int) -> str:
     return f"none of {total} samples could be encoded; the first, {name}: {error}: {message}"
 
 
-def _manifest(
-    job: "Job",
-    keys: Mapping[str, Sequence[str]],
-    buckets: Mapping[str, int],
-    bad: int,
-    total: int,
-    catalogs: Mapping[str, GroupCatalog],
-) -> Manifest:
-    groups = tuple(_group_spec(job, group, set(keys[group.name]), catalogs[group.name]) for group in job.groups)
-    texts = sum(spec.rows for spec, group in zip(groups, job.groups, strict=True) if group.caption_only)
-    return Manifest(
-        family=job.family,
-        task=job.config.task,
-        trainable=job.config.trained,
-        parameters=job.stages.parameters,
-        groups=groups,
-        buckets=dict(buckets),
-        counts={"samples": sum(buckets.values()), "quarantined": bad, "total": total, "texts": texts},
-        codec=job.config.cache_codec,
-        dtype=job.config.dtype,
-    )
-
-
-def _group_spec(job: "Job", group: GroupPlan, keys: set[str], catalog: GroupCatalog) -> GroupSpec:
-    empty = group.key({"prompt": ""}) if group.caption_only else None
+def _group_spec(cache: str, run: GroupRun, keys: set[str]) -> GroupSpec:
+    """`keys`: of the rows that the index names."""
+    group, catalog, empty = run.plan, run.catalog, run.empty_key
     if empty is not None and empty not in catalog.locations:
         reason = catalog.failure(empty) or Failure("CacheError", "it was not encoded")
         raise CacheError(
@@ -229,7 +193,7 @@ def _group_spec(job: "Job", group: GroupPlan, keys: set[str], catalog: GroupCata
         parts=dict(group.parts),
         rows=len(keys),
         nbytes=_group_bytes(
-            job.cache, group.name, {catalog.locations[key].file for key in {*keys, empty} if key is not None}
+            cache, group.name, {catalog.locations[key].file for key in {*keys, empty} if key is not None}
         ),
         empty_key=empty,
         empty_at=astuple(catalog.locations[empty]) if empty is not None else None,

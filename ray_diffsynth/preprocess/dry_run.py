@@ -3,22 +3,18 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_diffsynth.cache.inspection import histogram
 from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.data.metadata import Quarantined
 from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.models.fingerprint import SKETCH
 from ray_diffsynth.preprocess.cache_keys import GroupPlan
-from ray_diffsynth.preprocess.catalog import GroupCatalog
 from ray_diffsynth.preprocess.commit import add_row_warnings
-from ray_diffsynth.preprocess.plan import Committed, open_shards
-from ray_diffsynth.preprocess.records import Sample
+from ray_diffsynth.preprocess.group_run import GroupRun
+from ray_diffsynth.preprocess.pending import Committed, plan_pending
+from ray_diffsynth.preprocess.records import ScannedRows
 from ray_diffsynth.preprocess.shards import EMPTY_CAPTION, ShardPlan
-
-if TYPE_CHECKING:
-    from ray_diffsynth.preprocess.job import Job
 
 _LATENT_BYTES_PER_PIXEL = 0.5 * 0.7
 """16-bit latents of an 8x VAE with 16 channels, times what planes-zstd makes of them."""
@@ -27,22 +23,19 @@ _TEXT_ROW_BYTES = 200_000
 
 
 def dry_run(
-    job: "Job",
-    committed: Committed,
-    samples: Sequence[Sample],
-    rejected: Sequence[Quarantined],
-    total: int,
-    warnings: DataWarnings,
+    committed: Committed, rows: ScannedRows, runs: Sequence[GroupRun], warnings: DataWarnings, *, retry: bool
 ) -> dict[str, Any]:
     """Print the plan; returns its figures: samples, quarantined, buckets, warnings, per group rows, reasons and bytes.
 
     `warnings`: of what metadata and headers tell, to which that of rows in the cache is added; what the encoders would
-    say of others is not known.
+    find in others is not known. retry: rows that failed in an earlier run are tried again.
     """
+    samples, rejected, total = rows.samples, rows.rejected, rows.total
     buckets = Counter(sample.bucket.name for sample in samples)
-    planned = {group.name: open_shards(job, committed, group, samples) for group in job.groups}
-    groups = {group.name: _group_plan(committed, group, samples, *planned[group.name]) for group in job.groups}
-    add_row_warnings(warnings, job, samples, {name: catalog for name, (_, catalog) in planned.items()})
+    for run in runs:
+        plan_pending(run, committed, samples, retry=retry)
+    groups = {run.name: _group_figures(committed, run) for run in runs}
+    add_row_warnings(warnings, samples, runs)
     now = {sample.sample_id for sample in samples}
     before = set() if committed.index is None else set(committed.index["sample_id"].to_pylist())
     plan: dict[str, Any] = {
@@ -76,20 +69,15 @@ def dry_run(
     return plan
 
 
-def _group_plan(
-    committed: Committed,
-    group: GroupPlan,
-    samples: Sequence[Sample],
-    shards: Sequence[ShardPlan],
-    catalog: GroupCatalog,
-) -> dict[str, Any]:
-    keys = {group.key(sample.inputs) for sample in samples}
+def _group_figures(committed: Committed, run: GroupRun) -> dict[str, Any]:
+    group, shards, catalog = run.plan, run.shards, run.catalog
+    keys = set(run.keys)
     spec = None
     if committed.manifest is not None:
         spec = next((item for item in committed.manifest.groups if item.name == group.name), None)
     reasons: Counter[str] = Counter()
     if spec is not None and spec.fingerprint != group.fingerprint:
-        reasons[changes(spec.parts, group.parts)] = sum(len(shard.rows) for shard in shards)
+        reasons[changes(spec.parts, group.parts)] = run.rows
     else:
         known: dict[str, str] = {}
         if committed.index is not None and spec is not None:
@@ -107,7 +95,7 @@ def _group_plan(
                 ] += 1
     mean = spec.nbytes / spec.rows if spec is not None and spec.rows else None
     return {
-        "encode": sum(len(shard.rows) for shard in shards),
+        "encode": run.rows,
         "reused": len(keys & catalog.locations.keys()),
         "known_failures": len(keys & catalog.failures.keys()),
         "reasons": dict(reasons),

@@ -4,24 +4,19 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
-from ray_diffsynth.cache.store import Shard
-from ray_diffsynth.data.media import SourceChanged
 from ray_diffsynth.preprocess.attempts import Unfinished
-from ray_diffsynth.preprocess.catalog import GroupCatalog
+from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.losses import RETRIES, Losses
-from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec, described
+from ray_diffsynth.preprocess.messages import EncoderError, described
 from ray_diffsynth.preprocess.metrics import PoolMetrics
 from ray_diffsynth.preprocess.monitor import Counts, Monitor
 from ray_diffsynth.preprocess.nodes import living
-from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.ray_data import Pipeline, Stopped, run_pass
 from ray_diffsynth.preprocess.records import Failure
-from ray_diffsynth.preprocess.shards import ShardPlan
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.ray_session import alive_nodes, on_this_node
 
@@ -31,94 +26,49 @@ STOP_SECONDS = 60.0
 """How long the other groups may take to end when one cannot go on."""
 
 
-@dataclass
-class Work:
-    """One group's shards that are to be encoded. What is written goes to `catalog`; `encoded` counts those rows.
-
-    `reused`: wanted rows that the cache held before.
-    """
-
-    spec: EncoderSpec
-    size: PoolSize
-    shards: Sequence[ShardPlan]
-    catalog: GroupCatalog
-    reused: int = 0
-    encoded: int = field(default=0, init=False)
-
-    @property
-    def rows(self) -> int:
-        return sum(len(shard.rows) for shard in self.shards)
-
-    def take(self, results: Sequence[dict[str, Any]]) -> None:
-        """Take in what a pass gave for its shards. Raises EncoderError if one of them says that nothing can be done."""
-        for result in results:
-            if "fatal" in result:
-                raise EncoderError(result["fatal"])
-            if result["shard"] is not None:
-                shard = Shard.from_dict(result["shard"])
-                self.catalog.add(shard)
-                self.encoded += len(shard.keys)
-            self.catalog.run_warnings.update((kind, detail) for kind, detail in result["warnings"])
-            for key, reason in result["transient"].items():
-                self.catalog.transient[key] = Failure(*reason)
-
-    def changed_sources(self) -> set[str]:
-        """Paths of the files of rows that could not be encoded since a file was not the one that was scanned."""
-        spec = self.spec.sample
-        changed = {key for key, reason in self.catalog.transient.items() if reason.error == SourceChanged.__name__}
-        rows = [row.row for shard in self.shards if changed for row in shard.rows if row.key in changed]
-        params = [param for param in spec.file_params if param in self.spec.inputs]
-        return {path for row in rows for param in params for path in spec.paths(row, param)}
-
-    def missing(self, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
-        """Those of the shards of which nothing is known: a shard is taken in as a whole or not at all."""
-        done = {*self.catalog.known(), *self.catalog.transient}
-        return [shard for shard in shards if not done.issuperset(shard.keys)]
-
-
-def encode_all(works: Sequence[Work], *, cache: str, codec: str) -> None:
+def encode_all(runs: Sequence[GroupRun], *, cache: str, codec: str) -> None:
     """Encode and write the shards of all groups side by side. Raises EncoderError, and whatever Ray raises.
 
     When one group cannot go on, the others are stopped too.
     """
-    works = [work for work in works if work.shards]
-    if not works:
+    runs = [run for run in runs if run.shards]
+    if not runs:
         return
     stop = threading.Event()
-    monitors = [Monitor.options(scheduling_strategy=on_this_node()).remote() for _ in works]  # type: ignore[attr-defined]
+    monitors = [Monitor.options(scheduling_strategy=on_this_node()).remote() for _ in runs]  # type: ignore[attr-defined]
     lines = [
-        Pipeline(work.spec, work.size, cache, codec, monitor, stop)
-        for work, monitor in zip(works, monitors, strict=True)
+        Pipeline(run.encoder, run.pool, cache, codec, monitor, stop)
+        for run, monitor in zip(runs, monitors, strict=True)
     ]
-    title = f"encode {works[0].spec.group}" if len(works) == 1 else "encode"
-    total = sum(work.rows for work in works)
+    title = f"encode {runs[0].name}" if len(runs) == 1 else "encode"
+    total = sum(run.rows for run in runs)
     try:
-        with Progress(title, total=total, unit="samples") as progress, _watch(works, monitors, stop, progress):
-            if len(works) == 1:
-                encode_group(works[0], lines[0])
+        with Progress(title, total=total, unit="samples") as progress, _watch(runs, monitors, stop, progress):
+            if len(runs) == 1:
+                encode_group(runs[0], lines[0])
             else:
-                _side_by_side(works, lines, stop)
+                _side_by_side(runs, lines, stop)
     finally:
         for monitor in monitors:
             ray.kill(monitor)
 
 
-def _side_by_side(works: Sequence[Work], lines: Sequence[Pipeline], stop: threading.Event) -> None:
+def _side_by_side(runs: Sequence[GroupRun], lines: Sequence[Pipeline], stop: threading.Event) -> None:
     """A thread for each group. The first that cannot go on stops the others; its error is raised when they have ended.
 
     Another group's own error, if it had one too, is logged.
     """
     errors: list[tuple[str, BaseException]] = []
 
-    def one(work: Work, line: Pipeline) -> None:
+    def one(run: GroupRun, line: Pipeline) -> None:
         try:
-            encode_group(work, line)
+            encode_group(run, line)
         except BaseException as error:
-            errors.append((work.spec.group, error))
+            errors.append((run.name, error))
             stop.set()
 
     # Daemons, joined in small waits: an interrupt is heard at once, not after the last shard.
-    threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in zip(works, lines, strict=True)]
+    threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in zip(runs, lines, strict=True)]
     for thread in threads:
         thread.start()
     try:
@@ -139,14 +89,14 @@ def _side_by_side(works: Sequence[Work], lines: Sequence[Pipeline], stop: thread
         raise error
 
 
-def encode_group(work: Work, line: Pipeline) -> None:
+def encode_group(run: GroupRun, line: Pipeline) -> None:
     """Encode the shards of one group. Raises EncoderError, Stopped when another group cannot go on.
 
     What was lost with a machine is tried again as it was: the cache is then that of an undisturbed run, byte for byte.
     A shard whose process dies again and again is dropped by Ray Data. The batch that killed is then cut out of it, and
     cut in two until the row that kills its encoder stands alone, which is quarantined; the others are encoded.
     """
-    group, shards = work.spec.group, work.shards
+    group, shards = run.name, run.shards
     losses = Losses(group)
     first = True
     while shards:
@@ -162,8 +112,8 @@ def encode_group(work: Work, line: Pipeline) -> None:
             if not isinstance(error, EncoderError) and (reason := ray.get(line.monitor.get.remote()).fatal):
                 raise EncoderError(reason) from error
             raise
-        work.take(results)
-        lost = work.missing(shards)
+        run.take(results)
+        lost = run.missing(shards)
         if not lost:
             return
         if not deaths:
@@ -178,7 +128,7 @@ def encode_group(work: Work, line: Pipeline) -> None:
         for shard, attempts in zip(lost, found, strict=True):
             again = losses.again(shard, attempts, alive, retries=retries, node_lost=not nodes <= alive)
             if isinstance(again, Failure):
-                work.catalog.failures[shard.keys[0]] = again
+                run.catalog.failures[shard.keys[0]] = again
             else:
                 shards += again
         whole = {shard.name for shard in lost} & {shard.name for shard in shards}
@@ -192,10 +142,12 @@ def encode_group(work: Work, line: Pipeline) -> None:
 
 
 @contextmanager
-def _watch(works: Sequence[Work], monitors: Sequence[Any], stop: threading.Event, progress: Progress) -> Iterator[None]:
+def _watch(
+    runs: Sequence[GroupRun], monitors: Sequence[Any], stop: threading.Event, progress: Progress
+) -> Iterator[None]:
     """Within it, `progress` and Ray's metrics follow the monitors, and `stop` is set when one of them gives up."""
     over = threading.Event()
-    metrics = [PoolMetrics(work.spec.group, work.rows) for work in works]
+    metrics = [PoolMetrics(run.name, run.rows) for run in runs]
 
     def look() -> None:
         counts: list[Counts] = ray.get([monitor.get.remote() for monitor in monitors])
@@ -204,8 +156,8 @@ def _watch(works: Sequence[Work], monitors: Sequence[Any], stop: threading.Event
         rates = [metric.update(count) for metric, count in zip(metrics, counts, strict=True)]
         values: dict[str, float | str] = {"quarantined": str(sum(count.failed for count in counts))}
         values["MB"] = f"{sum(count.nbytes for count in counts) / 1e6:.1f}"
-        if len(works) > 1:
-            values |= {work.spec.group: f"{rate:.3g}/s" for work, rate in zip(works, rates, strict=True)}
+        if len(runs) > 1:
+            values |= {run.name: f"{rate:.3g}/s" for run, rate in zip(runs, rates, strict=True)}
         progress.update(sum(count.written + count.failed for count in counts), **values)
 
     def follow() -> None:

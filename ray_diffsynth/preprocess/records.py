@@ -1,10 +1,11 @@
-"""What stage 1 knows of a row of the dataset: a good sample, or why it cannot be used."""
+"""What stage 1 knows of the rows of the dataset: good samples, and why others cannot be used."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.data.metadata import Quarantined
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +29,12 @@ class Failure:
     @classmethod
     def of(cls, error: Exception) -> "Failure":
         return cls(type(error).__name__, str(error))
+
+
+@dataclass(frozen=True)
+class ScannedRows:
+    """All rows of a dataset after the scan: good samples in the order of training, the others with their reason."""
+
+    samples: Sequence[Sample]
+    rejected: Sequence[Quarantined]
+    total: int

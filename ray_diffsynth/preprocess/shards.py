@@ -48,20 +48,25 @@ class ShardPlan:
         return tuple(row.key for row in self.rows)
 
 
-def wanted_rows(group: GroupPlan, samples: Iterable[Sample], spec: SampleSpec) -> Iterator[Wanted]:
-    """The rows of `group` that the samples need, in their order; first the empty caption, for caption dropout."""
+def wanted_rows(
+    group: GroupPlan, samples: Iterable[tuple[Sample, str]], spec: SampleSpec, empty_key: str | None = None
+) -> Iterator[Wanted]:
+    """The rows of `group` that the samples need, each given with its key, in their order.
+
+    `empty_key`: of the row of the empty caption, which comes first where it is given.
+    """
     columns = {spec.columns[name] for name in group.inputs if name in spec.columns}
     params = [name for name in group.inputs if name in spec.file_params]
     if any(name in spec.own_sized for name in params):  # their sizes stand in the bucket by their order
         columns |= {spec.columns[name] for name in spec.own_sized}
     smallest = Bucket(16, 16)
-    if group.caption_only:
-        yield Wanted(group.key({"prompt": ""}), EMPTY_CAPTION, {spec.columns["prompt"]: ""}, ALL_SIZES, smallest)
-    for sample in samples:
+    if empty_key is not None:
+        yield Wanted(empty_key, EMPTY_CAPTION, {spec.columns["prompt"]: ""}, ALL_SIZES, smallest)
+    for sample, key in samples:
         row = {column: sample.row[column] for column in columns}
         bucket = sample.bucket.name if group.bucketed else ALL_SIZES
         files = {name: sample.inputs[name] for name in params}
-        yield Wanted(group.key(sample.inputs), sample.sample_id, row, bucket, sample.bucket, files)
+        yield Wanted(key, sample.sample_id, row, bucket, sample.bucket, files)
 
 
 def not_known(wanted: Iterable[Wanted], known: Collection[str]) -> Iterator[Wanted]:

@@ -1,20 +1,24 @@
-"""What stage 1 leaves for people beside the counts: speed per pool, reasons of the quarantine, and a contact sheet."""
+"""What stage 1 leaves for people: report.json and report.html with speed, quarantine and a contact sheet."""
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from PIL import Image
 
 from ray_diffsynth.cache.manifest import GroupSpec
+from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import Quarantined
 from ray_diffsynth.data.samples import SampleSpec, load_inputs
-from ray_diffsynth.data.warnings import collecting
+from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.preprocess.records import Sample
-from ray_diffsynth.report import Picture, thumbnail
+from ray_diffsynth.preprocess.commit import Outcome
+from ray_diffsynth.preprocess.group_run import GroupRun
+from ray_diffsynth.preprocess.records import Sample, ScannedRows
+from ray_diffsynth.report import Picture, make_report, thumbnail, write_json, write_page
+from ray_diffsynth.storage import join
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +27,68 @@ REASONS = 50
 SHEET_IMAGES = 12
 
 
-def group_numbers(
-    groups: Sequence[GroupSpec], encoded: Mapping[str, int], reused: Mapping[str, int], seconds: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Per group (pool): rows encoded and reused, time, rows per second (None where nothing was encoded) and bytes."""
-    numbers = []
-    for spec in groups:
-        done, took = encoded[spec.name], seconds[spec.name]
-        numbers.append(
-            {
-                "name": spec.name,
-                "parameters": list(spec.parameters),
-                "encoded": done,
-                "reused": reused[spec.name],
-                "seconds": round(took, 3),
-                "rows_per_second": round(done / took, 3) if done and took else None,
-                "bytes": spec.nbytes,
-            }
-        )
-    return numbers
+def write_reports(
+    config: PreprocessConfig,
+    cache: str,
+    spec: SampleSpec,
+    outcome: Outcome,
+    rows: ScannedRows,
+    runs: Sequence[GroupRun],
+    warnings: DataWarnings,
+    seconds: float,
+) -> dict[str, Any]:
+    """Write report.json and report.html and print the last line: what is where, and the counts, which it returns."""
+    manifest = outcome.manifest
+    counts: dict[str, Any] = dict(manifest.counts)
+    parameters = {}
+    for group, run in zip(manifest.groups, runs, strict=True):
+        for name in group.parameters:
+            parameters[name] = {"encoded": run.encoded, "reused": run.reused}
+    summary: dict[str, Any] = {
+        "samples": counts["samples"],
+        "quarantined": counts["quarantined"],
+        "parameters": parameters,
+        "buckets": manifest.buckets,
+        "bytes": sum(group.nbytes for group in manifest.groups),
+    }
+    more: dict[str, Any] = {
+        "groups": [group_numbers(group, run) for group, run in zip(manifest.groups, runs, strict=True)],
+        "quarantine": quarantine_numbers(outcome.quarantine),
+        "warnings": warnings.to_json(),
+    }
+    report = make_report(counts=counts, seconds=round(seconds, 3), config=config, **summary, **more)
+    write_json(cache, report)
+    bad = {entry.sample_id for entry in outcome.quarantine}
+    images = contact_sheet([sample for sample in rows.samples if sample.sample_id not in bad], spec)
+    write_page(cache, report, pictures=images)
+    for entry in outcome.quarantine[:10]:
+        logger.warning("quarantined %s: %s: %s", entry.sample_id, entry.error, entry.message)
+    if len(outcome.quarantine) > 10:
+        logger.warning("... and %d more; see %s/quarantine", len(outcome.quarantine) - 10, cache)
+    for line in warnings.lines():
+        logger.warning("%s", line)
+    done = ", ".join(
+        f"{name} {count['encoded']} encoded {count['reused']} reused" for name, count in parameters.items()
+    )
+    print(
+        f"cache of {counts['samples']} samples in {cache} "
+        f"({counts['total']} rows, {counts['quarantined']} quarantined; {done}; {seconds:.1f} s); "
+        f"see {join(cache, 'report.html')}"
+    )
+    return {**counts, **summary}
+
+
+def group_numbers(group: GroupSpec, run: GroupRun) -> dict[str, Any]:
+    """Of a group (pool): rows encoded and reused, time, rows per second (None where nothing was encoded) and bytes."""
+    return {
+        "name": group.name,
+        "parameters": list(group.parameters),
+        "encoded": run.encoded,
+        "reused": run.reused,
+        "seconds": round(run.seconds, 3),
+        "rows_per_second": round(run.encoded / run.seconds, 3) if run.encoded and run.seconds else None,
+        "bytes": group.nbytes,
+    }
 
 
 def quarantine_numbers(entries: Sequence[Quarantined]) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def test_a_group_that_reads_one_of_two_references_finds_its_size(tmp_path: Path)
     size = bucket_of(files, spec)
     assert size.name == "64x64+64x32+32x96"
     sample = Sample("0", "a.png", row, size, pixel_keys(row, files, size, spec))
-    group: Any = SimpleNamespace(inputs=("style",), caption_only=False, bucketed=True, key=lambda inputs: "key")
-    (wanted,) = wanted_rows(group, [sample], spec)
+    group: Any = SimpleNamespace(inputs=("style",), bucketed=True)
+    (wanted,) = wanted_rows(group, [(sample, "key")], spec)
     assert set(wanted.row) == {"pose", "style"}
     assert load_inputs(wanted.row, wanted.size, spec, only=("style",))["style"].size == (96, 32)

@@ -22,7 +22,7 @@ from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encoder import Encoder
-from ray_diffsynth.preprocess.execute import Work
+from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.messages import shard_row
 from ray_diffsynth.preprocess.pool import PoolSize
 from tests.preprocess.counting import FAMILY, build_model
@@ -117,15 +117,15 @@ class InlineRay:
         return value
 
 
-def encode_inline(works: Sequence[Work], *, cache: str, codec: str) -> None:
+def encode_inline(runs: Sequence[GroupRun], *, cache: str, codec: str) -> None:
     """Decoder, encoder and sink, one shard after another."""
-    for work in works:
-        sink = ShardSink(cache, work.spec.group, work.spec.parameters, codec)
-        encoder = Encoder(work.spec) if work.shards else None
-        for shard in work.shards:
+    for run in runs:
+        sink = ShardSink(cache, run.name, run.encoder.parameters, codec)
+        encoder = Encoder(run.encoder) if run.shards else None
+        for shard in run.shards:
             assert encoder is not None
-            block = pa.Table.from_pylist([encoder(Decoder(work.spec)(shard_row(shard)))])
-            work.take(sink.write([block], None))
+            block = pa.Table.from_pylist([encoder(Decoder(run.encoder)(shard_row(shard)))])
+            run.take(sink.write([block], None))
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,11 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
 
 from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.preprocess import execute as work_module
+from ray_diffsynth.preprocess import execute as execute_module
 from ray_diffsynth.preprocess.attempts import Attempt, Attempts, Stage
 from ray_diffsynth.preprocess.catalog import GroupCatalog
-from ray_diffsynth.preprocess.execute import Work, _side_by_side, encode_group
+from ray_diffsynth.preprocess.execute import _side_by_side, encode_group
+from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.messages import EncoderError
 from ray_diffsynth.preprocess.monitor import Counts
 from ray_diffsynth.preprocess.ray_data import PassCallback, Reports, Stopped
@@ -88,43 +89,43 @@ class PlayedRay:
 
 
 @pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlayedRay, int], Work]:
-    def call(played: PlayedRay, rows: int) -> Work:
-        monkeypatch.setattr(work_module, "run_pass", played.run_pass)
-        monkeypatch.setattr(work_module, "ray", SimpleNamespace(get=lambda value: value))
-        monkeypatch.setattr(work_module, "alive_nodes", lambda: dict.fromkeys(("a", "b")))  # as Ray says: late
-        monkeypatch.setattr(work_module, "living", lambda nodes: set(nodes) & played.nodes)
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlayedRay, int], GroupRun]:
+    def call(played: PlayedRay, rows: int) -> GroupRun:
+        monkeypatch.setattr(execute_module, "run_pass", played.run_pass)
+        monkeypatch.setattr(execute_module, "ray", SimpleNamespace(get=lambda value: value))
+        monkeypatch.setattr(execute_module, "alive_nodes", lambda: dict.fromkeys(("a", "b")))  # as Ray says: late
+        monkeypatch.setattr(execute_module, "living", lambda nodes: set(nodes) & played.nodes)
         shards = list(plan_shards(row(number) for number in range(rows)))
-        work = Work(SimpleNamespace(group="vae"), None, shards, GroupCatalog())  # type: ignore[arg-type]
-        encode_group(work, SimpleNamespace(monitor=played.monitor))  # type: ignore[arg-type]
-        return work
+        run = GroupRun(SimpleNamespace(name="vae"), None, None, shards=shards)  # type: ignore[arg-type]
+        encode_group(run, SimpleNamespace(monitor=played.monitor))  # type: ignore[arg-type]
+        return run
 
     return call
 
 
-def test_only_the_rows_that_kill_are_lost(play: Callable[[PlayedRay, int], Work]) -> None:
+def test_only_the_rows_that_kill_are_lost(play: Callable[[PlayedRay, int], GroupRun]) -> None:
     deadly = {row(3).key: "encode", row(70).key: "encode", row(100).key: "decode"}
     played = PlayedRay(deadly)
-    work = play(played, 320)
-    errors = {key: failure.error for key, failure in work.catalog.failures.items()}
+    run = play(played, 320)
+    errors = {key: failure.error for key, failure in run.catalog.failures.items()}
     assert errors == {row(3).key: "EncoderDied", row(70).key: "EncoderDied", row(100).key: "DecoderDied"}
-    assert "decoding process" in work.catalog.failures[row(100).key].message
-    assert len(work.catalog.locations) == work.encoded == 317
+    assert "decoding process" in run.catalog.failures[row(100).key].message
+    assert len(run.catalog.locations) == run.encoded == 317
     # Halves, not single rows: seven passes for shards of 64, and only shards that were lost come again.
     assert [max(sizes) for sizes in played.passes] == [64, 32, 16, 8, 4, 2, 1]
     assert len(played.passes[0]) == 5 and all(len(sizes) <= 6 for sizes in played.passes[1:])
 
 
-def test_the_batch_that_killed_is_cut_out(play: Callable[[PlayedRay, int], Work]) -> None:
+def test_the_batch_that_killed_is_cut_out(play: Callable[[PlayedRay, int], GroupRun]) -> None:
     played = PlayedRay({row(3).key: "encode", row(70).key: "encode"})
     played.batch_size = 1
-    work = play(played, 128)
-    assert set(work.catalog.failures) == {row(3).key, row(70).key} and work.encoded == 126
+    run = play(played, 128)
+    assert set(run.catalog.failures) == {row(3).key, row(70).key} and run.encoded == 126
     assert [sorted(sizes) for sizes in played.passes] == [[64, 64], [1, 1, 63, 63]]
 
 
 def test_the_search_asks_once_a_pass_what_is_known(
-    play: Callable[[PlayedRay, int], Work], monkeypatch: pytest.MonkeyPatch
+    play: Callable[[PlayedRay, int], GroupRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
     known = GroupCatalog.known
@@ -140,31 +141,31 @@ def test_the_search_asks_once_a_pass_what_is_known(
     assert asked == len(played.passes) == 7
 
 
-def test_a_shard_that_waited_behind_a_killer_is_not_cut(play: Callable[[PlayedRay, int], Work]) -> None:
+def test_a_shard_that_waited_behind_a_killer_is_not_cut(play: Callable[[PlayedRay, int], GroupRun]) -> None:
     played = PlayedRay({row(3).key: "encode"}, innocent=[row(64).key])
-    work = play(played, 128)
-    assert sorted(played.passes[1]) == [32, 32, 64] and len(work.catalog.locations) == 127
+    run = play(played, 128)
+    assert sorted(played.passes[1]) == [32, 32, 64] and len(run.catalog.locations) == 127
 
 
-def test_what_is_lost_with_a_machine_is_not_cut(play: Callable[[PlayedRay, int], Work]) -> None:
+def test_what_is_lost_with_a_machine_is_not_cut(play: Callable[[PlayedRay, int], GroupRun]) -> None:
     """The same files as in an undisturbed run; only a process that dies while its machine lives makes a row suspect."""
     played = PlayedRay({row(3).key: "encode"})
     played.node_dies_in = 1
-    work = play(played, 128)
-    assert played.passes[:3] == [[64, 64], [64, 64], [32, 32]] and set(work.catalog.failures) == {row(3).key}
+    run = play(played, 128)
+    assert played.passes[:3] == [[64, 64], [64, 64], [32, 32]] and set(run.catalog.failures) == {row(3).key}
 
 
-def test_what_is_lost_without_a_death_is_nobodys_fault(play: Callable[[PlayedRay, int], Work]) -> None:
+def test_what_is_lost_without_a_death_is_nobodys_fault(play: Callable[[PlayedRay, int], GroupRun]) -> None:
     with pytest.raises(EncoderError, match="lost 1 of 2 shards of vae without a word"):
         play(PlayedRay({row(3).key: "encode"}, says=0), 128)
 
 
-def test_a_dying_writer_is_no_samples_fault(play: Callable[[PlayedRay, int], Work]) -> None:
+def test_a_dying_writer_is_no_samples_fault(play: Callable[[PlayedRay, int], GroupRun]) -> None:
     with pytest.raises(EncoderError, match="the process that writes vae died each time"):
         play(PlayedRay({row(0).key: "write"}), 1)
 
 
-def test_a_reason_given_by_a_task_is_the_error(play: Callable[[PlayedRay, int], Work]) -> None:
+def test_a_reason_given_by_a_task_is_the_error(play: Callable[[PlayedRay, int], GroupRun]) -> None:
     played = PlayedRay({})
     played.fatal = "the disk is full"
 
@@ -254,22 +255,22 @@ def test_each_pass_hears_of_its_own_errors_and_its_own_stop() -> None:
     assert after.errors == [] and not executors["other"].stopped
 
 
-def named(group: str) -> Work:
-    return Work(SimpleNamespace(group=group), None, [], GroupCatalog())  # type: ignore[arg-type]
+def named(group: str) -> GroupRun:
+    return GroupRun(SimpleNamespace(name=group), None, None)  # type: ignore[arg-type]
 
 
 def test_the_other_groups_are_stopped_and_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     stop = threading.Event()
 
-    def group(work: Work, line: Any) -> None:
-        if work.spec.group == "bad":
+    def group(run: GroupRun, line: Any) -> None:
+        if run.name == "bad":
             raise EncoderError("no such model")
         assert stop.wait(300)
-        ended.append(work.spec.group)
+        ended.append(run.name)
         raise Stopped("on request")
 
-    monkeypatch.setattr(work_module, "encode_group", group)
+    monkeypatch.setattr(execute_module, "encode_group", group)
     with pytest.raises(EncoderError, match="no such model"):
         _side_by_side([named("good"), named("bad")], ["", ""], stop)  # type: ignore[list-item]
     assert ended == ["good"] and threading.active_count() >= 1
@@ -284,23 +285,23 @@ def test_each_group_names_its_own_error_once(monkeypatch: pytest.MonkeyPatch, ca
     }
     stop = threading.Event()
 
-    def group(work: Work, line: Any) -> None:
-        if work.spec.group != "vae":
+    def group(run: GroupRun, line: Any) -> None:
+        if run.name != "vae":
             assert stop.wait(300)  # until the first error is taken in
-        raise errors[work.spec.group]
+        raise errors[run.name]
 
-    monkeypatch.setattr(work_module, "encode_group", group)
-    works = [named(name) for name in errors]
+    monkeypatch.setattr(execute_module, "encode_group", group)
+    runs = [named(name) for name in errors]
     with pytest.raises(RuntimeError, match="the cluster is gone") as caught:
-        _side_by_side(works, ["", "", ""], stop)  # type: ignore[list-item]
+        _side_by_side(runs, ["", "", ""], stop)  # type: ignore[list-item]
     assert caught.value.__notes__ == ["while the group vae was encoded"]
     assert [record.getMessage() for record in caplog.records] == ["text_encoder cannot be written to /cache: disk full"]
 
 
 def test_transient_failures_are_kept_apart() -> None:
-    catalog = GroupCatalog()
-    work = Work(None, None, [], catalog)  # type: ignore[arg-type]
-    work.take([{"shard": None, "transient": {"k": ["SourceChanged", "changed"]}, "warnings": []}])
+    run = GroupRun(None, None, None)  # type: ignore[arg-type]
+    catalog = run.catalog
+    run.take([{"shard": None, "transient": {"k": ["SourceChanged", "changed"]}, "warnings": []}])
     assert catalog.known() == set() and catalog.failure("k") == Failure("SourceChanged", "changed")
     with pytest.raises(EncoderError, match="disk full"):
-        work.take([{"fatal": "disk full"}])
+        run.take([{"fatal": "disk full"}])
