@@ -28,6 +28,7 @@ def measure() -> list[Row]:
 
     from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
     from ray_diffsynth.demo.tiny import build_tiny_model
+    from ray_diffsynth.training.build import build_module
     from ray_diffsynth.training.setup import Setup
     from tests.training.helpers import write_cache
 
@@ -39,7 +40,7 @@ def measure() -> list[Row]:
     setup = Setup.of(config(folder, data, root / "x", task="sft", **size))
     source = setup.open_data()
     write_cache(setup, source, root / "cache")  # type: ignore[arg-type]
-    module, _ = setup.build(torch.device("cpu"))
+    module, _ = build_module(setup, torch.device("cpu"))
 
     def measured(epochs: int) -> tuple[float, float, float]:
         """Seconds of all unsplit steps, of encoding and writing, and of all steps of stage 2."""

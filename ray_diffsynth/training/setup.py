@@ -12,16 +12,13 @@ from ray_diffsynth.cache.local_copy import LocalCopies
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.config.options import defaults_of, identity_of, split_names
+from ray_diffsynth.config.options import defaults_of, identity_of
 from ray_diffsynth.data.samples import SampleSpec
 from ray_diffsynth.data.warnings import collecting
-from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import part_sketch
 from ray_diffsynth.models.locate import ModelSource, locate_configured
-from ray_diffsynth.models.lora import LoraInfo, add_lora, leave_casts_to_autocast
 from ray_diffsynth.models.lora_file import lora_digest
-from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.stages import (
     check_caption_dropout,
     check_columns,
@@ -29,7 +26,6 @@ from ray_diffsynth.pipelines.core.stages import (
     plan_stages,
     settings_of,
 )
-from ray_diffsynth.pipelines.lora_keys import fuse_model_lora, load_model_lora, submodule
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
 from ray_diffsynth.storage import absolute
 from ray_diffsynth.tasks import Task, get_task, task_family
@@ -43,10 +39,7 @@ from ray_diffsynth.training.data.source import (
     check_settings,
     read_rows,
 )
-from ray_diffsynth.training.export import Trained
 from ray_diffsynth.training.identity import check_identity
-from ray_diffsynth.training.module import DiffusionTrainingModule
-from ray_diffsynth.training.quantize import quantize
 from ray_diffsynth.training.report.memory import Footprint
 
 
@@ -169,95 +162,7 @@ class Setup:
         parts = get_pipeline_class(self.family).parts
         return {name: part_sketch(self.source, parts[name].subfolder) for name in sorted(self.models) if name in parts}
 
-    def build(
-        self, device: torch.device, *, fresh: bool = True, on_cpu: bool = False
-    ) -> tuple[DiffusionTrainingModule, Trained]:
-        """Load the models, add what is trained, and make the module on `device`, or leave it `on_cpu` for now.
-
-        fresh: without it --lora_checkpoint is not read, as other weights take the place of its.
-        """
-        config = self.config
-        dtype: torch.dtype = getattr(torch, config.dtype)
-        if dtype is torch.float16 and device.type == "cpu":
-            raise TrainingError("--dtype float16 needs a GPU (gradients are scaled there); use bfloat16 or float32")
-        cls = get_pipeline_class(self.family)
-        # In 8 bits a model may fit where it does not as it comes: it is loaded on the CPU, and packed layer by layer.
-        place = torch.device("cpu") if on_cpu or config.fp8_base else device
-        pipe = cls.from_pretrained(self.source, models=self.models, device=place, torch_dtype=dtype)
-        pipe.scheduler.set_timesteps(1000, training=True)
-        if config.preset_lora_path and config.preset_lora_model:
-            _submodule(pipe, config.preset_lora_model)  # raises for what is not there
-            fuse_model_lora(pipe, config.preset_lora_model, config.preset_lora_path)
-        loras = tuple(self._add_lora(pipe, name, fresh=fresh) for name in config.lora_models)
-        if dtype is not torch.float32:
-            leave_casts_to_autocast(pipe)
-        trained = Trained(loras, split_names(config.trainable_models))
-        for name in trained.full:
-            # fp32: a step of 1e-4 is lost in bf16's 8 bits. What it computes in is autocast's choice.
-            _submodule(pipe, name).requires_grad_(True).float()
-        for name in config.trained:
-            _submodule(pipe, name).train()
-        packed = 0
-        for name in pipe.in_iteration_models:
-            checkpoint_every(getattr(pipe, name), config.gradient_checkpointing_every or 1)
-            if config.fp8_base:
-                packed += quantize(getattr(pipe, name), place if on_cpu else device)
-        if config.fp8_base and not packed:
-            raise TrainingError(
-                f"--fp8_base finds no frozen linear layer in {', '.join(pipe.in_iteration_models)}, so that it would "
-                "save nothing; leave it out"
-            )
-        if not on_cpu:
-            pipe.to(device)
-        module = DiffusionTrainingModule(
-            pipe,
-            self.task,
-            trained=config.trained,
-            inputs=self.sample.inputs,
-            split=config.reads_cache,
-            pipeline_settings=config.pipeline_settings,
-            use_gradient_checkpointing=config.use_gradient_checkpointing,
-            use_gradient_checkpointing_offload=config.use_gradient_checkpointing_offload,
-        )
-        return module, trained
-
-    def _add_lora(self, pipe: BasePipeline, name: str, *, fresh: bool) -> LoraInfo:
-        config = self.config
-        default = ",".join(pipe.lora_targets) if name in pipe.in_iteration_models else ""
-        targets = config.lora_targets(name) or default
-        if not targets:
-            raise TrainingError(
-                f"--lora_target_modules is missing: the family {self.family} has no default for {name!r}; "
-                'name its layers, e.g. "q_proj,k_proj,v_proj,o_proj", or "all-linear"'
-            )
-        if name in pipe.in_iteration_models and not targets.startswith("re:"):
-            known = pipe.lora_aliases
-            targets = ",".join(known.get(target, target) for target in map(str.strip, targets.split(",")))
-        model = _submodule(pipe, name)
-        info = add_lora(
-            model,
-            rank=config.lora_rank or 0,  # never: it is resolved where there is a LoRA
-            alpha=config.lora_alpha,
-            target_modules=targets,
-            seed=config.seed,
-            name=name,
-            dropout=config.lora_dropout,
-            rslora=config.use_rslora,
-            dora=config.use_dora,
-        )
-        if fresh and name in config.lora_checkpoints:
-            load_model_lora(pipe, name, config.lora_checkpoints[name], info)
-        return info
-
 
 def _given(config: TrainConfig, *names: str) -> dict[str, Any]:
     """Those of the options that are given, by name; the others keep the defaults of who takes them."""
     return {name: value for name in names if (value := getattr(config, name)) is not None}
-
-
-def _submodule(pipe: BasePipeline, name: str) -> torch.nn.Module:
-    try:
-        return submodule(pipe, name)
-    except AttributeError as error:
-        there = [part for part in pipe.parts if getattr(pipe, part, None) is not None]
-        raise TrainingError(f"there is no model {name!r} to train ({error}); loaded are {', '.join(there)}") from error

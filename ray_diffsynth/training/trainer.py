@@ -18,6 +18,7 @@ from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.diffusion.randomness import generator
 from ray_diffsynth.tasks import LossOutput
+from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -170,7 +171,7 @@ class _Run:
         device = self.context.device
         with memory.explained(self.setup.footprint, config, world, self._restart):
             fresh = checkpoint is None
-            self.module, self.trained = self.setup.build(device, fresh=fresh, on_cpu=config.shard_base)
+            self.module, self.trained = build_module(self.setup, device, fresh=fresh, on_cpu=config.shard_base)
         with self._memory_explained():
             self._prepare(checkpoint)
         if self.sampler is not None and checkpoint is None:

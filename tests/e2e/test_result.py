@@ -7,6 +7,7 @@ import torch
 
 from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.models.lora import load_lora_file
+from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.trainer import train
@@ -29,7 +30,7 @@ def test_the_loss_falls(tiny_qwen: Path, fp32_cache: Path, trained: Path, tmp_pa
     """Mean loss over every sample with fixed noise, before and after."""
     setup = Setup.of(train_config(tiny_qwen, fp32_cache, tmp_path, lora_rank=8))
     data = setup.open_data()
-    module, loras = setup.build(torch.device("cpu"))
+    module, loras = build_module(setup, torch.device("cpu"))
 
     @torch.no_grad()
     def loss() -> float:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.models.lora import lora_parameters
+from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.export import export_trained
 from ray_diffsynth.training.setup import Setup
 
@@ -25,7 +26,7 @@ def test_a_dora_loads_and_acts_in_diffusers(root: Path, theirs: Any, tmp_path: P
         lora_alpha=2.0,
         use_dora=True,
     )
-    module, trained = Setup.of(config).build(torch.device("cpu"))
+    module, trained = build_module(Setup.of(config), torch.device("cpu"))
     (info,) = trained.loras
     dit: nn.Module = module.pipe.dit
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.calling import picture_params
+from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.report import drawing
 from ray_diffsynth.training.report.drawing import Drawing, encode_samples
 from ray_diffsynth.training.report.sample_prompts import plan_samples
@@ -44,7 +45,7 @@ def test_they_are_those_of_generate(
     setup = Setup.of(make_config(root, tmp_path, tmp_path, task="sft", validation_prompts=prompts, **options))
     samples = plan_samples(setup)
     encoded = encode_samples(setup, samples, range(2), CPU)
-    module, _ = setup.build(CPU)
+    module, _ = build_module(setup, CPU)
     schedule = module.pipe.scheduler.timesteps.clone()
     draws = Drawing(setup, module, samples, encoded)
     for _ in range(2):

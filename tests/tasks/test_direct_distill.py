@@ -21,6 +21,7 @@ from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.tasks import DirectDistill, get_task
 from ray_diffsynth.tasks.direct_distill import sample
 from ray_diffsynth.tasks.registry import TaskError
+from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.report.metrics_log import read_metrics
@@ -212,7 +213,7 @@ def test_the_student_learns_and_checkpointing_changes_no_gradient(
     tiny_qwen: Path, distill_cache: Path, tmp_path: Path
 ) -> None:
     setup = Setup.of(make_config(tiny_qwen, distill_cache, tmp_path, task="direct_distill:train"))
-    module, _ = setup.build(torch.device("cpu"))
+    module, _ = build_module(setup, torch.device("cpu"))
     samples = setup.open_data().fetch([0, 1])
 
     def gradients(module: DiffusionTrainingModule) -> tuple[float, dict[str, torch.Tensor]]:

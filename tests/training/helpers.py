@@ -17,6 +17,7 @@ from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest,
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.tasks import task_family
+from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.data.source import DatasetSource, shard_sizes
 from ray_diffsynth.training.setup import Setup
 from tests.shard_names import stem
@@ -45,7 +46,7 @@ def make_config(model: Path, base: Path, output: Path, **changes: Any) -> TrainC
 def write_cache(setup: Setup, data: DatasetSource, cache: Path) -> Path:
     """Stage 1 without Ray: one row a sample in every group, shards as stage 1 cuts them."""
     config = setup.config
-    module, _ = setup.build(torch.device("cpu"))
+    module, _ = build_module(setup, torch.device("cpu"))
     stages = module.stages
     samples = [module.encode(sample) for sample in data.fetch(range(len(data.sample_ids)))]
     names = [name for name, rows in data.buckets.items() for _ in rows]

@@ -274,7 +274,7 @@ def full(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("where", "options"),
     [
-        ("ray_diffsynth.training.setup.add_lora", {}),
+        ("ray_diffsynth.training.build.add_lora", {}),
         ("ray_diffsynth.training.trainer.make_optimizer", {}),
         ("ray_diffsynth.training.trainer.distribute", {}),
         ("ray_diffsynth.training.trainer.HeldOut.loss", {"validation_samples": 1, "validation_steps": 1}),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.errors import ConfigError
+from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.runtime import LocalContext
@@ -64,7 +65,7 @@ def test_two_loras_train_together_and_export_to_two_files(
     # Both files are a start for the next run.
     start = {"lora_checkpoint": f"{of_text},{of_dit}"}
     setup = Setup.of(make_config(tiny_qwen, cache, tmp_path / "next", **BOTH, **start))
-    module, _ = setup.build(torch.device("cpu"))
+    module, _ = build_module(setup, torch.device("cpu"))
     state = {key: value for file in (of_text, of_dit) for key, value in load_file(file).items()}
     found = {name: p for name, p in module.trainable().items() if "lora_B" in name}
     assert len(found) == sum("lora_B" in key for key in state)

@@ -18,6 +18,7 @@ from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.diffusion.timestep_sampling import TimestepSampling
 from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.models.lora import read_lora
+from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.data.captions import drop_captions, is_dropped
 from ray_diffsynth.training.data.loader import Feed
 from ray_diffsynth.training.optim import OptimizerError, base_learning_rate, learning_rate, make_optimizer
@@ -353,7 +354,8 @@ def test_two_workers_share_the_base(runs: Runs, tiny_qwen: Path, make_cache: Cac
     assert runs(tmp_path / "two", workers=2, shard_base=True, log_with="none", **options) == [0, 0], runs.messages()
     first, second = (safetensors.torch.load_file(tmp_path / name / "epoch-0.safetensors") for name in ("one", "two"))
     assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 1e-5
-    whole = Setup.of(make_config(tiny_qwen, make_cache(), tmp_path, **options)).build(torch.device("cpu"))[0]
+    setup = Setup.of(make_config(tiny_qwen, make_cache(), tmp_path, **options))
+    whole, _ = build_module(setup, torch.device("cpu"))
     frozen = sum(p.numel() * p.element_size() for p in whole.parameters() if not p.requires_grad)
     held = [json.loads((tmp_path / f"two.meet-{rank}.json").read_text()) for rank in (0, 1)]
     assert sum(held) == pytest.approx(frozen, rel=0.02) and max(held) < 0.55 * frozen

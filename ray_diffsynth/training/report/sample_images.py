@@ -13,6 +13,7 @@ from PIL import Image
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.storage import is_remote, join, write_bytes_atomic
+from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.distributed import gather
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.report.drawing import Drawing, encode_samples
@@ -30,7 +31,7 @@ class Sampler:
     def __init__(self, config: TrainConfig, samples: Sequence[SamplePrompt], device: torch.device) -> None:
         self.setup, self.samples = Setup.of(config), samples
         encoded = encode_samples(self.setup, samples, range(len(samples)), device)
-        self.module, _ = self.setup.build(device)
+        self.module, _ = build_module(self.setup, device)
         self._drawing = Drawing(self.setup, self.module, samples, encoded)
         self._parameters = dict(self.module.named_parameters())
 
