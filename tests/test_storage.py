@@ -198,3 +198,32 @@ def test_unfinished_writes_of_this_process_are_told_from_those_that_had_its_id(
         storage.write_bytes_atomic(str(tmp_path / "file"), b"1")
     assert storage.is_own_temporary(seen[0]) and storage.list_unfinished(str(tmp_path)) == seen
     assert not storage.is_own_temporary(f".file.tmp-{os.getpid()}-0af3") and not storage.is_own_temporary("file")
+
+
+def test_a_folder_is_written_whole_moved_and_removed(base: str) -> None:
+    folder = storage.join(base, "step-1")
+    storage.write_folder_atomic(folder, {"tensors": b"1", "state": b"2"})
+    storage.write_folder_atomic(folder, {"tensors": b"3", "state": b"4"})
+    assert [storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)] == [b"4", b"3"]
+    assert storage.list_folders(base) == ["step-1"]
+    storage.move(folder, storage.join(base, "old"))
+    assert storage.list_files(base, recursive=True) == ["old/state", "old/tensors"]
+    storage.remove_folder(storage.join(base, "old"))
+    assert storage.list_files(base, recursive=True) == []
+
+
+def test_a_folder_that_is_not_written_to_its_end_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_folder_atomic(str(tmp_path / "step-1"), {"state": b"old"})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", fails_for_want_of_space)
+        storage.write_folder_atomic(str(tmp_path / "step-1"), {"state": b"new"})
+    assert storage.list_folders(str(tmp_path)) == ["step-1"]
+    assert (tmp_path / "step-1" / "state").read_bytes() == b"old"
+    storage.write_folder_atomic(str(tmp_path / "step-2"), {"state": b"next"})
+    assert sorted(os.listdir(tmp_path)) == ["step-1", "step-2"]
+
+
+def fails_for_want_of_space(handle: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

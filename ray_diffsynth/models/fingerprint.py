@@ -6,11 +6,11 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ray_diffsynth import storage
 from ray_diffsynth.models.folder import ModelFolderError, read_json
 from ray_diffsynth.models.locate import ModelSource
 
@@ -94,18 +94,23 @@ def file_digest(path: Path) -> str:
         raise ModelFolderError(f"{path} cannot be read: {err}") from err
     if _stamp(path) != before:
         raise ModelFolderError(f"{path} changed while it was read; wait until it is written, then start again")
-    if memo is not None and time.time() - before[1] / 1e9 > _SETTLED:
+    if memo is not None and _settled(path):
         _write_memo(memo, {"path": str(path.resolve()), "stamp": before, "digest": digest.hexdigest()})
     return digest.hexdigest()
 
 
-def _stamp(path: Path) -> list[int]:
+def _stamp(path: Path) -> str:
     try:
-        stat = path.stat()
+        return storage.stamp(str(path))
     except OSError as err:
         raise ModelFolderError(f"{path} cannot be read: {err}") from err
-    # ctime and inode as well: `cp --preserve` and `touch` can give new bytes an old mtime
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _settled(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _SETTLED
+    except OSError:  # gone in this moment
+        return False
 
 
 def _memo_file(path: Path) -> Path | None:
@@ -126,14 +131,7 @@ def _read_memo(memo: Path) -> dict[str, object] | None:
 
 
 def _write_memo(memo: Path, value: dict[str, object]) -> None:
-    temporary: str | None = None
     try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            json.dump(value, file)
-        os.replace(temporary, memo)
+        storage.write_bytes_atomic(str(memo), json.dumps(value).encode())
     except OSError as err:
         logger.warning("the fingerprint of %s is not remembered: %s", value["path"], err)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from ray_diffsynth import __version__
+from ray_diffsynth import __version__, storage
 from ray_diffsynth.config import JobConfig
-from ray_diffsynth.system_errors import naming_file
 
 LIBRARIES = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "pyarrow")
 
@@ -67,13 +61,10 @@ def write_json(output_path: str, report: Mapping[str, Any], name: str = "report.
 
 def write_text(output_path: str, name: str, text: str) -> str:
     """Write a file of the output, whole or not at all; returns its path. Raises OSError."""
-    target = f"{output_path.rstrip('/')}/{name}"
-    if "://" in output_path:
-        with fsspec.open(target, "wb") as file:
-            file.write(_encoded(text))
-    else:
-        _write_atomic(Path(target), text)
-    return target
+    path = storage.join(output_path, name)
+    # Half a character (of a path that is no UTF-8) as its escape, which JSON reads as the same.
+    storage.write_bytes_atomic(path, text.encode("utf-8", "backslashreplace"))
+    return path
 
 
 def plain(value: Any) -> Any:
@@ -87,23 +78,3 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int)):
         return value
     return plain(value.item()) if hasattr(value, "item") else str(value)
-
-
-def _encoded(text: str) -> bytes:
-    """UTF-8; half a character (of a path that is no UTF-8) as its escape, which JSON reads as the same."""
-    return text.encode("utf-8", "backslashreplace")
-
-
-def _write_atomic(target: Path, text: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with naming_file(target), os.fdopen(handle, "wb") as file:
-            file.write(_encoded(text))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600, which other users of a shared folder could not read
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -12,29 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from safetensors.torch import load, save
 
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.storage import (
-    is_remote,
-    join,
-    list_files,
-    read_bytes,
-    sync_file,
-    sync_folder,
-    write_bytes_atomic,
-)
-from ray_diffsynth.system_errors import naming_file
+from ray_diffsynth.storage import join, list_files, read_bytes, remove_folder, write_folder_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -94,16 +81,12 @@ def save_checkpoint(output_path: str, checkpoint: Checkpoint, keep: int) -> str:
         "tensors": {"bytes": len(data), "blake2b": _digest(data)},
     }
     state = json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
-    if is_remote(folder):
-        write_bytes_atomic(join(target, TENSOR_FILE), data)
-        write_bytes_atomic(join(target, STATE_FILE), state)
-    else:
-        _write_folder(Path(target), {TENSOR_FILE: data, STATE_FILE: state})
+    write_folder_atomic(target, {TENSOR_FILE: data, STATE_FILE: state})
     there = list_checkpoints(output_path)
     before = there[: there.index(checkpoint.name)]
     for name in there:
         if name != checkpoint.name and name not in before[max(0, len(before) - keep + 1) :]:
-            _remove_folder(join(folder, name))
+            remove_folder(join(folder, name))
     return target
 
 
@@ -178,31 +161,3 @@ def _digest(data: bytes) -> str:
 
 def _checksum(body: Mapping[str, Any]) -> str:
     return _digest(json.dumps(body, sort_keys=True).encode())
-
-
-def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(".tmp-*"):
-        _remove_folder(str(left))
-    temporary = target.parent / f".tmp-{target.name}-{os.getpid()}"
-    temporary.mkdir()
-    for name, data in files.items():
-        with naming_file(target / name), open(temporary / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            sync_file(file.fileno())
-    sync_folder(temporary)
-    if target.exists():  # the same step again, after a resume from an earlier one
-        os.rename(target, target.parent / f".tmp-old-{target.name}-{os.getpid()}")
-    os.rename(temporary, target)
-    sync_folder(target.parent)
-    for left in target.parent.glob(".tmp-old-*"):
-        _remove_folder(str(left))
-
-
-def _remove_folder(folder: str) -> None:
-    if is_remote(folder):
-        fs, inner = fsspec.core.url_to_fs(folder)
-        fs.rm(inner, recursive=True)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.storage import (
@@ -27,6 +25,7 @@ from ray_diffsynth.storage import (
     join,
     list_files,
     list_folders,
+    move,
     read_bytes,
     write_bytes_atomic,
 )
@@ -204,18 +203,10 @@ def _set_aside(output_path: str) -> str | None:
     if not is_remote(output_path):
         os.makedirs(aside)
     for name in names:
-        _move(join(output_path, name), join(aside, name))
+        move(join(output_path, name), join(aside, name))
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     logger.warning("set the files of the earlier run aside (%s): they lie in %s", shown, aside)
     return aside
-
-
-def _move(source: str, target: str) -> None:
-    if not is_remote(source):
-        os.rename(source, target)
-        return
-    fs, inner = fsspec.core.url_to_fs(source)
-    fs.mv(inner, fs._strip_protocol(target), recursive=bool(fs.isdir(inner)))
 
 
 def _copy(source: str, target: str) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.training import checkpoint, local, trainer
+from ray_diffsynth.storage import folders
+from ray_diffsynth.training import local, trainer
 
 # What a run would import by itself, again in each child.
 LAZY = (
@@ -64,12 +65,12 @@ def _arm(kill: dict[str, int]) -> None:
 
         trainer._Run._clip = dying  # type: ignore[method-assign]
     if "fsync" in kill:
-        # Only in the checkpoint's module: other files are synced too.
+        # Only of folders, which are the checkpoints: other files are synced too.
         sync = _dying_at(lambda call, place: call(place), kill["fsync"])
         for name in ("sync_file", "sync_folder"):
-            setattr(checkpoint, name, partial(sync, getattr(checkpoint, name)))
+            setattr(folders, name, partial(sync, getattr(folders, name)))
     if "rename" in kill:
-        checkpoint.os = _Os(rename=_dying_at(os.rename, kill["rename"]))  # type: ignore[attr-defined]
+        folders.os = _Os(rename=_dying_at(os.rename, kill["rename"]))  # type: ignore[attr-defined]
 
 
 class _Os:

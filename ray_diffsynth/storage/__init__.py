@@ -1,0 +1,40 @@
+"""Files behind a path or a URL (`s3://`, `gs://`, `memory://` …): the few operations that data and cache need.
+
+A path without a scheme is local and goes to the operating system directly, so that any character may stand in it.
+"""
+
+from ray_diffsynth.storage.folders import move, remove_folder, write_folder_atomic
+from ray_diffsynth.storage.listing import file_sizes, list_files, list_folders, list_unfinished
+from ray_diffsynth.storage.paths import StorageError, absolute, is_hidden, join, member_path, without_place
+from ray_diffsynth.storage.read import exists, file_size, is_folder, open_input, read_bytes, stamp
+from ray_diffsynth.storage.temporary import is_own_temporary, is_temporary
+from ray_diffsynth.storage.write import create_new, remove, write_bytes_atomic
+from ray_diffsynth.urls import is_remote
+
+__all__ = [
+    "StorageError",
+    "absolute",
+    "create_new",
+    "exists",
+    "file_size",
+    "file_sizes",
+    "is_folder",
+    "is_hidden",
+    "is_own_temporary",
+    "is_remote",
+    "is_temporary",
+    "join",
+    "list_files",
+    "list_folders",
+    "list_unfinished",
+    "member_path",
+    "move",
+    "open_input",
+    "read_bytes",
+    "remove",
+    "remove_folder",
+    "stamp",
+    "without_place",
+    "write_bytes_atomic",
+    "write_folder_atomic",
+]
