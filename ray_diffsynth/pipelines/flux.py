@@ -33,6 +33,7 @@ def _each(blocks: str, *layers: str) -> str:
 class FluxPipeline(KLImagePipeline):
     """FLUX.1. Prompt embeddings of T5 are (1, 512, D), padding included: the transformer attends to it unmasked."""
 
+    version = 1
     family: ClassVar[str] = "flux"
     schedule: ClassVar[str] = "FLUX.1"
     defaults: SamplingDefaults = SamplingDefaults(embedded_guidance=3.5)
@@ -117,6 +118,8 @@ class FluxPipeline(KLImagePipeline):
 
 class FluxUnit_PooledEmbedder(PipelineUnit):
     """`prompt` (and `negative_prompt`) -> CLIP's pooled embedding (1, D)."""
+
+    version = 1
 
     def __init__(self) -> None:
         super().__init__(

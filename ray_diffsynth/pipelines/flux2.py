@@ -32,6 +32,7 @@ class Flux2KleinPipeline(KLImagePipeline):
     Prompt embeddings are (1, 512, 3D), padding included: the transformer attends to it unmasked.
     """
 
+    version = 1
     family: ClassVar[str] = "flux2"
     schedule: ClassVar[str] = "FLUX.2"
     defaults: SamplingDefaults = SamplingDefaults(num_inference_steps=50, cfg_scale=4.0)

@@ -38,6 +38,7 @@ class ImagePipeline(BasePipeline, ABC):
     `latent_channels` and `vae_scale_factor`, and implements the abstract methods.
     """
 
+    version = 1
     defaults: SamplingDefaults = SamplingDefaults()
     """`configure` may choose others by the model."""
     noise_dtype: ClassVar[torch.dtype | None] = None
@@ -199,6 +200,8 @@ def image_units() -> list[PipelineUnit]:
 class ImageUnit_ShapeChecker(PipelineUnit):
     """Checks the picture's size; takes it from `input_image` where it is not given."""
 
+    version = 1
+
     def __init__(self) -> None:
         super().__init__(input_params=("height", "width", "input_image"), output_params=("height", "width"))
 
@@ -225,6 +228,8 @@ class ImageUnit_ShapeChecker(PipelineUnit):
 class ImageUnit_NoiseInitializer(PipelineUnit):
     """The noise that sampling starts from. In training the loss draws keyed noise, so nothing is drawn here."""
 
+    version = 1
+
     def __init__(self) -> None:
         super().__init__(input_params=("height", "width", "seed", "rand_device"), output_params=("noise",))
 
@@ -239,6 +244,8 @@ class ImageUnit_NoiseInitializer(PipelineUnit):
 
 class ImageUnit_ImageEncoder(PipelineUnit):
     """`input_image` -> clean latents (1, C, h, w)."""
+
+    version = 1
 
     def __init__(self) -> None:
         super().__init__(
@@ -285,6 +292,8 @@ class ImageUnit_PromptEmbedder(PipelineUnit):
     Args:
         model: the text encoder that `encode_prompts` runs.
     """
+
+    version = 1
 
     def __init__(self, model: str = "text_encoder") -> None:
         super().__init__(

@@ -13,6 +13,8 @@ from ray_diffsynth.pipelines.core.unit import PipelineUnit, missing_input
 class FlowMatchUnit_InitialLatents(PipelineUnit):
     """What sampling starts from: noise, or the noised `input_latents`. In training the loss makes the noisy latents."""
 
+    version = 1
+
     def __init__(self) -> None:
         super().__init__(input_params=("noise", "input_latents"), output_params=("latents",))
 

@@ -16,6 +16,8 @@ from ray_diffsynth.pipelines.image import ImagePipeline
 class KLImagePipeline(ImagePipeline):
     """Encodes and decodes by `vae`; 2 x 2 of its latents are one token of the transformer."""
 
+    version = 1
+
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype, height_division_factor=16, width_division_factor=16)
         self.latent_channels = 16

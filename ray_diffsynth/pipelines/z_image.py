@@ -26,6 +26,7 @@ class ZImagePipeline(KLImagePipeline):
     `cfg_scale` is the usual nega + cfg_scale * (posi - nega); diffusers' `guidance_scale` here is one less.
     """
 
+    version = 1
     family: ClassVar[str] = "z_image"
     schedule: ClassVar[str] = "Z-Image"
     defaults: SamplingDefaults = SamplingDefaults(num_inference_steps=8)

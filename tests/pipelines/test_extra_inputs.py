@@ -25,6 +25,8 @@ from tests.video_files import draw_clip
 class ControlUnit(PipelineUnit):
     """`control_image` (one, or a list) and `control_scale` -> control_latents (1, C, h, w)."""
 
+    version = 1
+
     def __init__(self) -> None:
         super().__init__(
             input_params=("control_image", "control_scale"),
@@ -60,6 +62,7 @@ def model_fn_control(
 class ControlPipeline(QwenImagePipeline):
     """A ControlNet-style pipeline of a user's own: Qwen-Image that sees further pictures."""
 
+    version = 1
     family: ClassVar[str] = "control"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

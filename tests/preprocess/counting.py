@@ -61,6 +61,7 @@ def digest(value: Any) -> str:
 class CountingPipeline(BasePipeline):
     """Latents are the picture shrunk by 8; embeddings are made of the caption's hash, one token a word."""
 
+    version = 1
     family = "counting"
     schedule = "Qwen-Image"
     parts: ClassVar[dict[str, Part]] = {
@@ -113,6 +114,8 @@ class CountingPipeline(BasePipeline):
 class PictureUnit(PipelineUnit):
     """`input_image` -> `input_latents`."""
 
+    version = 1
+
     def __init__(self) -> None:
         super().__init__(input_params=("input_image",), output_params=("input_latents",), onload_model_names=("vae",))
 
@@ -128,6 +131,8 @@ class PictureUnit(PipelineUnit):
 
 class CaptionUnit(PipelineUnit):
     """`prompt` -> `prompt_embeds`."""
+
+    version = 1
 
     def __init__(self) -> None:
         super().__init__(

@@ -31,6 +31,8 @@ class Styler(ModelMixin, ConfigMixin):
 class StyleUnit(PipelineUnit):
     """`prompt_embeds` (1, L, D) and `style` -> `prompt_embeds` (1, L + 1, D)."""
 
+    version = 1
+
     def __init__(self) -> None:
         super().__init__(
             seperate_cfg=True,
@@ -47,6 +49,7 @@ class StyleUnit(PipelineUnit):
 
 
 class StyledPipeline(QwenImagePipeline):
+    version = 1
     parts: ClassVar[Mapping[str, Part]] = {
         **QwenImagePipeline.parts,
         "styler": Part("styler", "tests.training.own_family:Styler"),

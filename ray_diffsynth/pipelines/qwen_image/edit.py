@@ -30,6 +30,7 @@ IMAGE_PAD = "<|image_pad|>"
 class QwenImageEditPipeline(QwenImagePipeline):
     """Qwen-Image-Edit. `edit_image` is the picture to edit, `input_image` the result."""
 
+    version = 1
     family: ClassVar[str] = "qwen_image_edit"
     parts: ClassVar[Mapping[str, Part]] = {
         **QwenImagePipeline.parts,
@@ -152,6 +153,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
 class QwenImageEditPlusPipeline(QwenImageEditPipeline):
     """Qwen-Image-Edit-2509 and later: `edit_image` may be a list, and the text encoder sees small pictures."""
 
+    version = 1
     family: ClassVar[str] = "qwen_image_edit_plus"
     diffusers_pipeline: ClassVar[str] = "QwenImageEditPlusPipeline"
     picture_text: ClassVar[str] = f"Picture {{}}: <|vision_start|>{IMAGE_PAD}<|vision_end|>"
@@ -160,6 +162,8 @@ class QwenImageEditPlusPipeline(QwenImageEditPipeline):
 
 class QwenImageEditUnit_EditImageEmbedder(PipelineUnit):
     """`edit_image` -> edit_latents (1, pictures, C, h, w); of pictures of several sizes a list of (1, C, h, w)."""
+
+    version = 1
 
     def __init__(self) -> None:
         super().__init__(
@@ -192,6 +196,8 @@ class QwenImageEditUnit_EditImageEmbedder(PipelineUnit):
 
 class QwenImageEditUnit_PromptEmbedder(PipelineUnit):
     """`prompt` (and `negative_prompt`) with the pictures -> embeddings (1, L, D) without padding."""
+
+    version = 1
 
     def __init__(self) -> None:
         super().__init__(

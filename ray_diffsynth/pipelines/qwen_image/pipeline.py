@@ -26,6 +26,7 @@ from ray_diffsynth.pipelines.tiling import vae_tiling
 class QwenImagePipeline(ImagePipeline):
     """Qwen-Image. Latents are (B, C, h, w), the VAE's one frame removed; prompt embeddings (1, L, D), unpadded."""
 
+    version = 1
     family: ClassVar[str] = "qwen_image"
     schedule: ClassVar[str] = "Qwen-Image"
     defaults: SamplingDefaults = SamplingDefaults(height=1328, width=1328, cfg_scale=4.0)

@@ -17,6 +17,7 @@ from ray_diffsynth.pipelines.wan.pipeline import WanPipeline
 class WanImageToVideoPipeline(WanPipeline):
     """Wan 2.1 I2V. In training the first frame of the video is the `input_image`."""
 
+    version = 1
     family: ClassVar[str] = "wan_i2v"
     parts: ClassVar[Mapping[str, Part]] = {
         **WanPipeline.parts,
@@ -44,6 +45,8 @@ class WanVideoUnit_ImageEmbedderVAE(PipelineUnit):
 
     The mask is 1 where the video is given: in the first latent frame, 4 frames of the video folded into channels.
     """
+
+    version = 1
 
     def __init__(self) -> None:
         super().__init__(
@@ -74,6 +77,8 @@ class WanVideoUnit_ImageEmbedderVAE(PipelineUnit):
 
 class WanVideoUnit_ImageEmbedderCLIP(PipelineUnit):
     """`input_image` -> image_embeds (1, tokens, D): the hidden states before the last layer of CLIP's vision model."""
+
+    version = 1
 
     def __init__(self) -> None:
         super().__init__(

@@ -54,6 +54,7 @@ _ORIGINAL_NAMES = (
 class WanPipeline(BasePipeline):
     """Wan 2.1 T2V. Latents are (B, 16, frames, h, w); prompt embeddings (1, L, D), unpadded."""
 
+    version = 1
     family: ClassVar[str] = "wan"
     schedule: ClassVar[str] = "Wan"
     parts: ClassVar[Mapping[str, Part]] = {

@@ -22,6 +22,8 @@ Video: TypeAlias = Sequence[Image.Image] | np.ndarray[Any, Any] | Tensor
 class WanVideoUnit_ShapeChecker(PipelineUnit):
     """Checks the video's size and number of frames; takes them from `input_video` where they are not given."""
 
+    version = 1
+
     def __init__(self) -> None:
         names = ("height", "width", "num_frames")
         super().__init__(input_params=(*names, "input_video"), output_params=names)
@@ -50,6 +52,8 @@ class WanVideoUnit_ShapeChecker(PipelineUnit):
 class WanVideoUnit_NoiseInitializer(PipelineUnit):
     """The noise that sampling starts from. In training the loss draws keyed noise, so nothing is drawn here."""
 
+    version = 1
+
     def __init__(self) -> None:
         super().__init__(
             input_params=("height", "width", "num_frames", "seed", "rand_device"), output_params=("noise",)
@@ -65,6 +69,8 @@ class WanVideoUnit_NoiseInitializer(PipelineUnit):
 
 class WanVideoUnit_InputVideoEmbedder(PipelineUnit):
     """`input_video` -> clean latents (1, C, frames, h, w)."""
+
+    version = 1
 
     def __init__(self) -> None:
         super().__init__(
@@ -92,6 +98,8 @@ class WanVideoUnit_InputVideoEmbedder(PipelineUnit):
 
 class WanVideoUnit_PromptEmbedder(PipelineUnit):
     """`prompt` (and `negative_prompt`) -> embeddings (1, L, D) without padding; `model_fn` pads them."""
+
+    version = 1
 
     def __init__(self) -> None:
         super().__init__(
