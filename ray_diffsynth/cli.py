@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from ray_diffsynth.config.flags import C, parse
 from ray_diffsynth.console import prepare_process
-from ray_diffsynth.errors import ConfigError, UserError
+from ray_diffsynth.errors import ConfigError, find_user_error
 from ray_diffsynth.system_errors import explain
 
 
@@ -42,24 +42,6 @@ def main(config_class: type[C], run: Callable[[C], object], argv: Sequence[str] 
             print(note, file=sys.stderr)
         return 2 if isinstance(user_error, ConfigError) else 1
     return 0
-
-
-def find_user_error(error: BaseException) -> UserError | None:
-    """The UserError that caused ``error``, through chained exceptions and Ray's wrappers around remote ones."""
-    seen: set[int] = set()
-    waiting: list[object] = [error]
-    while waiting:
-        current = waiting.pop(0)
-        if not isinstance(current, BaseException) or id(current) in seen:
-            continue
-        seen.add(id(current))
-        remote = getattr(current, "cause", None)  # ray.exceptions.RayTaskError: the original, without the remote trace
-        if isinstance(current, UserError) and not isinstance(remote, UserError):
-            return current
-        failures = getattr(current, "worker_failures", None)  # ray.train.WorkerGroupError: rank -> exception
-        waiting += [remote, *(failures.values() if isinstance(failures, dict) else ())]
-        waiting += [current.__cause__, None if current.__suppress_context__ else current.__context__]
-    return None
 
 
 def _show_messages(verbose: bool) -> None:

@@ -35,3 +35,35 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     if close := nearest(name, choices):
         return f"did you mean {' or '.join(close)}?"
     return f"choose from {', '.join(choices)}" if choices else "there is nothing to choose from"
+
+
+def remote_cause(error: BaseException) -> BaseException | None:
+    """The original in Ray's wrapper around an error of another process (`RayTaskError.cause`); None for any other.
+
+    The wrapper's own text is a whole traceback.
+    """
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else None
+
+
+def worker_failures(error: BaseException) -> dict[int, BaseException]:
+    """The errors of the workers by rank, of Ray Train's error about a group of them; empty for any other error."""
+    failures = getattr(error, "worker_failures", None)
+    return dict(failures) if isinstance(failures, dict) else {}
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """The UserError that caused ``error``, through chained exceptions and Ray's wrappers around remote ones."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        remote = remote_cause(current)
+        if isinstance(current, UserError) and not isinstance(remote, UserError):
+            return current
+        waiting += [remote, *worker_failures(current).values()]
+        waiting += [current.__cause__, None if current.__suppress_context__ else current.__context__]
+    return None

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_diffsynth.console import open_stream
 from ray_diffsynth.ray_address import ClusterError as ClusterError
 from ray_diffsynth.ray_address import check_answers, no_cluster, temporary_folder
+from ray_diffsynth.ray_compat import init_local
 from ray_diffsynth.system_errors import explain
 
 LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
@@ -68,7 +69,7 @@ def _join(address: str, given: bool, options: dict[str, Any]) -> None:
 
 def _start(options: dict[str, Any], folder: str | None) -> None:
     try:
-        ray.init(address="local", include_dashboard=False, _temp_dir=folder, **options)
+        init_local(folder, options)
     except Exception as error:
         if explain(error):
             raise

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ray_diffsynth.errors import remote_cause
+
 _OBJECT_STORES = ("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "adlfs", "azure", "aiohttp")
 _SPACE = "check the rights and the free space there, or give another path"
 _FIXES = {
@@ -49,8 +51,7 @@ def explain(error: BaseException | None) -> str | None:
         seen.add(id(error))
         if told := _one(error):
             return told
-        remote = getattr(error, "cause", None)  # ray.exceptions.RayTaskError: the original
-        error = remote if isinstance(remote, BaseException) else error.__cause__
+        error = remote_cause(error) or error.__cause__
     return None
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ray_diffsynth.cli import find_user_error, main
+from ray_diffsynth.cli import main
 from ray_diffsynth.config import GenerateConfig, JobConfig, PreprocessConfig, TrainConfig
 from ray_diffsynth.config.diffsynth import NO_EFFECT, REFUSED
 from ray_diffsynth.config.flags import parse
-from ray_diffsynth.errors import ConfigError, UserError
+from ray_diffsynth.errors import ConfigError, UserError, find_user_error
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.report import make_report, write_json
 

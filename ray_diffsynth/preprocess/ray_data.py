@@ -18,18 +18,19 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from ray_diffsynth.errors import remote_cause
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec, described, shard_row
 from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.shards import ShardPlan
+from ray_diffsynth.ray_compat import DATA_ERRORS_LOGGER
 
 DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError, ObjectLostError)
 """How Ray reports that a process or a machine has died, and with it what it worked on."""
 NO_PROGRESS_SECONDS = 24 * 3600.0
 """Ray Data gives up a pass in which nothing moves for so long; by default half an hour, in which no GPU may be free."""
-_REPORTER = "ray.data._internal.execution.streaming_executor_state"
 
 
 class Stopped(Exception):
@@ -56,11 +57,11 @@ class Reports(logging.Handler):
 
     def __enter__(self) -> "Reports":
         self._token = _current.set(self)
-        logging.getLogger(_REPORTER).addHandler(self)
+        logging.getLogger(DATA_ERRORS_LOGGER).addHandler(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger(_REPORTER).removeHandler(self)
+        logging.getLogger(DATA_ERRORS_LOGGER).removeHandler(self)
         if self._token is not None:
             _current.reset(self._token)
 
@@ -68,7 +69,7 @@ class Reports(logging.Handler):
         """How many processes died. Raises EncoderError for an error of another kind: it is no shard's fault."""
         for error in self.errors:
             if not isinstance(error, DEATHS):
-                cause = getattr(error, "cause", None) or error  # a task's error holds a whole traceback as its text
+                cause = remote_cause(error) or error  # a task's error holds a whole traceback as its text
                 raise EncoderError(f"{group} could not be encoded: {described(cause)}") from error
         return len(self.errors)
 

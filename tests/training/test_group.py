@@ -42,7 +42,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Nodes, Nodes
     monkeypatch.setattr(elastic, "nodes", look)
     monkeypatch.setattr(elastic, "answering", lambda found: found)
     monkeypatch.setattr(elastic, "free", lambda found: current[0][1])
-    monkeypatch.setattr(elastic, "draining", lambda: set())
+    monkeypatch.setattr(elastic, "draining_nodes", lambda: set())
     now = [0.0]  # seconds pass only while it sleeps
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
     monkeypatch.setattr(elastic, "time", clock)

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_diffsynth.ray_compat import available_resources, draining_nodes
 from ray_diffsynth.ray_session import ClusterError, alive_nodes
 
 logger = logging.getLogger(__name__)
@@ -74,19 +75,14 @@ def fits_beside(other: Mapping[str, float], group: Group, nodes: Mapping[str, Ma
 
 def nodes() -> dict[str, dict[str, float]]:
     """Resources of the nodes that are alive and are not being drained (preempted)."""
-    leaving = draining()
+    leaving = draining_nodes()
     return {node: resources for node, resources in alive_nodes().items() if node not in leaving}
 
 
 def free(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """What nobody holds of those nodes' resources."""
-    left: Mapping[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    left: Mapping[str, dict[str, float]] = available_resources()
     return {node: left.get(node, {}) for node in found}
-
-
-def draining() -> set[str]:
-    """Ids of the nodes that will be taken away, as Ray Train learns it too."""
-    return set(ray._private.state.state.get_draining_nodes() or {})
 
 
 def answering(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -161,7 +157,7 @@ class Watch:
     def __init__(self, collector: Any, group: Group, workers: int, terminated: threading.Event) -> None:
         self.regroup: str | None = None
         self._collector, self._group, self._workers, self._terminated = collector, group, workers, terminated
-        self._leaving = draining()  # known before: the group was made without them
+        self._leaving = draining_nodes()  # known before: the group was made without them
         self._begun = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -193,7 +189,7 @@ class Watch:
             if time.monotonic() - looked < POLL_SECONDS:
                 continue
             looked = time.monotonic()
-            if draining() - self._leaving:
+            if draining_nodes() - self._leaving:
                 self.regroup = "a node is being taken away"
             elif self._group.elastic and self._started() and self._larger(nodes()):
                 larger += 1

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch.distributed as dist
 
-from ray_diffsynth.errors import UserError
+from ray_diffsynth.errors import UserError, remote_cause
 
 _LOST = re.compile(
     r"Connection (closed|reset|refused|aborted)|Broken pipe|pair closure|Timed out waiting|NCCL|gloo", re.IGNORECASE
@@ -51,7 +51,7 @@ def reason(failures: Mapping[int, BaseException]) -> UserError | None:
     The errors of those that only missed a lost one say nothing.
     """
     found = [failures[rank] for rank in sorted(failures)]
-    found = [cause if isinstance(cause := getattr(error, "cause", None), UserError) else error for error in found]
+    found = [cause if isinstance(cause := remote_cause(error), UserError) else error for error in found]
     told = [error for error in found if isinstance(error, UserError)]
     foreseen = [error for error in told if not isinstance(error, WorkerError)]
     if foreseen:

@@ -23,7 +23,7 @@ import ray.train
 import ray.train.torch
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.errors import UserError
+from ray_diffsynth.errors import UserError, worker_failures
 from ray_diffsynth.models.lora_file import check_lora_file
 from ray_diffsynth.ray_session import ClusterError, alive_nodes, cluster_devices, on_this_node, ray_session
 from ray_diffsynth.storage import absolute, is_remote, join
@@ -199,7 +199,7 @@ def _fit_until_done(
                 try:
                     _fit(arguments, group, workers)
                 except ray.train.TrainingFailedError as error:
-                    if (told := reason(getattr(error, "worker_failures", None) or {})) is not None:
+                    if (told := reason(worker_failures(error))) is not None:
                         raise told from error
                     failures = failures + 1 if list_checkpoints(config.output_path) == before else 1
                     if failures >= MAX_FAILURES:

@@ -1,0 +1,53 @@
+"""What this package uses of Ray beside its public interface is still there: read this first after an upgrade of Ray."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+import ray
+import ray.exceptions
+import ray.train
+import ray.train.torch
+from ray.data import DataContext
+
+from ray_diffsynth import ray_compat
+from ray_diffsynth.errors import UserError, find_user_error, remote_cause, worker_failures
+
+
+def test_ray_data_logs_the_blocks_that_it_ignores_with_their_exception() -> None:
+    source = inspect.getsource(importlib.import_module(ray_compat.DATA_ERRORS_LOGGER))
+    assert "logger = logging.getLogger(__name__)" in source, "Ray Data's executor logs elsewhere: see Reports"
+    _, _, ignored = source.partition("Ignoring this exception with remaining")
+    assert "logger.error(error_message, exc_info=e)" in ignored[:300], "an ignored block is told without its exception"
+
+
+def test_the_settings_of_ray_data_that_a_pass_sets_are_there() -> None:
+    names = ("enable_fallback_to_arrow_object_ext_type", "max_errored_blocks", "execution_no_progress_timeout_s")
+    missing = {*names, "custom_execution_callback_classes"} - set(vars(DataContext.get_current()))
+    assert not missing, f"Ray Data's context has no {missing} any more: setting them would do nothing"
+
+
+def test_ray_train_registers_its_handler_of_ctrl_c_by_a_method() -> None:
+    trainer = ray.train.torch.TorchTrainer
+    assert list(inspect.signature(trainer._register_sigint_handler).parameters) == ["self", "controller"]
+    module = inspect.getsource(inspect.getmodule(trainer._register_sigint_handler) or ray)
+    assert "self._register_sigint_handler(controller)" in module, "Ctrl-C would be Ray Train's again"
+
+
+def test_errors_of_other_processes_hold_what_was_raised() -> None:
+    told = UserError("no such cache")
+    task = ray.exceptions.RayTaskError("f", "traceback", told)
+    assert remote_cause(task) is told, "RayTaskError.cause is no more"
+    group = ray.train.WorkerGroupError("failed", {1: task})
+    assert worker_failures(group) == {1: task}, "WorkerGroupError.worker_failures is no more"
+    assert find_user_error(group) is told and remote_cause(told) is None and worker_failures(told) == {}
+
+
+@pytest.mark.ray
+def test_the_state_of_the_nodes(local_ray: None) -> None:
+    nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    available = ray_compat.available_resources()
+    assert available.keys() == nodes and all("CPU" in resources for resources in available.values())
+    assert ray_compat.draining_nodes() == set()
