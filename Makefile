@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Preprocess, train and generate with a tiny model, on this machine
-	$(BIN)/python -m ray_diffsynth.demo.run
+	$(BIN)/python -m ray_diffsynth demo
 
 # Debian's package, if this is root on a machine that has apt-get; the tests that need it are skipped without.
 browser: ## Install Chromium for the tests that look at report.html

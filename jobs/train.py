@@ -1,27 +1,11 @@
-"""Stage 2: cache in, LoRA out. Runs from a checkout, installed or not, and under `ray job submit`."""
+"""Stage 2: cache in, LoRA out. `ray-diffsynth train` from a checkout, also under `ray job submit`."""
 
-from __future__ import annotations
-
-import os
 import sys
 from pathlib import Path
 
-_ROOT = str(Path(__file__).resolve().parent.parent)
-if _ROOT not in sys.path:
-    sys.path.insert(0, _ROOT)
-# Ray's processes on this machine inherit it.
-os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ray_diffsynth.cli import main  # noqa: E402
-from ray_diffsynth.config import TrainConfig  # noqa: E402
-
-
-def run(config: TrainConfig) -> None:
-    """Hand over to the job; torch and ray are imported only now."""
-    from ray_diffsynth.training.ray.job import run as run_job
-
-    run_job(config)
-
+from ray_diffsynth.cli import run_command
 
 if __name__ == "__main__":
-    raise SystemExit(main(TrainConfig, run))
+    raise SystemExit(run_command("train"))

@@ -1,4 +1,5 @@
-"""`python -m ray_diffsynth.cache`: look into a cache, check it, repair it, see it, take it elsewhere.
+"""`ray-diffsynth cache` (`python -m ray_diffsynth.cache`): look into a cache,
+check it, repair it, see it, take it elsewhere.
 
 Exit codes: 0 done and nothing wrong, 1 something is wrong with the cache, 2 a bad command line.
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 from ray_diffsynth.console import prepare_process
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.program import command
 from ray_diffsynth.system_errors import explain
 
 
@@ -50,7 +52,9 @@ def _repair(options: argparse.Namespace) -> int:
         print(f"written anew without unused rows: {path}")
     for path, reason in done.removed:
         print(f"removed {path}: {reason}")
-    print("the cache is whole" if done.committed else "run jobs/preprocess.py again: it encodes only what is lost")
+    print(
+        "the cache is whole" if done.committed else f"run {command('preprocess')} again: it encodes only what is lost"
+    )
     return 0
 
 
@@ -78,12 +82,12 @@ def _count(text: str) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m ray_diffsynth.cache", description=__doc__)
+    parser = argparse.ArgumentParser(prog=command("cache"), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     helps = {
         "inspect": "what the cache holds",
         "verify": "read everything: checksums, orphans, finite numbers; exit code 1 for damage",
-        "repair": "remove what is damaged or unfinished; jobs/preprocess.py then encodes what is lost",
+        "repair": f"remove what is damaged or unfinished; {command('preprocess')} then encodes what is lost",
         "preview": "a PNG of a few samples, decoded from their latents, beside their captions",
         "export": "one safetensors file a sample, and samples.jsonl",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.program import command
 
 
 class CacheError(UserError):
@@ -34,5 +35,5 @@ class VersionError(CacheError):
 
 def repair_advice(cache: str) -> str:
     """The end of an error about damage."""
-    command = f"python -m ray_diffsynth.cache repair {cache}"
-    return f"run `{command}`, then jobs/preprocess.py again: it encodes only what is lost"
+    repair = f"{command('cache')} repair {cache}"
+    return f"run `{repair}`, then {command('preprocess')} again: it encodes only what is lost"

@@ -29,6 +29,7 @@ from ray_diffsynth.cache.names import (
     is_table,
 )
 from ray_diffsynth.cache.tables import read_table, table_bytes, table_hash
+from ray_diffsynth.program import command
 
 MANIFEST_VERSION = 2
 """2: the rows' checksums are XXH3-64 (1: CRC-32)."""
@@ -109,7 +110,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError) as error:
             what = "is not there" if not storage.exists(cache) else f"holds no committed cache (no {MANIFEST_FILE})"
             raise CacheError(
-                f"{cache} {what}; run jobs/preprocess.py with --output_path {cache} to its end, "
+                f"{cache} {what}; run {command('preprocess')} with --output_path {cache} to its end, "
                 "and give stage 2 that folder as --dataset_base_path"
             ) from error
         except OSError as error:

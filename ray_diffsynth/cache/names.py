@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError
+from ray_diffsynth.program import command
 
 INDEX_FOLDER, QUARANTINE_FOLDER = "index", "quarantine"
 
@@ -27,7 +28,7 @@ class UnsafeNameError(CacheError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"{what}; no such file is read or removed. Take the cache from where it was made again, or delete its "
-            "manifest.json yourself and run jobs/preprocess.py, which encodes only what is lost"
+            f"manifest.json yourself and run {command('preprocess')}, which encodes only what is lost"
         )
 
 

@@ -42,6 +42,7 @@ from ray_diffsynth.cache.store import (
     write_shard,
 )
 from ray_diffsynth.cache.verify import file_problem
+from ray_diffsynth.program import command
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Repair:
     removed: list[tuple[str, str]] = field(default_factory=list)
     compacted: list[str] = field(default_factory=list)
     committed: bool = True
-    """False: the cache must be completed by jobs/preprocess.py before it can be trained on."""
+    """False: the cache must be completed by stage 1 before it can be trained on."""
 
     def remove(self, paths: Iterable[tuple[str, str]]) -> None:
         self.removed += [(path, reason) for path, reason in paths if storage.remove(path)]
@@ -185,7 +186,7 @@ def _readable(cache: str) -> _Found:
 def _uncommit(cache: str, manifest: Manifest | None, done: Repair) -> None:
     """Take the manifest away, then the tables that only it named."""
     files = (MANIFEST_FILE, *(() if manifest is None else (manifest.index_file, manifest.quarantine_file)))
-    reason = "what it names is damaged; jobs/preprocess.py writes a new one"
+    reason = f"what it names is damaged; {command('preprocess')} writes a new one"
     done.remove((inside(cache, file), reason) for file in files)
 
 

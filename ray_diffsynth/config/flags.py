@@ -33,6 +33,7 @@ from ray_diffsynth.config.options import (
 from ray_diffsynth.config.yaml_file import read_options, read_value
 from ray_diffsynth.errors import ConfigError, nearest
 from ray_diffsynth.output_path import check_output_path
+from ray_diffsynth.program import command
 
 C = TypeVar("C", bound=JobConfig)
 
@@ -254,7 +255,7 @@ def _is_field(config_class: type[JobConfig], field: str, name: str, shown: str) 
         return True
     for other in JOBS:
         if field in {f.name for f in dataclasses.fields(other)}:
-            _note(name, f"it belongs to jobs/{other.job}.py")
+            _note(name, f"it belongs to {command(other.job)}")
             return False
     if field in NO_EFFECT:
         _note(name, NO_EFFECT[field])

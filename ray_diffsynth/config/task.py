@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ray_diffsynth.config.options import Component, names_in, option
 from ray_diffsynth.errors import ConfigError, did_you_mean
+from ray_diffsynth.program import command
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class TaskConfig(Component):
         mine = [name for name, spec in specs.items() if spec.job == job]
         if self.task not in mine:
             other = specs[self.task].job
-            raise ConfigError(f"task={self.task!r} is run by jobs/{other}.py; jobs/{job}.py runs {' and '.join(mine)}")
+            raise ConfigError(
+                f"task={self.task!r} is run by {command(other)}; {command(job)} runs {' and '.join(mine)}"
+            )
 
     @property
     def reads_cache(self) -> bool:

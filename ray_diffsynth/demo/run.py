@@ -1,4 +1,4 @@
-"""`make demo`: drawn pictures of a creature in, a LoRA that teaches it to the shipped tiny model out, on this machine.
+"""`ray-diffsynth demo` (`make demo`): drawn images in, a LoRA that teaches their creature to the tiny model out, here.
 
 Runs the two jobs as a user would, as separate processes, then draws the same prompts with the same seeds by the plain
 diffusers pipeline before and after: new ones (what was learnt) beside known ones (what was kept).
@@ -22,8 +22,8 @@ from ray_diffsynth.demo import demo_model_path
 from ray_diffsynth.demo.captions import CREATURE, canonical
 from ray_diffsynth.demo.draw import Pixels, draw_dataset
 from ray_diffsynth.demo.evaluate import grid, is_creature, known_scenes, sample
+from ray_diffsynth.program import ROOT, command
 
-ROOT = Path(__file__).resolve().parents[2]
 CREATURES, PLAIN = 64, 16
 """Pictures to learn from: the creature, and shapes that keep the model from drawing nothing else."""
 BACKGROUNDS = ("red", "yellow", "white", "purple", "green", "blue", "black", "orange")
@@ -33,12 +33,13 @@ SEED = 50
 
 
 def run_job(name: str, arguments: Sequence[str]) -> None:
-    """Run `jobs/<name>.py`; its output goes to this terminal. Raises CalledProcessError."""
-    print(f"$ python jobs/{name}.py {' '.join(arguments)}", flush=True)
+    """Run `ray-diffsynth <name>`; its output goes to this terminal. Raises CalledProcessError."""
+    print(f"$ ray-diffsynth {name} {' '.join(arguments)}", flush=True)
     # One computing thread a process would leave a core idle: the demo has the machine for itself.
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments]
-    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    job = [sys.executable, "-m", "ray_diffsynth", name, *arguments]
+    subprocess.run(job, check=True, env=environment)
 
 
 def draw_pictures(folder: Path) -> None:
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, compare, and print where everything is and what was learnt."""
     if argv is None:
         prepare_process()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog=command("demo"), description=__doc__)
     parser.add_argument("--output", default="demo", help="folder for everything that the demo makes")
     out = Path(parser.parse_args(argv).output).resolve()
     started = time.monotonic()
