@@ -239,10 +239,11 @@ def read_parquet(path: str) -> RawTable:
     return RawTable(tuple(columns), tuple(rows))
 
 
-READERS: Mapping[str, Callable[[str], RawTable]] = {
+READERS: dict[str, Callable[[str], RawTable]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }
+"""By the ending of a file's name, in lower case. A format is one function and one line here."""

@@ -13,7 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ray_diffsynth import storage
+from ray_diffsynth.data.formats import READERS, RawRow, RawTable
 from ray_diffsynth.data.metadata import DatasetError, Metadata, read_metadata, resolve_file
+from ray_diffsynth.data.prompts import read_prompt_file
 
 ROWS = [{"image": "a.png", "prompt": "one, two"}, {"image": "sub/b.png", "prompt": 'a "quoted"\nline'}]
 
@@ -273,3 +276,20 @@ def test_a_name_that_stands_twice_in_a_json_object(tmp_path: Path) -> None:
 
 def test_a_jsonl_that_is_one_list(tmp_path: Path) -> None:
     fails(tmp_path, "name it .json", "m.jsonl", '[\n {"image": "a.png", "prompt": "x"}\n]')
+
+
+def test_a_format_is_one_function_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_pairs(path: str) -> RawTable:
+        lines = storage.read_bytes(path).decode().splitlines()
+        values = [dict(zip(("image", "prompt"), line.split(" = "), strict=True)) for line in lines]
+        rows = [RawRow(number, f"{path}:{number}", row) for number, row in enumerate(values, 1)]
+        return RawTable(("image", "prompt"), tuple(rows))
+
+    monkeypatch.setitem(READERS, ".pairs", read_pairs)
+    path = write(tmp_path, "metadata.pairs", "a.png = one\nb.png = two\n")
+    for given in (None, path):
+        assert read_metadata(str(tmp_path), given).table["prompt"].to_pylist() == ["one", "two"]
+    prompts = read_prompt_file(path, (), option="--prompt_path")
+    assert [prompt.prompt for prompt in prompts] == ["one", "two"]
+    with pytest.raises(DatasetError, match=r"supported are .*\.pairs"):
+        read(tmp_path, "m.unknown", "a")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ def read_prompts(given: str, pictures: Mapping[str, bool]) -> list[Prompt]:
     is_table = suffix in READERS
     if os.path.isfile(given) or (is_table and "|" not in given and exists(given)):
         return read_prompt_file(given, pictures, option=OPTION, lines=() if is_table else (suffix,))
-    if re.fullmatch(r"[^|]*\.(txt|csv|jsonl?|parquet|md)", given.strip()):
+    if "|" not in given and given.strip().endswith((".txt", ".md", *READERS)):
         raise TrainingError(
             f"{OPTION} {given} does not exist; give a text file with a prompt a line, a csv or jsonl file with the "
             "column prompt, or the prompts themselves with | between them"

@@ -56,7 +56,7 @@ def test_prompts_from_a_file_and_from_the_option(tmp_path: Path) -> None:
     assert texts("a" * 5000) == ["a" * 5000]  # no file's name is so long
     with pytest.raises(TrainingError, match="has no prompt"):
         texts(" | ")
-    for absent in ("prompts/absent.txt", "absent.csv", "absent.jsonl"):
+    for absent in ("prompts/absent.txt", "absent.csv", "absent.jsonl", "absent.tsv"):
         with pytest.raises(TrainingError, match=f"{absent} does not exist; give a text file"):
             texts(absent)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xff")
