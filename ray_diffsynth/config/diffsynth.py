@@ -17,7 +17,7 @@ NO_EFFECT: dict[str, str] = {
     "enable_model_cpu_offload": _OFFLOAD,
     "enable_optimizer_cpu_offload": _OFFLOAD,
     "enable_swanlab_log": _SWANLAB,
-    "enable_tensorboard_log": "TensorBoard is on by default, see --log_with",
+    "enable_tensorboard_log": "TensorBoard is on by default where it is installed, see --log_with",
     "enable_wandb_log": "use --log_with wandb",
     "find_unused_parameters": "parameters without a gradient are found by one probe step and frozen",
     "fp8_models": "the frozen models stay in --dtype; --fp8_base keeps the trained model's base in 8 bits",

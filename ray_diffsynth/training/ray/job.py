@@ -49,7 +49,7 @@ from ray_diffsynth.training.report.metrics_log import TrainingProgress
 from ray_diffsynth.training.report.sample_grids import Shown, is_drawn
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt, plan_samples
 from ray_diffsynth.training.report.summary import finish
-from ray_diffsynth.training.report.trackers import check_trackers
+from ray_diffsynth.training.report.trackers import check_trackers, fallback
 from ray_diffsynth.training.result import TrainResult, merged
 from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.start import Start
@@ -131,6 +131,8 @@ def check_files(config: TrainConfig, *, going_on: bool) -> None:
     for path in filter(None, (config.preset_lora_path, *start)):
         check_lora_file(path)
     check_trackers(config)
+    if told := fallback(config):
+        logger.info(told)
     if config.customized_optimizer:
         customized(config.customized_optimizer, config)
 

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -50,6 +51,13 @@ def check_trackers(config: TrackingConfig) -> None:
     for name in config.trackers:
         if module := TRACKERS[name].requires:
             _import(module, name)
+
+
+def fallback(config: TrackingConfig) -> str:
+    """What a user should know who has no TensorBoard and chose no other tracker; "" where there is nothing to say."""
+    if config.trackers != ("csv",) or find_spec("tensorboard"):
+        return ""
+    return f"TensorBoard is not installed: metrics go to {CSV_FILE} (pip install ray-diffsynth[tensorboard])"
 
 
 class Trackers:

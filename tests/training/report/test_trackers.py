@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.training.report import trackers
 from ray_diffsynth.training.report.trackers import TrackerError
 from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.trainer import train
@@ -90,3 +92,13 @@ def test_a_resumed_training_goes_on_in_the_same_run(
     first, second = (kwargs.get("id", kwargs.get("run_id")) for _, kwargs in told.named(begin))
     assert (first, second) == (None, "run-7")
     assert len(told.named(end)) == 2
+
+
+def test_who_has_no_tensorboard_hears_where_the_metrics_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**options: str) -> str:
+        return trackers.fallback(TrainConfig(dataset_base_path="data", model="tiny", **options))
+
+    assert told() == told(log_with="csv") == "", "it is installed here"
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    assert "metrics go to metrics.csv" in told(log_with="csv")
+    assert told(log_with="none") == told(log_with="wandb") == ""
