@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from ray_diffsynth.config import ConfigError, PreprocessConfig
+from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule
 from ray_diffsynth.data.fit import Fits, SizeFit
 from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, size_fits
 from ray_diffsynth.data.warnings import collecting
+from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.preprocess.scan import assign
 from ray_diffsynth.training.data.source import DatasetSource
 
