@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ray_diffsynth.lazy import importer
 
 if TYPE_CHECKING:
     from ray_diffsynth.pipelines.core.base import BasePipeline as BasePipeline
@@ -15,19 +16,16 @@ if TYPE_CHECKING:
     from ray_diffsynth.pipelines.registry import family_of as family_of
     from ray_diffsynth.pipelines.registry import get_pipeline_class as get_pipeline_class
 
-_HOMES = {
-    "BasePipeline": "core.base",
-    "Part": "core.base",
-    "PipelineUnit": "core.unit",
-    "PipelineUnitRunner": "core.unit",
-    "check_units": "core.check",
-    "family_of": "registry",
-    "get_pipeline_class": "registry",
-    "split_units": "core.graph",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = importer(
+    __name__,
+    {
+        "BasePipeline": "core.base",
+        "Part": "core.base",
+        "PipelineUnit": "core.unit",
+        "PipelineUnitRunner": "core.unit",
+        "check_units": "core.check",
+        "family_of": "registry",
+        "get_pipeline_class": "registry",
+        "split_units": "core.graph",
+    },
+)

@@ -5,8 +5,9 @@ Names are imported on first use, so that the registry stays free of torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ray_diffsynth.lazy import importer
 
 if TYPE_CHECKING:
     from ray_diffsynth.tasks.base import LossOutput as LossOutput
@@ -17,18 +18,15 @@ if TYPE_CHECKING:
     from ray_diffsynth.tasks.registry import task_family as task_family
     from ray_diffsynth.tasks.sft import SFT as SFT
 
-_HOMES = {
-    "DirectDistill": "direct_distill",
-    "LossOutput": "base",
-    "SFT": "sft",
-    "TASKS": "registry",
-    "Task": "base",
-    "get_task": "registry",
-    "task_family": "registry",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = importer(
+    __name__,
+    {
+        "DirectDistill": "direct_distill",
+        "LossOutput": "base",
+        "SFT": "sft",
+        "TASKS": "registry",
+        "Task": "base",
+        "get_task": "registry",
+        "task_family": "registry",
+    },
+)
