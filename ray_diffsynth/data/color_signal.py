@@ -52,11 +52,13 @@ def signalled_profile(image: Image.Image, data: bytes) -> tuple[bytes, str]:
     return b"", ""
 
 
-def png_chunk(data: bytes, kind: bytes) -> bytes:
-    """Content of the first chunk of a kind, wherever it stands; empty if there is none."""
+def png_chunk(data: bytes, kind: bytes, *, before: bytes = b"") -> bytes:
+    """Content of the first chunk of a kind, wherever it stands or `before` a chunk of that kind; empty for none."""
     place = 8
     while place + 8 <= len(data):
         length, found = struct.unpack_from(">I4s", data, place)
+        if found == before:
+            break
         if found == kind:
             return data[place + 8 : place + 8 + length]
         place += 12 + length
@@ -65,7 +67,7 @@ def png_chunk(data: bytes, kind: bytes) -> bytes:
 
 def _of_png(image: Image.Image, data: bytes, embedded: bool) -> tuple[bytes, str]:
     """cICP goes before a profile, that before sRGB, that before gAMA and cHRM (PNG, third edition, 12.2.1)."""
-    codes = png_chunk(data, b"cICP")
+    codes = png_chunk(data, b"cICP", before=b"IDAT")  # its place; the pixels may be thousands of chunks
     if len(codes) == 4 and not (embedded and codes[1] in _HDR):  # the profile beside HDR is for those without it
         return _of_codes(codes[0], codes[1])
     if embedded or image.info.get("srgb") is not None:
