@@ -8,7 +8,6 @@ from pathlib import Path
 NAME = "ray-diffsynth"
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds the package: a checkout, or an environment's site-packages."""
-JOBS = ("preprocess", "train", "generate")
 
 
 def in_checkout() -> bool:
@@ -23,4 +22,5 @@ def command(name: str) -> str:
     """
     if Path(sys.argv[0]).name == NAME or not in_checkout():
         return f"{NAME} {name}"
-    return f"jobs/{name}.py" if name in JOBS else f"python -m ray_diffsynth.{name}"
+    job = f"jobs/{name}.py"
+    return job if (ROOT / job).is_file() else f"python -m ray_diffsynth.{name}"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ray_diffsynth.config.effects import LORA, needs
 from ray_diffsynth.config.model import TrainedModelsConfig
-from ray_diffsynth.config.options import option, split_names
+from ray_diffsynth.config.options import option, set_option, split_names
 from ray_diffsynth.errors import ConfigError, did_you_mean
 
 
@@ -52,7 +52,7 @@ class LoraConfig(TrainedModelsConfig):
     def resolve(self) -> None:
         """What is fused into the base goes where the LoRA is."""
         if self.preset_lora_path and not self.preset_lora_model:
-            object.__setattr__(self, "preset_lora_model", (*self.lora_models, "dit")[0])
+            set_option(self, preset_lora_model=(*self.lora_models, "dit")[0])
 
     def check(self) -> None:
         """Raise ConfigError for LoRAs that contradict each other or train nothing."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray_diffsynth.config.effects import TOKENS
-from ray_diffsynth.config.options import Component, option, split_names
+from ray_diffsynth.config.options import Component, option, set_option, split_names
 from ray_diffsynth.errors import ConfigError
 
 
@@ -60,7 +60,7 @@ class TrainedModelsConfig(Component):
     def resolve(self) -> None:
         """The denoising model gets a LoRA unless something is trained whole."""
         if self.lora_base_model is None and not split_names(self.trainable_models):
-            object.__setattr__(self, "lora_base_model", "dit")
+            set_option(self, lora_base_model="dit")
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -172,7 +172,7 @@ def check_options(config: Any) -> None:
         value, hint = getattr(config, name), types_of(cls)[name]
         if (text := as_text(cls, name, value)) is not value:
             value = text
-            object.__setattr__(config, name, text)
+            set_option(config, **{name: text})
         if value is None:
             if type(None) not in get_args(hint):
                 raise ConfigError(f"{name} is null; give a value, or leave it out for its default")
@@ -245,7 +245,7 @@ def use_defaults(config: Any) -> None:
     """Set the options that are not given to what they are used as, where they have an effect."""
     for name, known in options_of(type(config)).items():
         if known.used_as is not None and getattr(config, name) is None and has_effect(config, name):
-            object.__setattr__(config, name, known.used_as)
+            set_option(config, **{name: known.used_as})
 
 
 def set_option(config: Any, **values: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
+from ray_diffsynth.config import JOBS
 from ray_diffsynth.printable import printable
 from ray_diffsynth.report.charts import bar_chart
 from ray_diffsynth.report.document import plain, write_text
@@ -20,7 +20,7 @@ from ray_diffsynth.report.load import load_lines
 from ray_diffsynth.report.training import training_charts
 
 PAGE = "report.html"
-CONFIGS = {config.job: config for config in (PreprocessConfig, TrainConfig, GenerateConfig)}
+CONFIGS = {config.job: config for config in JOBS}
 
 
 def write_page(
