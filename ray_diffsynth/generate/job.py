@@ -9,7 +9,7 @@ from typing import Any
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate.painter import PainterSpec
 from ray_diffsynth.generate.plan import PICTURES, check_arguments, plan_items
-from ray_diffsynth.generate.pool import Painted, paint_all, pool_size
+from ray_diffsynth.generate.pool import Painted, paint_all
 from ray_diffsynth.generate.prompts import GenerateError, read_prompts
 from ray_diffsynth.generate.summary import Made, finish
 from ray_diffsynth.models.fingerprint import part_sketch
@@ -20,6 +20,7 @@ from ray_diffsynth.pipelines.core.calling import picture_params
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.ray_session import ray_session
+from ray_diffsynth.resources import Cluster, generator_pool
 from ray_diffsynth.storage import absolute, exists, join, list_files
 
 
@@ -45,7 +46,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     painted = Painted({}, 0.0)
     if missing:
         with ray_session(config.ray_address, verbose=config.verbose):
-            size = pool_size(config.num_workers, config.resources, len(missing))
+            size = generator_pool(config.num_workers, config.resources, len(missing), Cluster.connected())
             done = len(items) - len(missing)
             with Progress("generate", total=len(items), unit="pictures", initial=done) as progress:
                 painted = paint_all(missing, spec, size, progress.advance)

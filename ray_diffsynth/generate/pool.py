@@ -16,7 +16,8 @@ import torch
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.generate.painter import Painter, PainterSpec
 from ray_diffsynth.generate.plan import Item
-from ray_diffsynth.ray_session import ClusterError, cluster_devices
+from ray_diffsynth.ray_session import ClusterError
+from ray_diffsynth.resources import GeneratorPool
 
 logger = logging.getLogger(__name__)
 
@@ -24,34 +25,6 @@ IN_FLIGHT = 2
 """Items that an actor has: the one in work, and the next, so that it does not wait for the driver."""
 TRIES = 2
 """Of how many actors an item must be the end before it is given up."""
-
-
-@dataclass(frozen=True)
-class PoolSize:
-    """Actors, and the Ray resources that each reserves."""
-
-    actors: int
-    cpus: float
-    gpus: float
-    others: dict[str, float]
-
-
-def pool_size(num_workers: int, resources: dict[str, float] | None, items: int) -> PoolSize:
-    """An actor per GPU, or one with all CPUs where there are none; no more than items.
-
-    Raises ClusterError when they do not fit the cluster, which would wait for ever.
-    """
-    cpus, gpus = cluster_devices()
-    others = dict(resources or {})
-    gpu = others.pop("GPU", 1.0 if gpus >= 1 else 0.0)
-    actors = min(num_workers or (max(1, int(gpus // gpu)) if gpu else 1), max(items, 1))
-    cpu = others.pop("CPU", 1.0 if gpu else max(1.0, cpus // actors))
-    if actors * gpu > gpus or actors * cpu > cpus:
-        raise ClusterError(
-            f"{actors} actors of {cpu:g} CPU and {gpu:g} GPU do not fit a cluster of {cpus:g} CPU and {gpus:g} GPU; "
-            "lower --num_workers or --resources"
-        )
-    return PoolSize(actors, cpu, gpu, others)
 
 
 @dataclass(frozen=True)
@@ -84,7 +57,7 @@ class PainterActor:
 
 
 def paint_all(
-    items: Sequence[Item], spec: PainterSpec, size: PoolSize, on_done: Callable[[int], None] = lambda count: None
+    items: Sequence[Item], spec: PainterSpec, size: GeneratorPool, on_done: Callable[[int], None] = lambda count: None
 ) -> Painted:
     """Make the pictures of all items; one that fails does not end it, a UserError does.
 
@@ -102,7 +75,7 @@ class _Pool:
     """
 
     def __init__(
-        self, items: Sequence[Item], spec: PainterSpec, size: PoolSize, on_done: Callable[[int], None]
+        self, items: Sequence[Item], spec: PainterSpec, size: GeneratorPool, on_done: Callable[[int], None]
     ) -> None:
         self._waiting = deque(items)
         self._on_done = on_done

@@ -9,9 +9,9 @@ from ray_diffsynth.data.media import SourceChanged
 from ray_diffsynth.preprocess.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
 from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec
-from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.records import Failure, Sample
 from ray_diffsynth.preprocess.shards import ShardPlan
+from ray_diffsynth.resources import EncoderPool
 
 
 @dataclass
@@ -26,7 +26,7 @@ class GroupRun:
     """
 
     plan: GroupPlan
-    pool: PoolSize
+    pool: EncoderPool
     encoder: EncoderSpec
     keys: Sequence[str] = ()
     empty_key: str | None = None
@@ -37,7 +37,7 @@ class GroupRun:
     seconds: float = field(default=0.0, init=False)
 
     @classmethod
-    def begin(cls, plan: GroupPlan, pool: PoolSize, encoder: EncoderSpec, samples: Sequence[Sample]) -> "GroupRun":
+    def begin(cls, plan: GroupPlan, pool: EncoderPool, encoder: EncoderSpec, samples: Sequence[Sample]) -> "GroupRun":
         """With the keys of all samples."""
         keys = [plan.key(sample.inputs) for sample in samples]
         return cls(plan, pool, encoder, keys, plan.key({"prompt": ""}) if plan.caption_only else None)

@@ -25,13 +25,13 @@ from ray_diffsynth.preprocess.execute import encode_all
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.messages import EncoderSpec
 from ray_diffsynth.preprocess.pending import Committed, plan_turns
-from ray_diffsynth.preprocess.pool import check_pools, pool_sizes
 from ray_diffsynth.preprocess.records import ScannedRows
 from ray_diffsynth.preprocess.scan import scan_dataset
 from ray_diffsynth.preprocess.scan_cache import forget
 from ray_diffsynth.preprocess.summary import write_reports
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.ray_session import ray_session
+from ray_diffsynth.resources import Cluster, check_pools, encoder_pools
 from ray_diffsynth.storage import absolute
 from ray_diffsynth.tasks import get_task
 
@@ -111,7 +111,7 @@ def _run(job: Job, warnings: DataWarnings) -> dict[str, Any]:
         committed = Committed.of(job.cache)
         ids = metadata.table["sample_id"]
         check_same_dataset(job.cache, committed.manifest, committed.index, job.family, ids)
-        pools = pool_sizes(config, [group.name for group in job.groups])
+        pools = encoder_pools(config, [group.name for group in job.groups], Cluster.connected())
         rows = _scan(job, metadata, num_cpus=min(pool.decode_cpus for pool in pools.values()))
         runs = [
             GroupRun.begin(group, pool, job.encoder(group, pool.batch_size), rows.samples)

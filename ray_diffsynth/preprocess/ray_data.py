@@ -23,9 +23,9 @@ from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec, described, shard_row
-from ray_diffsynth.preprocess.pool import PoolSize
 from ray_diffsynth.preprocess.shards import ShardPlan
 from ray_diffsynth.ray_compat import DATA_ERRORS_LOGGER
+from ray_diffsynth.resources import EncoderPool
 
 DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError, ObjectLostError)
 """How Ray reports that a process or a machine has died, and with it what it worked on."""
@@ -102,7 +102,7 @@ class Pipeline:
     """What a pass needs beside its shards. It ends with `Stopped` soon after `stop` is set."""
 
     spec: EncoderSpec
-    size: PoolSize
+    size: EncoderPool
     cache: str
     codec: str
     monitor: Any

@@ -1,4 +1,4 @@
-"""The pool: how many actors, work on several of them, and an item that kills, which costs no other item its chance."""
+"""The pool: work on several actors, and an item that kills, which costs no other item its chance."""
 
 from __future__ import annotations
 
@@ -12,44 +12,10 @@ import pytest
 from ray_diffsynth.generate import pool
 from ray_diffsynth.generate.painter import PainterSpec
 from ray_diffsynth.generate.plan import Item
-from ray_diffsynth.generate.pool import PoolSize, paint_all, pool_size
+from ray_diffsynth.generate.pool import paint_all
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.ray_session import ClusterError
-
-
-@pytest.mark.parametrize(
-    ("cluster", "workers", "resources", "items", "expected"),
-    [
-        ((8, 0), 0, None, 9, PoolSize(1, 8, 0, {})),
-        ((8, 0), 2, None, 9, PoolSize(2, 4, 0, {})),
-        ((8, 4), 0, None, 9, PoolSize(4, 1, 1, {})),
-        ((8, 4), 0, None, 3, PoolSize(3, 1, 1, {})),
-        ((8, 4), 2, None, 9, PoolSize(2, 1, 1, {})),
-        ((8, 4), 0, {"GPU": 0.5}, 99, PoolSize(8, 1, 0.5, {})),
-        ((8, 4), 0, {"GPU": 2, "CPU": 3, "big": 1}, 9, PoolSize(2, 3, 2, {"big": 1})),
-        ((8, 4), 0, {"GPU": 0}, 9, PoolSize(1, 8, 0, {})),
-        ((8, 4), 3, {"CPU": 2}, 9, PoolSize(3, 2, 1, {})),
-    ],
-)
-def test_how_many_actors(
-    cluster: tuple[float, float],
-    workers: int,
-    resources: dict[str, float] | None,
-    items: int,
-    expected: PoolSize,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(pool, "cluster_devices", lambda: cluster)
-    assert pool_size(workers, resources, items) == expected
-
-
-@pytest.mark.parametrize(("workers", "resources"), [(5, None), (1, {"GPU": 5}), (3, {"CPU": 3}), (9, {"GPU": 0})])
-def test_what_does_not_fit_is_refused(
-    workers: int, resources: dict[str, float] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pool, "cluster_devices", lambda: (8, 4))
-    with pytest.raises(ClusterError, match="do not fit a cluster of 8 CPU and 4 GPU"):
-        pool_size(workers, resources, 9)
+from ray_diffsynth.resources import GeneratorPool
 
 
 def items(count: int) -> list[Item]:
@@ -86,7 +52,7 @@ def test_two_actors_share_the_work_and_one_item_that_kills_costs_no_other(
 
     monkeypatch.setattr(pool, "PainterActor", Drawing)
     done: list[int] = []
-    painted = paint_all(items(9), spec(tmp_path), PoolSize(2, 1, 0, {}), done.append)
+    painted = paint_all(items(9), spec(tmp_path), GeneratorPool(2, 1, 0, {}), done.append)
     assert painted.failures == {
         "pictures/2.png": "its process died each time that it was tried",
         "pictures/6.png": "RuntimeError: no memory",
@@ -110,4 +76,4 @@ def test_a_process_that_dies_while_it_loads(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(pool, "PainterActor", Heavy)
     with pytest.raises(ClusterError, match="died while it loaded the model"):
-        paint_all(items(1), spec(tmp_path), PoolSize(1, 1, 0, {}))
+        paint_all(items(1), spec(tmp_path), GeneratorPool(1, 1, 0, {}))

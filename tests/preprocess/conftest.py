@@ -24,7 +24,7 @@ from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.messages import shard_row
-from ray_diffsynth.preprocess.pool import PoolSize
+from ray_diffsynth.resources import Cluster, EncoderPool
 from tests.preprocess.counting import FAMILY, build_model
 from tests.processes import kill_session, wait_for_session
 
@@ -86,11 +86,12 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Stage1:
     from ray_diffsynth.preprocess import job as job_module
     from ray_diffsynth.preprocess import scan as scan_module
 
-    def size(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, PoolSize]:
-        return dict.fromkeys(groups, PoolSize(1, 1, config.batch_size, 0.5, 0, 0.5, None, 0.25))
+    def size(config: PreprocessConfig, groups: Sequence[str], cluster: Cluster) -> dict[str, EncoderPool]:
+        return dict.fromkeys(groups, EncoderPool(1, 1, config.batch_size, 0.5, 0, 0.5, None, 0.25))
 
     monkeypatch.setattr(job_module, "ray_session", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(job_module, "pool_sizes", size)
+    monkeypatch.setattr(Cluster, "connected", lambda: Cluster(8, 0))
+    monkeypatch.setattr(job_module, "encoder_pools", size)
     monkeypatch.setattr(job_module, "encode_all", encode_inline)
     monkeypatch.setattr(scan_module, "ray", InlineRay)
 

@@ -1,7 +1,8 @@
-"""How much of the cluster each group's actors take: one group after another over all of it, or side by side."""
+"""How much of the cluster the actors of stage 1 and of generating take: pure functions of options and cluster."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.errors import ConfigError, did_you_mean
@@ -9,7 +10,22 @@ from ray_diffsynth.ray_session import ClusterError, alive_nodes, cluster_devices
 
 
 @dataclass(frozen=True)
-class PoolSize:
+class Cluster:
+    """CPUs and GPUs of all machines that are alive, and how many machines these are."""
+
+    cpus: float
+    gpus: float
+    machines: int = 1
+
+    @classmethod
+    def connected(cls) -> Self:
+        """The cluster that this process is connected to."""
+        cpus, gpus = cluster_devices()
+        return cls(cpus, gpus, len(alive_nodes()))
+
+
+@dataclass(frozen=True)
+class EncoderPool:
     """Actors of a group, the samples that one encodes at once, and what an actor, a decode and a write task reserve."""
 
     min_actors: int
@@ -29,25 +45,25 @@ def check_pools(config: PreprocessConfig, groups: Sequence[str]) -> None:
             raise ConfigError(f"pools: {name!r} is no group of this model; {did_you_mean(name, groups)}")
 
 
-def pool_sizes(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, PoolSize]:
+def encoder_pools(config: PreprocessConfig, groups: Sequence[str], cluster: Cluster) -> dict[str, EncoderPool]:
     """A pool for each group on this cluster, with room for decoding and writing beside the actors.
 
     Ray Data hangs when an actor, its decode task and a write task do not fit the CPUs, so what they reserve is
     fractional. Raises ClusterError when the pools do not fit.
     """
     if config.pools is None:
-        size = _whole_cluster(config)
+        size = _whole_cluster(config, cluster)
         return dict.fromkeys(groups, size)
-    return _side_by_side(config, groups)
+    return _side_by_side(config, groups, cluster)
 
 
-def _whole_cluster(config: PreprocessConfig) -> PoolSize:
+def _whole_cluster(config: PreprocessConfig, cluster: Cluster) -> EncoderPool:
     """An actor per GPU, or one per two CPUs."""
-    cpus, gpus = cluster_devices()
+    cpus, gpus = cluster.cpus, cluster.gpus
     wanted = dict(config.resources or {})
     gpu = wanted.pop("GPU", 1.0 if gpus >= 1 else 0.0)
     actors = config.num_workers or (max(1, int(gpus // gpu)) if gpu else max(1, int(cpus // 2)))
-    cpu = wanted.pop("CPU", _default_cpus(cpus, actors))
+    cpu = wanted.pop("CPU", _default_cpus(cluster, actors))
     if wanted:
         raise ClusterError(f"resources={sorted(wanted)} are not known; CPU and GPU are")
     if actors * gpu > gpus or actors * cpu >= cpus:
@@ -56,18 +72,18 @@ def _whole_cluster(config: PreprocessConfig) -> PoolSize:
             "beside their decode and write tasks; lower --num_workers or --resources"
         )
     decode, write = _tasks(cpus - actors * cpu, 1)
-    return PoolSize(actors, actors, config.batch_size, cpu, gpu, decode, config.dataset_num_workers or None, write)
+    return EncoderPool(actors, actors, config.batch_size, cpu, gpu, decode, config.dataset_num_workers or None, write)
 
 
-def _side_by_side(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, PoolSize]:
-    cpus, gpus = cluster_devices()
+def _side_by_side(config: PreprocessConfig, groups: Sequence[str], cluster: Cluster) -> dict[str, EncoderPool]:
+    cpus, gpus = cluster.cpus, cluster.gpus
     pools = {name: (config.pools or {}).get(name, {}) for name in groups}
     # Where no share is given: a GPU each, or equal parts of what there is, cut to hundredths.
     share = 1.0 if gpus >= len(groups) else int(100 * gpus / len(groups)) / 100
     least = {name: int(pool.get("min_size", 1)) for name, pool in pools.items()}
     most = {name: int(pool.get("max_size", least[name])) for name, pool in pools.items()}
     gpu = {name: pool.get("num_gpus", share) for name, pool in pools.items()}
-    default_cpu = _default_cpus(cpus, sum(most.values()))
+    default_cpu = _default_cpus(cluster, sum(most.values()))
     cpu = {name: pool.get("num_cpus", default_cpu) for name, pool in pools.items()}
     for what, amount, there, spare in (("CPU", cpu, cpus, True), ("GPU", gpu, gpus, False)):
         needed = sum(least[name] * amount[name] for name in groups)
@@ -81,7 +97,7 @@ def _side_by_side(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, 
     free = cpus - (held if held < cpus else sum(least[name] * cpu[name] for name in groups))
     decode, write = _tasks(free, len(groups))
     return {
-        name: PoolSize(
+        name: EncoderPool(
             least[name],
             most[name],
             int(pools[name].get("batch_size", config.batch_size)),
@@ -95,15 +111,45 @@ def _side_by_side(config: PreprocessConfig, groups: Sequence[str]) -> dict[str, 
     }
 
 
-def _default_cpus(cpus: float, actors: int) -> float:
+def _default_cpus(cluster: Cluster, actors: int) -> float:
     """CPUs of an actor that says nothing of them: half of what there is for all actors.
 
     On several machines a quarter: when half of them are lost, their actors start again on the others, and otherwise
     would leave no CPU for the decode tasks that they wait for.
     """
-    return min(1.0, (0.5 if len(alive_nodes()) == 1 else 0.25) * cpus / actors)
+    return min(1.0, (0.5 if cluster.machines == 1 else 0.25) * cluster.cpus / actors)
 
 
 def _tasks(free_cpus: float, groups: int) -> tuple[float, float]:
     """CPUs of a decode and of a write task, so that one of each fits for every group."""
     return min(0.5, free_cpus / 2 / groups), min(0.25, free_cpus / 4 / groups)
+
+
+@dataclass(frozen=True)
+class GeneratorPool:
+    """Actors, and the Ray resources that each reserves."""
+
+    actors: int
+    cpus: float
+    gpus: float
+    others: dict[str, float]
+
+
+def generator_pool(
+    num_workers: int, resources: Mapping[str, float] | None, items: int, cluster: Cluster
+) -> GeneratorPool:
+    """An actor per GPU, or one with all CPUs where there are none; no more than items.
+
+    Raises ClusterError when they do not fit the cluster, which would wait for ever.
+    """
+    cpus, gpus = cluster.cpus, cluster.gpus
+    others = dict(resources or {})
+    gpu = others.pop("GPU", 1.0 if gpus >= 1 else 0.0)
+    actors = min(num_workers or (max(1, int(gpus // gpu)) if gpu else 1), max(items, 1))
+    cpu = others.pop("CPU", 1.0 if gpu else max(1.0, cpus // actors))
+    if actors * gpu > gpus or actors * cpu > cpus:
+        raise ClusterError(
+            f"{actors} actors of {cpu:g} CPU and {gpu:g} GPU do not fit a cluster of {cpus:g} CPU and {gpus:g} GPU; "
+            "lower --num_workers or --resources"
+        )
+    return GeneratorPool(actors, cpu, gpu, others)

@@ -1,0 +1,113 @@
+"""How pools share a cluster: pure, on clusters that are not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ray_diffsynth.config import PreprocessConfig
+from ray_diffsynth.errors import ConfigError
+from ray_diffsynth.ray_session import ClusterError
+from ray_diffsynth.resources import Cluster, EncoderPool, GeneratorPool, check_pools, encoder_pools, generator_pool
+
+GROUPS = ("vae", "text_encoder")
+
+
+def sizes(cpus: float, gpus: float, nodes: int = 1, **options: Any) -> dict[str, EncoderPool]:
+    config = PreprocessConfig(model="m", dataset_base_path="d", **options)
+    return encoder_pools(config, GROUPS, Cluster(cpus, gpus, nodes))
+
+
+def reserved(found: dict[str, EncoderPool]) -> tuple[float, float]:
+    """CPUs and GPUs of the smallest pools, with one decode and one write task each."""
+    cpus = sum(size.min_actors * size.actor_cpus + size.decode_cpus + size.write_cpus for size in found.values())
+    return cpus, sum(size.min_actors * size.actor_gpus for size in found.values())
+
+
+def test_one_group_after_another_takes_all() -> None:
+    vae = sizes(16, 4)["vae"]
+    assert (vae.min_actors, vae.max_actors, vae.actor_gpus) == (4, 4, 1.0)
+    assert sizes(2, 0)["vae"].min_actors == 1
+
+
+def test_when_half_of_the_machines_are_lost_decoding_still_has_room() -> None:
+    for nodes in (2, 4):
+        size = sizes(2 * nodes, 0, nodes=nodes)["vae"]
+        assert size.min_actors * size.actor_cpus + size.decode_cpus + size.write_cpus <= 2 * nodes / 2
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(2, 0), (4, 1), (16, 2), (64, 8)])
+def test_default_pools_fit_side_by_side(cpus: float, gpus: float) -> None:
+    found = sizes(cpus, gpus, pools={})
+    needed = reserved(found)
+    assert needed[0] <= cpus and needed[1] <= gpus
+    assert found["vae"].actor_gpus == {0: 0, 1: 0.5}.get(int(gpus), 1.0)
+
+
+def test_each_pool_has_its_own_share_and_batch() -> None:
+    pools = {"vae": {"num_gpus": 0.25, "batch_size": 4}, "text_encoder": {"num_gpus": 0.75, "max_size": 3}}
+    found = sizes(16, 3, pools=pools, batch_size=2)
+    assert (found["vae"].actor_gpus, found["vae"].batch_size, found["vae"].max_actors) == (0.25, 4, 1)
+    text = found["text_encoder"]
+    assert (text.actor_gpus, text.batch_size, text.min_actors, text.max_actors) == (0.75, 2, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("pools", "message"),
+    [
+        ({"vae": {"num_gpus": 0.6}, "text_encoder": {"num_gpus": 0.6}}, "need 1.2 GPU.*the cluster has 1"),
+        ({"vae": {"num_cpus": 3}, "text_encoder": {"num_cpus": 1}}, "need 4 CPU.*decoding and writing"),
+    ],
+)
+def test_pools_that_do_not_fit_say_so(pools: Any, message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        sizes(4, 1, pools=pools)
+
+
+@pytest.mark.parametrize(
+    ("pools", "message"),
+    [
+        ({"vae": {"gpus": 1}}, "gpus is not known.*num_gpus"),
+        ({"vae": {"batch_size": 0}}, "batch_size=0 is not a whole number"),
+        ({"vae": {"min_size": 3, "max_size": 2}}, "min_size=3 is above max_size=2"),
+    ],
+)
+def test_pools_that_make_no_sense(pools: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PreprocessConfig(model="m", dataset_base_path="d", pools=pools)
+
+
+def test_a_group_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="'vea' is no group.*vae"):
+        check_pools(PreprocessConfig(model="m", dataset_base_path="d", pools={"vea": {}}), GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "workers", "resources", "items", "expected"),
+    [
+        ((8, 0), 0, None, 9, GeneratorPool(1, 8, 0, {})),
+        ((8, 0), 2, None, 9, GeneratorPool(2, 4, 0, {})),
+        ((8, 4), 0, None, 9, GeneratorPool(4, 1, 1, {})),
+        ((8, 4), 0, None, 3, GeneratorPool(3, 1, 1, {})),
+        ((8, 4), 2, None, 9, GeneratorPool(2, 1, 1, {})),
+        ((8, 4), 0, {"GPU": 0.5}, 99, GeneratorPool(8, 1, 0.5, {})),
+        ((8, 4), 0, {"GPU": 2, "CPU": 3, "big": 1}, 9, GeneratorPool(2, 3, 2, {"big": 1})),
+        ((8, 4), 0, {"GPU": 0}, 9, GeneratorPool(1, 8, 0, {})),
+        ((8, 4), 3, {"CPU": 2}, 9, GeneratorPool(3, 2, 1, {})),
+    ],
+)
+def test_how_many_actors_generate(
+    cluster: tuple[float, float],
+    workers: int,
+    resources: dict[str, float] | None,
+    items: int,
+    expected: GeneratorPool,
+) -> None:
+    assert generator_pool(workers, resources, items, Cluster(*cluster)) == expected
+
+
+@pytest.mark.parametrize(("workers", "resources"), [(5, None), (1, {"GPU": 5}), (3, {"CPU": 3}), (9, {"GPU": 0})])
+def test_generators_that_do_not_fit_are_refused(workers: int, resources: dict[str, float] | None) -> None:
+    with pytest.raises(ClusterError, match="do not fit a cluster of 8 CPU and 4 GPU"):
+        generator_pool(workers, resources, 9, Cluster(8, 4))
