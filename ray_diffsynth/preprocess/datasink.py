@@ -1,7 +1,7 @@
 """Ray Data's way out: each encoded shard becomes one Parquet file, whole or not at all.
 
 A retried write task writes the same name with the same bytes. What a manifest does not name yet is found again by a
-rerun through its file name (see `job.py`), so rows are written at least once and counted once.
+rerun through its file name (see `catalog.py`), so rows are written at least once and counted once.
 """
 
 import json
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class ShardSink(Datasink[list[dict[str, Any]]]):
     """Writes the shards of one group. When all are written, the driver's copy holds what became of each in `results`.
 
-    A result is {"fatal": reason}, or {"shard": `Shard.to_dict`, or None where nothing was to be written,
-    "transient": …, "warnings": those of no single row}.
+    A result is {"shard": `Shard.to_dict`, or None where nothing was to be written, "transient": …, "warnings": those of
+    no single row}. A shard that was given up has none.
     """
 
     def __init__(self, cache: str, group: str, parameters: Sequence[str], codec: str, monitor: Any = None) -> None:
@@ -40,8 +40,7 @@ class ShardSink(Datasink[list[dict[str, Any]]]):
         written: list[dict[str, Any]] = []
         for block in blocks:
             for item in BlockAccessor.for_block(block).iter_rows(public_row_format=False):
-                if item["fatal"]:
-                    written.append({"fatal": item["fatal"]})
+                if item["given_up"]:
                     continue
                 with attempt_at(self.monitor, item["name"], "write"):
                     try:
@@ -50,7 +49,7 @@ class ShardSink(Datasink[list[dict[str, Any]]]):
                         # Whatever is raised here would only make Ray Data drop the shard.
                         logger.exception("shard %s cannot be written", item["name"])
                         reason = f"{self.group} cannot be written to {self.cache}: {described(error)}"
-                        written.append({"fatal": give_up(item, self.monitor, reason)["fatal"]})
+                        give_up(item, self.monitor, reason)
         return written
 
     def _write(self, item: Mapping[str, Any]) -> dict[str, Any]:

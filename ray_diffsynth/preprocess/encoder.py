@@ -79,7 +79,7 @@ class Encoder:
             self.monitor.loaded.remote(context.get_actor_id(), context.current_actor)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        if shard["fatal"]:
+        if shard["given_up"]:
             return shard
         with attempt_at(self.monitor, shard["name"], "encode") as attempt:
             try:

@@ -15,7 +15,8 @@ from ray_diffsynth.preprocess.messages import EncoderError, described
 from ray_diffsynth.preprocess.metrics import PoolMetrics
 from ray_diffsynth.preprocess.monitor import Counts, Monitor
 from ray_diffsynth.preprocess.nodes import living
-from ray_diffsynth.preprocess.ray_data import Pipeline, Stopped, run_pass
+from ray_diffsynth.preprocess.ray_data import PassContext, run_pass
+from ray_diffsynth.preprocess.ray_errors import Stopped
 from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.progress import Progress
 from ray_diffsynth.ray_session import alive_nodes, on_this_node
@@ -36,8 +37,8 @@ def encode_all(runs: Sequence[GroupRun], *, cache: str, codec: str) -> None:
         return
     stop = threading.Event()
     monitors = [Monitor.options(scheduling_strategy=on_this_node()).remote() for _ in runs]  # type: ignore[attr-defined]
-    lines = [
-        Pipeline(run.encoder, run.pool, cache, codec, monitor, stop)
+    contexts = [
+        PassContext(run.encoder, run.pool, cache, codec, monitor, stop)
         for run, monitor in zip(runs, monitors, strict=True)
     ]
     title = f"encode {runs[0].name}" if len(runs) == 1 else "encode"
@@ -45,30 +46,30 @@ def encode_all(runs: Sequence[GroupRun], *, cache: str, codec: str) -> None:
     try:
         with Progress(title, total=total, unit="samples") as progress, _watch(runs, monitors, stop, progress):
             if len(runs) == 1:
-                encode_group(runs[0], lines[0])
+                encode_group(runs[0], contexts[0])
             else:
-                _side_by_side(runs, lines, stop)
+                _side_by_side(runs, contexts, stop)
     finally:
         for monitor in monitors:
             ray.kill(monitor)
 
 
-def _side_by_side(runs: Sequence[GroupRun], lines: Sequence[Pipeline], stop: threading.Event) -> None:
+def _side_by_side(runs: Sequence[GroupRun], contexts: Sequence[PassContext], stop: threading.Event) -> None:
     """A thread for each group. The first that cannot go on stops the others; its error is raised when they have ended.
 
     Another group's own error, if it had one too, is logged.
     """
     errors: list[tuple[str, BaseException]] = []
 
-    def one(run: GroupRun, line: Pipeline) -> None:
+    def one(run: GroupRun, context: PassContext) -> None:
         try:
-            encode_group(run, line)
+            encode_group(run, context)
         except BaseException as error:
             errors.append((run.name, error))
             stop.set()
 
     # Daemons, joined in small waits: an interrupt is heard at once, not after the last shard.
-    threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in zip(runs, lines, strict=True)]
+    threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in zip(runs, contexts, strict=True)]
     for thread in threads:
         thread.start()
     try:
@@ -89,7 +90,7 @@ def _side_by_side(runs: Sequence[GroupRun], lines: Sequence[Pipeline], stop: thr
         raise error
 
 
-def encode_group(run: GroupRun, line: Pipeline) -> None:
+def encode_group(run: GroupRun, context: PassContext) -> None:
     """Encode the shards of one group. Raises EncoderError, Stopped when another group cannot go on.
 
     What was lost with a machine is tried again as it was: the cache is then that of an undisturbed run, byte for byte.
@@ -106,22 +107,22 @@ def encode_group(run: GroupRun, line: Pipeline) -> None:
         first = False
         nodes = set(alive_nodes())
         try:
-            results, deaths = run_pass(line, shards, retries=retries, in_flight=in_flight)
+            results, deaths = run_pass(context, shards, retries=retries, in_flight=in_flight)
         except Exception as error:
-            # What a task or an actor said is nearer to the cause than how Ray reports its end.
-            if not isinstance(error, EncoderError) and (reason := ray.get(line.monitor.get.remote()).fatal):
-                raise EncoderError(reason) from error
+            # What a task told the monitor is nearer to the cause than how Ray reports its end.
+            raise_if_given_up(context.monitor, error)
             raise
         run.take(results)
         lost = run.missing(shards)
         if not lost:
             return
+        raise_if_given_up(context.monitor)
         if not deaths:
             raise EncoderError(
                 f"Ray lost {len(lost)} of {len(shards)} shards of {group} without a word; see its logs, and run again: "
                 "what is written is kept"
             )
-        found: list[tuple[Unfinished, ...]] = ray.get(line.monitor.unfinished.remote([shard.name for shard in lost]))
+        found: list[tuple[Unfinished, ...]] = ray.get(context.monitor.unfinished.remote([shard.name for shard in lost]))
         nodes |= {item.attempt.node for attempts in found for item in attempts}
         alive = living(nodes)
         shards = []
@@ -139,6 +140,12 @@ def encode_group(run: GroupRun, line: Pipeline) -> None:
             " with a machine or their process" if nodes - alive else " with their process",
             sum(len(shard.rows) for shard in lost if shard.name in whole),
         )
+
+
+def raise_if_given_up(monitor: Any, cause: Exception | None = None) -> None:
+    """Raise EncoderError with the reason that a task told the monitor, if one did."""
+    if reason := ray.get(monitor.get.remote()).fatal:
+        raise EncoderError(reason) from cause
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from ray_diffsynth.cache.store import Shard
 from ray_diffsynth.data.media import SourceChanged
 from ray_diffsynth.preprocess.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
-from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec
+from ray_diffsynth.preprocess.messages import EncoderSpec
 from ray_diffsynth.preprocess.records import Failure, Sample
 from ray_diffsynth.preprocess.shards import ShardPlan
 from ray_diffsynth.resources import EncoderPool
@@ -56,10 +56,8 @@ class GroupRun:
         return self.catalog.failure(self.keys[number])
 
     def take(self, results: Sequence[dict[str, Any]]) -> None:
-        """Take in what a pass gave for its shards. Raises EncoderError if one of them says that nothing can be done."""
+        """Take in what a pass gave for its shards (`ShardSink.results`)."""
         for result in results:
-            if "fatal" in result:
-                raise EncoderError(result["fatal"])
             if result["shard"] is not None:
                 shard = Shard.from_dict(result["shard"])
                 self.catalog.add(shard)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import ray
 
 from ray_diffsynth.cache.schema import rows_from_table, table_from_rows
 from ray_diffsynth.data.samples import SampleSpec, digests_of
@@ -41,8 +42,8 @@ def shard_row(shard: ShardPlan) -> dict[str, Any]:
     `inputs` are the decoded inputs of its rows, later their encoded parameters. `failed` and `transient` hold the rows
     that cannot be encoded, by key: error class and message. Those of `failed` are remembered; what is in `transient` is
     not the sample's own fault and is tried again by the next run. `warnings` are what is said of a row, by key: pairs
-    of kind and detail; those of the key "" are of no single row and are not stored. `fatal` says why nothing can be
-    done at all.
+    of kind and detail; those of the key "" are of no single row and are not stored. `given_up`: a task could not go on
+    and told the monitor why; the next ones leave the shard alone.
     """
     rows = [
         {
@@ -62,15 +63,19 @@ def shard_row(shard: ShardPlan) -> dict[str, Any]:
         "failed": "{}",
         "transient": "{}",
         "warnings": "{}",
-        "fatal": "",
+        "given_up": False,
     }
 
 
 def give_up(shard: Mapping[str, Any], monitor: Any, reason: str) -> dict[str, Any]:
-    """The shard of a task that cannot go on; the driver, told by the monitor, ends the run with the reason."""
-    if monitor is not None:
-        monitor.give_up.remote(reason)
-    return {**shard, "inputs": b"", "fatal": reason}
+    """The shard of a task that cannot go on. The monitor knows why before it moves on; the driver ends the run with it.
+
+    Raises EncoderError without a monitor.
+    """
+    if monitor is None:
+        raise EncoderError(reason)
+    ray.get(monitor.give_up.remote(reason))
+    return {**shard, "inputs": b"", "given_up": True}
 
 
 def described(error: BaseException) -> str:

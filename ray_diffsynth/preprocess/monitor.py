@@ -1,4 +1,8 @@
-"""What the driver knows of the tasks while they run: an actor beside it that they tell."""
+"""What the driver knows of the tasks while they run: an actor beside it that they tell.
+
+The only way by which tasks report attempts, progress and why the run must end; the driver looks while a pass runs, and
+decides when it is over.
+"""
 
 import itertools
 import os

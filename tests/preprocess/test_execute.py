@@ -21,7 +21,7 @@ from ray_diffsynth.preprocess.execute import _side_by_side, encode_group
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.messages import EncoderError
 from ray_diffsynth.preprocess.monitor import Counts
-from ray_diffsynth.preprocess.ray_data import PassCallback, Reports, Stopped
+from ray_diffsynth.preprocess.ray_errors import PassCallback, Reports, Stopped
 from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted, plan_shards
 
@@ -177,6 +177,15 @@ def test_a_reason_given_by_a_task_is_the_error(play: Callable[[PlayedRay, int], 
         play(played, 1)
 
 
+def test_a_shard_that_was_given_up_ends_the_run_with_the_reason(play: Callable[[PlayedRay, int], GroupRun]) -> None:
+    """Ray tells of no death and of no error: the shard has no result, and the monitor knows why."""
+    played = PlayedRay({}, innocent=[row(0).key])
+    played.fatal = "disk full"
+    with pytest.raises(EncoderError, match="disk full"):
+        play(played, 1)
+    assert played.passes == [[1]]
+
+
 def own_reports() -> Reports:
     """Of a pass whose execution runs in this thread."""
     reports = Reports(threading.Event())
@@ -303,5 +312,3 @@ def test_transient_failures_are_kept_apart() -> None:
     catalog = run.catalog
     run.take([{"shard": None, "transient": {"k": ["SourceChanged", "changed"]}, "warnings": []}])
     assert catalog.known() == set() and catalog.failure("k") == Failure("SourceChanged", "changed")
-    with pytest.raises(EncoderError, match="disk full"):
-        run.take([{"fatal": "disk full"}])

@@ -30,7 +30,7 @@ from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.core.base import MissingModelError, PipelineError
 from ray_diffsynth.pipelines.core.unit import MissingInputError
-from ray_diffsynth.preprocess import decode, encode_batches, encoder
+from ray_diffsynth.preprocess import decode, encode_batches, encoder, messages
 from ray_diffsynth.preprocess import scan as scan_module
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
@@ -114,7 +114,7 @@ def test_an_error_of_the_users_kind_is_the_samples_own_too(bench: Bench) -> None
 
 def test_a_unit_may_return_less_than_it_declares(bench: Bench) -> None:
     shard = bench.encode(lambda self, pipe, batch: [{} for _ in batch])
-    assert shard["fatal"] == "" and shard["failed"] == "{}"
+    assert not shard["given_up"] and shard["failed"] == "{}"
     assert [values for _, values in unpack(shard["inputs"])] == [{}] * 12
 
 
@@ -213,8 +213,9 @@ def test_the_runs_own_mistakes_end_it_with_their_text(bench: Bench, process: Pro
     one = Encoder(bench.spec)
     one.monitor = SimpleNamespace(give_up=SimpleNamespace(remote=told.append))
     bench.patch.setattr(encoder, "attempt_at", lambda *_: nullcontext())
+    bench.patch.setattr(messages, "ray", SimpleNamespace(get=lambda value: value))
     result = one(shard)
-    assert told == [result["fatal"]] and re.search(message, result["fatal"])
+    assert result["given_up"] and len(told) == 1 and re.search(message, told[0])
 
 
 def test_a_lost_device_ends_the_process(bench: Bench) -> None:
@@ -240,8 +241,8 @@ def test_a_full_disk_ends_the_run(bench: Bench, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(storage, "write_bytes_atomic", full)
     shard = bench.encode(lambda self, pipe, batch: [{"input_latents": torch.ones(1)} for _ in batch])
-    (result,) = written(bench, tmp_path, shard)
-    assert "vae cannot be written to" in result["fatal"] and "No space left on device" in result["fatal"]
+    with pytest.raises(EncoderError, match=r"vae cannot be written to.*No space left on device"):
+        written(bench, tmp_path, shard)
 
 
 def test_what_the_machine_lacks_ends_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +250,8 @@ def test_what_the_machine_lacks_ends_the_run(bench: Bench, monkeypatch: pytest.M
         raise StorageError("s3://lab cannot be reached; install the extra s3")
 
     monkeypatch.setattr(decode, "load_inputs", lacking)
-    assert "install the extra s3" in bench.decode()["fatal"]
+    with pytest.raises(EncoderError, match="install the extra s3"):
+        bench.decode()
 
 
 def test_an_encoder_that_cannot_load_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
