@@ -1,9 +1,9 @@
 """A family that is loaded in no time, writes a line for every sample that it encodes, and fails when it is told to.
 
 Its model folder holds `counting.json`, which actors read at every call: `log` (a file), `sleep` (seconds a sample),
-`kill` and `lose` (digests of texts or pixels that kill the process, or lose its device), `kill_after` (samples of its
-group after which it is killed once), `memory` (batches above it are out of memory), `too_big` (a sample that is so even
-alone), `words` (of a longer caption it says that it is cut).
+`kill`, `lose` and `mistake` (digests of texts or pixels that kill the process, lose its device, or meet a mistake of
+the unit's own), `kill_after` (samples of its group after which it is killed once), `memory` (batches above it are out
+of memory), `too_big` (a sample that is so even alone), `words` (of a longer caption it says that it is cut).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.base import BasePipeline, Part
-from ray_diffsynth.pipelines.core.unit import PipelineUnit
+from ray_diffsynth.pipelines.core.unit import MissingInputError, PipelineUnit
 
 FAMILY = "tests.preprocess.counting:CountingPipeline"
 
@@ -92,6 +92,8 @@ class CountingPipeline(BasePipeline):
         for name in digests:
             if name in how.get("kill", []):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if name in how.get("mistake", []):
+                raise MissingInputError("PictureUnit needs 'mask' (the test says so)")
             if name in how.get("lose", []):
                 raise RuntimeError("CUDA error: device-side assert triggered")
             time.sleep(how.get("sleep", 0))

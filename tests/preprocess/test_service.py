@@ -22,6 +22,7 @@ from ray_diffsynth.data.metadata import Metadata
 from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.errors import ConfigError, UserError
 from ray_diffsynth.preprocess import job
+from ray_diffsynth.preprocess.messages import EncoderError
 from ray_diffsynth.preprocess.ray_errors import PassCallback
 from tests.preprocess.conftest import CAPTIONS, PICTURES, Stage1, files
 from tests.preprocess.counting import behave, build_model, calls, digest
@@ -99,6 +100,16 @@ def test_samples_that_kill_their_encoder_are_found(tmp_path: Path, few: Path, st
     # What a pass needs of Ray Data is set for its own datasets, not for those of whoever shares this process.
     context = ray.data.DataContext.get_current()
     assert context.max_errored_blocks == 0 and PassCallback not in context.custom_execution_callback_classes
+
+
+@pytest.mark.ray
+def test_a_mistake_of_the_units_ends_the_run_with_its_text(tmp_path: Path, few: Path, stage1: Stage1) -> None:
+    """The monitor brings it to the driver; no sample is blamed, and nothing is encoded a second time."""
+    model = build_model(tmp_path / "model", mistake=[pixels(few, 5)])
+    with pytest.raises(EncoderError, match=r"vae could not be encoded.*needs 'mask'"):
+        stage1(model, few, tmp_path / "cache")
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    assert len(calls(model, "vae")) == len(set(calls(model, "vae")))
 
 
 def test_too_much_quarantine_fails_and_loses_nothing(tmp_path: Path, few: Path, inline: Stage1) -> None:
