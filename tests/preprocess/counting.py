@@ -3,7 +3,9 @@
 Its model folder holds `counting.json`, which actors read at every call: `log` (a file), `sleep` (seconds a sample),
 `kill`, `lose` and `mistake` (digests of texts or pixels that kill the process, lose its device, or meet a mistake of
 the unit's own), `kill_after` (samples of its group after which it is killed once), `memory` (batches above it are out
-of memory), `too_big` (a sample that is so even alone), `words` (of a longer caption it says that it is cut).
+of memory), `too_big` (a sample that is so even alone), `words` (of a longer caption it says that it is cut), `meet`
+(groups that wait for each other: after its first sample each waits until the others have encoded one too, and fails if
+they do not).
 """
 
 from __future__ import annotations
@@ -50,6 +52,15 @@ def calls(folder: Path, group: str | None = None) -> list[str]:
     path = folder / "calls.log"
     lines = path.read_text().splitlines() if path.exists() else []
     return lines if group is None else [line.split()[1] for line in lines if line.split()[0] == group]
+
+
+def wait_for_groups(folder: Path, groups: list[str]) -> None:
+    """Wait until each of the groups has encoded a sample. Raises TimeoutError when one does not within five minutes."""
+    deadline = time.monotonic() + 300
+    while missing := [group for group in groups if not calls(folder, group)]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{' and '.join(missing)} encoded nothing while another group waited for it")
+        time.sleep(0.02)
 
 
 def digest(value: Any) -> str:
@@ -99,6 +110,7 @@ class CountingPipeline(BasePipeline):
             time.sleep(how.get("sleep", 0))
             with open(how["log"], "a") as log:
                 log.write(f"{group} {name}\n")
+            wait_for_groups(self.control.parent, how.get("meet", []))
             after, mark = how.get("kill_after", {}).get(group), Path(how["log"] + ".killed")
             if after is not None and len(calls(self.control.parent, group)) >= after and not mark.exists():
                 mark.touch()

@@ -125,7 +125,8 @@ def test_too_much_quarantine_fails_and_loses_nothing(tmp_path: Path, few: Path, 
 
 @pytest.mark.ray
 def test_pools_run_side_by_side_and_give_the_same_cache(tmp_path: Path, few: Path, stage1: Stage1) -> None:
-    model, cache = build_model(tmp_path / "model", sleep=0.2), tmp_path / "cache"
+    # However slowly a pool starts: each waits at its first sample for the first sample of the other.
+    model, cache = build_model(tmp_path / "model", meet=["vae", "text_encoder"]), tmp_path / "cache"
     pools = {"vae": {"batch_size": 2, "num_cpus": 0.4}, "text_encoder": {"min_size": 1, "max_size": 2}}
     stage1(model, few, cache, pools=pools)
     groups = [line.split()[0] for line in calls(model)]
