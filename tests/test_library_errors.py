@@ -15,7 +15,7 @@ from PIL import Image
 from ray_diffsynth.config import GenerateConfig, TrainConfig
 from ray_diffsynth.config.flags import parse
 from ray_diffsynth.data.formats import DatasetError, read_json, read_jsonl
-from ray_diffsynth.data.samples import file_list
+from ray_diffsynth.data.spec import file_list
 from ray_diffsynth.data.webdataset import read_tars
 from ray_diffsynth.generate.prompts import read_prompts
 from ray_diffsynth.models import folder, hub

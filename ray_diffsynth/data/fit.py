@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ray_diffsynth.data.buckets import Bucket, BucketError
+from ray_diffsynth.data.scan import SourceFile
+from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.warnings import warn
-
-if TYPE_CHECKING:
-    from ray_diffsynth.data.samples import SampleSpec, SourceFile
 
 TOLD_UPSCALE = 1.01
 """Enlargement from which on it is told: more than whole pixels make necessary."""

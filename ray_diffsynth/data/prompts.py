@@ -10,7 +10,7 @@ from typing import Any
 from ray_diffsynth import storage
 from ray_diffsynth.data.formats import READERS, DatasetError
 from ray_diffsynth.data.metadata import resolve_file
-from ray_diffsynth.data.samples import file_list
+from ray_diffsynth.data.spec import file_list
 from ray_diffsynth.data.text import TextError, decode_text
 from ray_diffsynth.errors import did_you_mean
 

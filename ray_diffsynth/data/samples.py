@@ -5,38 +5,20 @@ decodes what is not cached yet. Unsplit training (`--task sft`) decodes through 
 the same pixels.
 """
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ray_diffsynth.data import media
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule, assign_bucket
 from ray_diffsynth.data.fit import SizeFit
-from ray_diffsynth.data.media import (
-    MAX_DECODE_BYTES,
-    bytes_hash,
-    check_decode_bytes,
-    content_hash,
-    fetch,
-    image_info,
-    load_image,
-    resize_crop,
-)
-from ray_diffsynth.data.metadata import resolve_file
+from ray_diffsynth.data.media import check_decode_bytes, load_image, resize_crop
+from ray_diffsynth.data.scan import SourceFile, reads_as_video
 from ray_diffsynth.data.sources import steady_bytes, steady_file
-from ray_diffsynth.data.video import (
-    Frames,
-    VideoInfo,
-    available_frames,
-    load_first_frame,
-    load_frames,
-    probe_video,
-)
-from ray_diffsynth.data.video_stream import is_video
+from ray_diffsynth.data.spec import SampleSpec
+from ray_diffsynth.data.video import Frames, load_first_frame, load_frames
 
 TRANSFORM = "srgb-cover-bilinear-center/3"
 """Name of what becomes of an image or frame on its way (see `load_image`, `resize_crop`); part of the cache key of
@@ -46,141 +28,6 @@ _SAME_SHAPE = 1.01
 """Ratio of two aspect ratios that are the same but for whole pixels."""
 _FRAME_COPIES = 3
 """How often the frames of a video are in memory at once, on their way to an encoder."""
-
-SIZE_PARAMS = ("height", "width", "num_frames")
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """How the columns of a dataset become the inputs of a pipeline.
-
-    `columns` maps an input parameter to its metadata column (`{"input_image": "image", "prompt": "prompt"}`);
-    `file_params` are those whose column holds a file path, or a list of them. Of a model that makes videos
-    (`size.video`), `video_params` are given as frames (a picture as one), `picture_params` as a picture (of a video its
-    first frame), and any other as the file's name tells. `parsers`: column -> what reads its value (see
-    `read_metadata`).
-    """
-
-    base_path: str
-    columns: Mapping[str, str]
-    file_params: tuple[str, ...]
-    size: SizeRule = field(default_factory=SizeRule)
-    video_params: tuple[str, ...] = ()
-    picture_params: tuple[str, ...] = ()
-    parsers: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
-    keep_size: bool = False
-    """Whether a picture or video that would be scaled, cut or shortened cannot be used."""
-    target_sized: tuple[str, ...] = ()
-    """File parameters whose pictures a unit needs in the target's size. Frames always have it, and a picture of the
-    target's shape; any other gets a size by its own shape."""
-    max_decode_bytes: int = MAX_DECODE_BYTES
-    """Main memory that decoding one file, with the frames that it becomes, may take."""
-    max_upscale: float | None = None
-    """Largest factor by which a file may be enlarged; None allows any."""
-    max_crop: float | None = None
-    """Largest fraction of a file that may be cut away; None allows any."""
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of all inputs that a sample gives: its columns and its size."""
-        return (*self.columns, *SIZE_PARAMS)
-
-    @property
-    def own_sized(self) -> tuple[str, ...]:
-        """File parameters whose pictures may have a size of their own."""
-        return tuple(param for param in self.file_params[1:] if param not in self.target_sized)
-
-    def paths(self, row: Mapping[str, Any], param: str) -> list[str]:
-        """Absolute paths or URLs of the files that `row` gives for `param`: one, or those of a list."""
-        value = row[self.columns[param]]
-        return [resolve_file(self.base_path, name) for name in (value if isinstance(value, list) else [value])]
-
-    def gives_frames(self, param: str, path: str) -> bool:
-        """Whether the file becomes frames (F, H, W, 3), not a picture."""
-        if not self.size.video or param in self.picture_params:
-            return False
-        return param in self.video_params or is_video(path)
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """Facts of one source file. `stamp` (size and modification time or ETag) tells whether it must be read again.
-
-    `num_frames` and `fps` are those of a video; a picture has one frame. `decode_bytes` is the memory that decoding
-    takes, by the header; `note` says what of the file is left aside, or nothing.
-    """
-
-    path: str
-    stamp: str
-    width: int
-    height: int
-    digest: str
-    num_frames: int = 1
-    fps: float = 0.0
-    decode_bytes: int = 0
-    note: str = ""
-
-    def available_frames(self, fps: float | None) -> int:
-        """Frames that the file gives at `fps`."""
-        if not self.fps:
-            return 1
-        return available_frames(VideoInfo(self.width, self.height, self.num_frames, self.fps), fps)
-
-    def frames_key(self, bucket: Bucket, fps: float | None) -> str:
-        """What the frames that this file becomes depend on: its content, the bucket they are cut to, the rate."""
-        taken = f"@{'every frame' if fps is None else f'{fps:g} fps by time'}" if self.fps else ""
-        return f"{self.digest}@{replace(bucket, pictures=1, references=()).name}{taken}"
-
-    def picture_key(self, bucket: Bucket) -> str:
-        """The same for a picture, or the first frame of a video."""
-        return f"{self.digest}@{replace(bucket, num_frames=1, pictures=1, references=()).name}"
-
-
-def file_list(value: Any) -> Any:
-    """A list of files that stands as JSON in a csv, as a list; anything else as it is."""
-    if not (isinstance(value, str) and value.startswith("[") and value.endswith("]")):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value  # a file whose name has brackets
-
-
-def _read_as_video(path: str, animations: bool) -> bool:
-    """A GIF is a video where videos are wanted, else a picture."""
-    return is_video(path) and (animations or not path.lower().endswith(".gif"))
-
-
-def scan_file(path: str, *, animations: bool = False, max_bytes: int = MAX_DECODE_BYTES) -> SourceFile:
-    """Header and content hash of a picture or video. Raises MediaError when it is absent or neither.
-
-    `animations`: count the frames of a GIF too. `max_bytes` of memory may be taken by the first frame of a video.
-    """
-    stamp = media.stamp(path)
-    if _read_as_video(path, animations):
-        video = probe_video(path, max_bytes=max_bytes)
-        return SourceFile(
-            path,
-            stamp,
-            video.width,
-            video.height,
-            content_hash(path),
-            num_frames=video.num_frames,
-            fps=video.fps,
-            decode_bytes=video.decode_bytes,
-            note=video.note,
-        )
-    data = fetch(path)
-    image = image_info(path, data)
-    return SourceFile(
-        path,
-        stamp,
-        image.width,
-        image.height,
-        bytes_hash(data),
-        decode_bytes=image.decode_bytes,
-        note=image.note,
-    )
 
 
 def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bucket:
@@ -333,7 +180,7 @@ def load_inputs(
 def _load_file(path: str, param: str, bucket: Bucket, spec: SampleSpec, digest: str | None) -> Image.Image | Frames:
     """A picture (RGB), or frames uint8 (F, H, W, 3), of the bucket's size."""
     frames = spec.gives_frames(param, path)
-    if _read_as_video(path, spec.size.video):
+    if reads_as_video(path, spec.size.video):
         with steady_file(path, digest) as place:
             if frames:
                 size = (bucket.num_frames, bucket.height, bucket.width)

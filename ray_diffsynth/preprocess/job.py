@@ -13,7 +13,7 @@ from ray_diffsynth.cache.lease import lease
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import Metadata, read_metadata
-from ray_diffsynth.data.samples import SampleSpec
+from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.models.locate import ModelSource, locate_configured
 from ray_diffsynth.pipelines.core.stages import Stages, check_columns, dataset_spec, plan_stages, settings_of

@@ -9,7 +9,8 @@ import pyarrow as pa
 import ray
 
 from ray_diffsynth.cache.schema import rows_from_table, table_from_rows
-from ray_diffsynth.data.samples import SampleSpec, digests_of
+from ray_diffsynth.data.samples import digests_of
+from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.preprocess.shards import ShardPlan

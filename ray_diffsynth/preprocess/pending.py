@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from ray_diffsynth.cache.manifest import Manifest
-from ray_diffsynth.data.samples import SampleSpec
+from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.preprocess.catalog import committed_rows, committed_state, recover
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.records import Sample

@@ -15,7 +15,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray_diffsynth.data.fit import Fits
 from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, stamp
 from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
-from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, pixel_keys, scan_file, size_fits
+from ray_diffsynth.data.samples import bucket_of, pixel_keys, size_fits
+from ray_diffsynth.data.scan import SourceFile, scan_file
+from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.records import Failure, Sample

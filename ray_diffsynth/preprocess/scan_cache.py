@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple
 
-from ray_diffsynth.data.samples import SourceFile
+from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.storage import exists, join, read_bytes, write_bytes_atomic
 
 SCAN_CACHE = "index/sources.jsonl"

@@ -11,7 +11,8 @@ from PIL import Image
 from ray_diffsynth.cache.manifest import GroupSpec
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import Quarantined
-from ray_diffsynth.data.samples import SampleSpec, load_inputs
+from ray_diffsynth.data.samples import load_inputs
+from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.commit import Outcome

@@ -13,7 +13,7 @@ from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.config.options import defaults_of, identity_of
-from ray_diffsynth.data.samples import SampleSpec
+from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import part_sketch

@@ -10,7 +10,9 @@ import pytest
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule
 from ray_diffsynth.data.fit import Fits, SizeFit
-from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, size_fits
+from ray_diffsynth.data.samples import bucket_of, size_fits
+from ray_diffsynth.data.scan import SourceFile
+from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.preprocess.scan import assign

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule
-from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, load_inputs, pixel_keys, scan_file
+from ray_diffsynth.data.samples import bucket_of, load_inputs, pixel_keys
+from ray_diffsynth.data.scan import SourceFile, scan_file
+from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.preprocess.records import Sample
 from ray_diffsynth.preprocess.shards import wanted_rows
 

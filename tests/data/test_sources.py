@@ -16,8 +16,10 @@ from ray_diffsynth import storage
 from ray_diffsynth.data import media
 from ray_diffsynth.data.buckets import Bucket, SizeRule
 from ray_diffsynth.data.media import MediaError, SourceChanged, SourceUnavailable, bytes_hash, content_hash
-from ray_diffsynth.data.samples import SampleSpec, digests_of, load_inputs, pixel_keys, scan_file
+from ray_diffsynth.data.samples import digests_of, load_inputs, pixel_keys
+from ray_diffsynth.data.scan import scan_file
 from ray_diffsynth.data.sources import steady_bytes, steady_file
+from ray_diffsynth.data.spec import SampleSpec
 from tests.video_files import draw_clip
 
 

@@ -13,7 +13,9 @@ from PIL import Image
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule, assign_bucket
 from ray_diffsynth.data.media import MediaError
 from ray_diffsynth.data.metadata import read_metadata
-from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, load_inputs, pixel_keys, scan_file
+from ray_diffsynth.data.samples import bucket_of, load_inputs, pixel_keys
+from ray_diffsynth.data.scan import SourceFile, scan_file
+from ray_diffsynth.data.spec import SampleSpec
 from tests.video_files import draw_clip, grey
 
 

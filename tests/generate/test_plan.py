@@ -15,7 +15,7 @@ from PIL import Image
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.data.formats import DatasetError
 from ray_diffsynth.data.media import MediaError
-from ray_diffsynth.data.samples import file_list
+from ray_diffsynth.data.spec import file_list
 from ray_diffsynth.data.video import load_first_frame, probe_video
 from ray_diffsynth.diffusion.flow_match import ScheduleError
 from ray_diffsynth.errors import ConfigError, UserError

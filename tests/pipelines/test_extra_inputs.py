@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ray_diffsynth.config import PreprocessConfig
-from ray_diffsynth.data.samples import bucket_of, load_inputs, scan_file
+from ray_diffsynth.data.samples import bucket_of, load_inputs
+from ray_diffsynth.data.scan import scan_file
 from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.pipelines.core.stages import dataset_spec, plan_stages
 from ray_diffsynth.pipelines.core.unit import PipelineUnit

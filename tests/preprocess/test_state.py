@@ -12,7 +12,7 @@ from PIL import Image
 
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import Manifest
-from ray_diffsynth.data.samples import SourceFile
+from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.preprocess import catalog as catalog_module
 from ray_diffsynth.preprocess import job as job_module
 from ray_diffsynth.preprocess import scan as scan_module

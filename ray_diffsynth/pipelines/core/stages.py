@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from ray_diffsynth.config.dataset import DataConfig, DatasetConfig
 from ray_diffsynth.data.buckets import SizeRule
-from ray_diffsynth.data.samples import SampleSpec, file_list
+from ray_diffsynth.data.spec import SampleSpec, file_list
 from ray_diffsynth.errors import did_you_mean
 from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
 from ray_diffsynth.pipelines.core.graph import UnitGroup, cached_parameters, group_units, model_root, split_units

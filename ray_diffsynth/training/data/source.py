@@ -17,7 +17,9 @@ from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 from ray_diffsynth.data.fit import Fits
 from ray_diffsynth.data.metadata import Metadata, read_metadata
-from ray_diffsynth.data.samples import SampleSpec, SourceFile, bucket_of, load_inputs, scan_file, size_fits
+from ray_diffsynth.data.samples import bucket_of, load_inputs, size_fits
+from ray_diffsynth.data.scan import SourceFile, scan_file
+from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.data.warnings import about, warn
 from ray_diffsynth.diffusion.transfer import map_tensors

@@ -11,7 +11,8 @@ import pytest
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import BucketError
-from ray_diffsynth.data.samples import SourceFile, bucket_of
+from ray_diffsynth.data.samples import bucket_of
+from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
 from ray_diffsynth.pipelines.core.stages import (

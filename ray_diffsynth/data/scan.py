@@ -1,0 +1,80 @@
+"""Facts of a source file, by its header and content hash: what its bucket and its cache keys depend on."""
+
+from dataclasses import dataclass, replace
+
+from ray_diffsynth.data import media
+from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.data.media import MAX_DECODE_BYTES, bytes_hash, content_hash, fetch, image_info
+from ray_diffsynth.data.video import VideoInfo, available_frames, probe_video
+from ray_diffsynth.data.video_stream import is_video
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """Facts of one source file. `stamp` (size and modification time or ETag) tells whether it must be read again.
+
+    `num_frames` and `fps` are those of a video; a picture has one frame. `decode_bytes` is the memory that decoding
+    takes, by the header; `note` says what of the file is left aside, or nothing.
+    """
+
+    path: str
+    stamp: str
+    width: int
+    height: int
+    digest: str
+    num_frames: int = 1
+    fps: float = 0.0
+    decode_bytes: int = 0
+    note: str = ""
+
+    def available_frames(self, fps: float | None) -> int:
+        """Frames that the file gives at `fps`."""
+        if not self.fps:
+            return 1
+        return available_frames(VideoInfo(self.width, self.height, self.num_frames, self.fps), fps)
+
+    def frames_key(self, bucket: Bucket, fps: float | None) -> str:
+        """What the frames that this file becomes depend on: its content, the bucket they are cut to, the rate."""
+        taken = f"@{'every frame' if fps is None else f'{fps:g} fps by time'}" if self.fps else ""
+        return f"{self.digest}@{replace(bucket, pictures=1, references=()).name}{taken}"
+
+    def picture_key(self, bucket: Bucket) -> str:
+        """The same for a picture, or the first frame of a video."""
+        return f"{self.digest}@{replace(bucket, num_frames=1, pictures=1, references=()).name}"
+
+
+def reads_as_video(path: str, animations: bool) -> bool:
+    """A GIF is a video where videos are wanted, else a picture."""
+    return is_video(path) and (animations or not path.lower().endswith(".gif"))
+
+
+def scan_file(path: str, *, animations: bool = False, max_bytes: int = MAX_DECODE_BYTES) -> SourceFile:
+    """Header and content hash of a picture or video. Raises MediaError when it is absent or neither.
+
+    `animations`: count the frames of a GIF too. `max_bytes` of memory may be taken by the first frame of a video.
+    """
+    stamp = media.stamp(path)
+    if reads_as_video(path, animations):
+        video = probe_video(path, max_bytes=max_bytes)
+        return SourceFile(
+            path,
+            stamp,
+            video.width,
+            video.height,
+            content_hash(path),
+            num_frames=video.num_frames,
+            fps=video.fps,
+            decode_bytes=video.decode_bytes,
+            note=video.note,
+        )
+    data = fetch(path)
+    image = image_info(path, data)
+    return SourceFile(
+        path,
+        stamp,
+        image.width,
+        image.height,
+        bytes_hash(data),
+        decode_bytes=image.decode_bytes,
+        note=image.note,
+    )
