@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 
 from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.registry import FAMILIES, get_pipeline_class
+from ray_diffsynth.report.image_grid import ImageGrid
 
 LATENTS = "input_latents"
 _TEXT_WIDTH, _GAP, _FONT_SIZE = 360, 8, 13
@@ -68,12 +69,8 @@ def contact_sheet(entries: Sequence[tuple[Image.Image, str, str]], side: int = 2
         shown = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
         lines = [sample_id, "", *textwrap.wrap(caption or "(no caption)", 52)]
         cells.append((shown, "\n".join(lines), max(shown.height, (_FONT_SIZE + 5) * len(lines))))
-    height = sum(tall + _GAP for _, _, tall in cells) + _GAP
-    sheet = Image.new("RGB", (side + _TEXT_WIDTH + 3 * _GAP, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    top = _GAP
-    for shown, text, tall in cells:
-        sheet.paste(shown, (_GAP, top))
-        draw.text((side + 2 * _GAP, top), text, fill="black", font=font)
-        top += tall + _GAP
-    return sheet
+    grid = ImageGrid([side, _TEXT_WIDTH], [height for _, _, height in cells], gap=_GAP)
+    for row, (shown, text, _) in enumerate(cells):
+        grid.paste(2 * row, shown)
+        grid.write(2 * row + 1, text, font)
+    return grid.image

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ray_diffsynth.demo.captions import COLORS, SHAPES, SIZES, Scene, canonical
 from ray_diffsynth.demo.draw import BODY, HORN, Pixels, random_scene, render
+from ray_diffsynth.report.image_grid import ImageGrid
 
 Mask = npt.NDArray[np.bool_]
 PATCH = 32  # side of the normalised silhouettes
@@ -158,11 +159,7 @@ def sample(
 
 def grid(pictures: Sequence[Pixels], columns: int, scale: int = 2, gap: int = 2) -> Image.Image:
     """The pictures in rows of `columns`, enlarged `scale` times, on white."""
-    height, width = pictures[0].shape[:2]
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture), (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+    sheet = ImageGrid.uniform([Image.fromarray(picture) for picture in pictures], columns, gap=gap).image
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
 
 

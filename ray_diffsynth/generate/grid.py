@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
+
+from ray_diffsynth.report.image_grid import ImageGrid
 
 LIMIT = 64
 """Pictures on a sheet."""
@@ -19,18 +21,11 @@ def columns_of(pictures: int, scales: int, per_prompt: int) -> int:
     return per_prompt if per_prompt > 1 else max(1, math.ceil(math.sqrt(pictures)))
 
 
-def draw_grid(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int) -> Image.Image:
-    """The pictures row by row under labels, scaled to one size that keeps their shape (small ones in whole steps)."""
-    cell_width, cell_height = (max(side) for side in zip(*(_fitted(p).size for p in pictures), strict=True))
-    rows = -(-len(pictures) // columns)
-    step_x, step_y = cell_width + _GAP, cell_height + _LINE + _GAP
-    sheet = Image.new("RGB", (columns * step_x + _GAP, rows * step_y + _GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT)
-    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        x, y = _GAP + index % columns * step_x, _GAP + index // columns * step_y
-        draw.text((x, y), _cut(label, draw, font, cell_width), fill="black", font=font)
-        sheet.paste(_fitted(picture), (x, y + _LINE))
-    return sheet
+def draw_grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int) -> Image.Image:
+    """The images row by row under labels, scaled to one size that keeps their shape (small ones in whole steps)."""
+    fitted = [_fitted(image) for image in images]
+    font = ImageFont.load_default(_FONT)
+    return ImageGrid.uniform(fitted, columns, gap=_GAP, heading=_LINE, labels=labels, font=font).image
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
@@ -40,13 +35,3 @@ def _fitted(picture: Image.Image) -> Image.Image:
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     size = (round(picture.width * _SIDE / longest), round(picture.height * _SIDE / longest))
     return picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def _cut(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text in one line, its end left out where it does not fit."""
-    text = " ".join(text.split())
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(f"{text}…", font=font) > width:
-        text = text[:-1]
-    return f"{text}…"

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.report import Picture
+from ray_diffsynth.report.image_grid import ImageGrid
 from ray_diffsynth.storage import exists, join, list_files, read_bytes
 
 if TYPE_CHECKING:
@@ -88,11 +89,7 @@ def is_drawn(output_path: str, step: int, shown: Shown) -> bool:
 def grid(pictures: Sequence[Image.Image]) -> Image.Image:
     """The pictures in rows, about as many rows as columns, each in its place also when sizes differ."""
     columns = math.ceil(math.sqrt(len(pictures)))
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height))
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (number % columns * width, number // columns * height))
-    return sheet
+    return ImageGrid.uniform(pictures, columns, background="black").image
 
 
 def _step(name: str) -> int | None:
