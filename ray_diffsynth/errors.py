@@ -37,6 +37,11 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"choose from {', '.join(choices)}" if choices else "there is nothing to choose from"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the error's text; its type's name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def remote_cause(error: BaseException) -> BaseException | None:
     """The original in Ray's wrapper around an error of another process (`RayTaskError.cause`); None for any other.
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ray_diffsynth.errors import remote_cause
+from ray_diffsynth.errors import first_line, remote_cause
 
 _OBJECT_STORES = ("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "adlfs", "azure", "aiohttp")
 _SPACE = "check the rights and the free space there, or give another path"
@@ -63,7 +63,7 @@ def _one(error: BaseException) -> str | None:
             "(for s3:// AWS_PROFILE or AWS_ACCESS_KEY_ID, for gs:// GOOGLE_APPLICATION_CREDENTIALS) and the network"
         )
     if module == "ray" and name in _OUT_OF:
-        return f"{_OUT_OF[name]} ({_first_line(error)})"
+        return f"{_OUT_OF[name]} ({first_line(error)})"
     if "No usable temporary directory found" in str(error):
         return f"{error}; set TMPDIR to a folder that can be written and has space"
     number = _number(error)
@@ -76,7 +76,3 @@ def _number(error: BaseException) -> int | None:
         return error.errno
     written = re.search(r"\(os error (\d+)\)", str(error))
     return int(written[1]) if written and os.strerror(int(written[1])) in str(error) else None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

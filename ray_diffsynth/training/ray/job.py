@@ -23,7 +23,7 @@ import ray.train
 import ray.train.torch
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.errors import UserError, worker_failures
+from ray_diffsynth.errors import UserError, first_line, worker_failures
 from ray_diffsynth.models.lora_file import check_lora_file
 from ray_diffsynth.ray_session import ClusterError, alive_nodes, cluster_devices, on_this_node, ray_session
 from ray_diffsynth.storage import absolute, is_remote, join
@@ -206,7 +206,7 @@ def _fit_until_done(
                     failures = failures + 1 if list_checkpoints(config.output_path) == before else 1
                     if failures >= MAX_FAILURES:
                         raise
-                    logger.warning("a worker was lost (%s); going on from the newest checkpoint", _first_line(error))
+                    logger.warning("a worker was lost (%s); going on from the newest checkpoint", first_line(error))
                     continue
             failures = 0
             results.append(TrainResult(**ray.get(collector.result.remote())))
@@ -299,7 +299,7 @@ def _end_sampler(sampler: Any) -> None:
     try:
         ray.get(sampler.finish.remote())
     except ray.exceptions.RayError as lost:
-        logger.warning("the sample pictures ended early: %s", _first_line(lost))
+        logger.warning("the sample pictures ended early: %s", first_line(lost))
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -355,7 +355,3 @@ def _shown(collector: Any) -> Iterator[None]:
         ended.set()
         thread.join()
         progress.close()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
