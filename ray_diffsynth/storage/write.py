@@ -32,21 +32,14 @@ def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer) -> None:
         fs.pipe_file(inner, bytes(data))
         return
     path = os.path.abspath(local_path(path))
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = temporary_path(folder, name)
+    temporary = _write_temporary(path, data, sync=True)
     try:
-        with naming_file(path), open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            sync_file(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        os.remove(temporary)
         raise
     with naming_file(path):
-        sync_folder(folder)
+        sync_folder(os.path.dirname(path))
 
 
 def create_new(path: str, data: bytes) -> bool:
@@ -70,16 +63,7 @@ def create_new(path: str, data: bytes) -> bool:
             return _create_without_condition(path, data)
         return True
     path = os.path.abspath(local_path(path))
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = temporary_path(folder, name)
-    try:
-        with naming_file(path), open(temporary, "xb") as file:
-            file.write(data)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    temporary = _write_temporary(path, data, sync=False)
     try:
         os.link(temporary, path)  # unlike a rename it fails when the name is taken
     except FileExistsError:
@@ -93,6 +77,27 @@ def create_new(path: str, data: bytes) -> bool:
     finally:
         os.remove(temporary)
     return True
+
+
+def _write_temporary(path: str, data: bytes | memoryview | pa.Buffer, *, sync: bool) -> str:
+    """Write the data to a temporary file in the folder of `path`, which it makes; returns the file's path.
+
+    sync: whether to wait until the data is on the disk. A failed write leaves no file.
+    """
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = temporary_path(folder, name)
+    try:
+        with naming_file(path), open(temporary, "xb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                sync_file(file.fileno())
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+    return temporary
 
 
 def _create_without_condition(path: str, data: bytes) -> bool:
