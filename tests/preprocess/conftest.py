@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.messages import shard_row
 from ray_diffsynth.resources import Cluster, EncoderPool
 from tests.preprocess.counting import FAMILY, build_model
+from tests.preprocess.failing import Bench
 from tests.processes import kill_session, wait_for_session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +61,18 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve pictures with a caption each."""
     return draw(tmp_path_factory.mktemp("few") / "data", 12, 12)
+
+
+@pytest.fixture
+def data(tmp_path: Path, few: Path) -> Path:
+    """A copy of `few` that a test may change."""
+    return Path(shutil.copytree(few, tmp_path / "data"))
+
+
+@pytest.fixture
+def bench(tmp_path: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """An encoder whose unit fails as the test says."""
+    return Bench(tmp_path, few, monkeypatch)
 
 
 Stage1 = Callable[..., dict[str, Any]]
