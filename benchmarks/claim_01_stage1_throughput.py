@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.harness import Row, in_turn, main, seconds
 from benchmarks.stage1 import draw, fresh, local_ray, preprocess, steady_rate
 
-PICTURES, SOURCE, SIDE, BATCH, TIMES = 256, 1024, 256, 4, 5
+IMAGES, SOURCE, SIDE, BATCH, TIMES = 256, 1024, 256, 4, 5
 
 
 def measure() -> list[Row]:
@@ -25,7 +25,7 @@ def measure() -> list[Row]:
 
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="claim-01-"))
-    model, data = build_tiny_model(root / "model"), draw(root / "data", PICTURES, SOURCE, captions=4, suffix="jpg")
+    model, data = build_tiny_model(root / "model"), draw(root / "data", IMAGES, SOURCE, captions=4, suffix="jpg")
     options = {"height": SIDE, "width": SIDE, "batch_size": BATCH, "num_workers": 1, "dtype": "float32"}
     job = Job.of(
         PreprocessConfig(model=str(model), dataset_base_path=str(data), output_path=str(root / "x"), **options)
@@ -41,13 +41,13 @@ def measure() -> list[Row]:
         return len(rows) / spent
 
     def serial() -> float:
-        def work() -> None:
+        def run() -> None:
             inputs = [load_inputs(row, bucket, job.sample, only=group.inputs) for row in rows]
             results, _ = encode(encoder.pipe, encoder.group, group.settings, inputs, BATCH)
             found = [GroupRow(str(at), result) for at, result in enumerate(results) if isinstance(result, dict)]
             write_shard(str(root / "serial"), "vae", shard_name(["shard"]), bucket.name, found, codec="planes-zstd")
 
-        return len(rows) / seconds(work)
+        return len(rows) / seconds(run)
 
     def stage1() -> float:
         cache = fresh(root / "cache")
@@ -63,7 +63,7 @@ def measure() -> list[Row]:
 
         found = in_turn(both, stage1, TIMES)
     serial_rate = sorted(against_serial)[len(against_serial) // 2]
-    details = {**found, "serial": serial_rate, "pictures": PICTURES, "source": SOURCE, "side": SIDE}
+    details = {**found, "serial": serial_rate, "pictures": IMAGES, "source": SOURCE, "side": SIDE}
     return [
         Row("1", "stage-1 steady throughput / bare encode loop, 1 actor", found["ratio"], ">=", 0.92, details),
         Row("1b", "the same / serial decode + encode + write", found["second"] / serial_rate, ">=", 1.15, {}),

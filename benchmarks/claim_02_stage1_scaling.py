@@ -22,10 +22,10 @@ def measure() -> list[Row]:
     sleeper, real = build_model(root / "sleeper", sleep=0.01), build_tiny_model(root / "real")
     larger = draw(root / "larger", 64 * 7, 192, captions=4)
 
-    def rate(workers: int, model: Path, pictures: Path, **options: Any) -> float:
+    def rate(workers: int, model: Path, images: Path, **options: Any) -> float:
         cache = root / f"cache-{model.name}"
         fresh(cache / "vae")  # the captions stay: their actors' start is no part of the rate
-        preprocess(model, pictures, cache, num_workers=workers, batch_size=4, **options)
+        preprocess(model, images, cache, num_workers=workers, batch_size=4, **options)
         return steady_rate(cache, "vae", workers)
 
     rows = []

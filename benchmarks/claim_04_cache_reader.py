@@ -33,7 +33,7 @@ def measure() -> list[Row]:
     codec = pa.Codec("zstd")
 
     def plain(decompress: bool) -> float:
-        def work() -> None:
+        def run() -> None:
             for path in files:
                 with pq.ParquetFile(path) as parquet:
                     for number in range(parquet.num_row_groups):
@@ -49,16 +49,16 @@ def measure() -> list[Row]:
                     size *= side
                 codec.decompress(cell.as_buffer(), 2 * size)
 
-        return raw / 1e9 / seconds(work)
+        return raw / 1e9 / seconds(run)
 
     def through_reader(rows: list[list[int]]) -> float:
         reader = CacheReader(str(root))
 
-        def work() -> None:
+        def run() -> None:
             for batch in rows:
                 reader.read(batch)
 
-        return raw / 1e9 / seconds(work)
+        return raw / 1e9 / seconds(run)
 
     in_order = [list(range(start, start + BATCH)) for start in range(0, SAMPLES, BATCH)]
     name = "1024x1024"

@@ -1,6 +1,6 @@
 """Claim 5: the cache's bytes against its values as raw unpadded bf16, and that equal captions are stored once.
 
-The latents are those of the demo's pictures through its trained VAE. Details give Gaussian noise as well, of which no
+The latents are those of the demo's images through its trained VAE. Details give Gaussian noise as well, of which no
 codec makes less than about 0.69.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.harness import Row, main
 from benchmarks.stage1 import local_ray, preprocess
 
-PICTURES, SIDE = 96, 128
+IMAGES, SIDE = 96, 128
 
 
 def measure() -> list[Row]:
@@ -25,7 +25,7 @@ def measure() -> list[Row]:
     from ray_diffsynth.demo.draw import draw_dataset
 
     root = Path(tempfile.mkdtemp(prefix="claim-05-"))
-    draw_dataset(root / "data", PICTURES, height=SIDE, width=SIDE)
+    draw_dataset(root / "data", IMAGES, height=SIDE, width=SIDE)
     table = root / "data" / "metadata.csv"
     lines = table.read_text("utf-8").splitlines()
     # Every caption three times.

@@ -18,7 +18,7 @@ from benchmarks.stage1 import draw, fresh
 from benchmarks.stage2 import config, train_in_turn
 from benchmarks.turns import Turn, Turns
 
-PICTURES, SIDE, TURN = 32, 128, 4
+IMAGES, SIDE, TURN = 32, 128, 4
 TIMES = {1: 5, 2: 5, 5: 3, 10: 3}
 """Epochs: how often it is measured; the fewer steps, the oftener."""
 
@@ -34,7 +34,7 @@ def measure() -> list[Row]:
 
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="claim-08-"))
-    folder, data = build_tiny_model(root / "model"), draw(root / "data", PICTURES, SIDE)
+    folder, data = build_tiny_model(root / "model"), draw(root / "data", IMAGES, SIDE)
     size: dict[str, Any] = {"height": SIDE, "width": SIDE}
 
     setup = Setup.of(config(folder, data, root / "x", task="sft", **size))
@@ -54,7 +54,7 @@ def measure() -> list[Row]:
         def stage1() -> float:
             """Some samples in every `epochs`-th turn, so that they are spread over the steps; then the files."""
             place, spent, encoded = Turn(turns.port, "stage1"), 0.0, []
-            for turn in range(PICTURES * epochs // TURN):
+            for turn in range(IMAGES * epochs // TURN):
                 place.next()
                 if turn % epochs == 0:
                     began = time.perf_counter()
@@ -71,7 +71,7 @@ def measure() -> list[Row]:
 
         def steps(member: str) -> float:
             """Seconds of all its steps: the first turn, which warms up, counts like the others."""
-            return statistics.mean(turns.seconds[member][1:]) * PICTURES * epochs / TURN
+            return statistics.mean(turns.seconds[member][1:]) * IMAGES * epochs / TURN
 
         with ThreadPoolExecutor(3) as pool:
             whole = pool.submit(training, "unsplit", "sft", data)

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT, Row, main
 from benchmarks.stage1 import draw, fresh
 
-PICTURES, SLEEP, TIMES = 640, 0.03, 3
+IMAGES, SLEEP, TIMES = 640, 0.03, 3
 SHARD, IN_FLIGHT = 64, 3
 """Rows of a file at this size; files under way with one actor: encoded, waiting for the actor, being written."""
 
@@ -28,7 +28,7 @@ def measure() -> list[Row]:
     from tests.preprocess.counting import FAMILY, build_model, calls
 
     root = Path(tempfile.mkdtemp(prefix="claim-09-"))
-    data = draw(root / "data", PICTURES, 64, captions=4)
+    data = draw(root / "data", IMAGES, 64, captions=4)
     model = build_model(root / "model", sleep=SLEEP)
     cache = root / "cache"
     command = [sys.executable, "jobs/preprocess.py", "--model", str(model), "--family", FAMILY, "--batch_size", "8"]
@@ -72,13 +72,13 @@ def measure() -> list[Row]:
         whole = run(None)
         fresh(cache)
         before = len(calls(model, "vae"))
-        parts = run(PICTURES // 2), run(None)
-        repeated.append(len(calls(model, "vae")) - before - PICTURES)
+        parts = run(IMAGES // 2), run(None)
+        repeated.append(len(calls(model, "vae")) - before - IMAGES)
         facts = inspect_cache(str(cache))
-        wrong.append(facts["duplicates"] + abs(PICTURES - facts["samples"]))
+        wrong.append(facts["duplicates"] + abs(IMAGES - facts["samples"]))
         ratios.append(sum(parts) / whole)
         seconds.append([round(value, 2) for value in (whole, *parts)])
-    details = {"pictures": PICTURES, "repeated": repeated, "in_flight": IN_FLIGHT * SHARD, "ratios": ratios}
+    details = {"pictures": IMAGES, "repeated": repeated, "in_flight": IN_FLIGHT * SHARD, "ratios": ratios}
     details["seconds_whole_killed_rerun"] = seconds
     return [
         Row(

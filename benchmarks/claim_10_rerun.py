@@ -17,7 +17,7 @@ from typing import NamedTuple
 from benchmarks.harness import Row, main, seconds
 from benchmarks.stage1 import draw, local_ray, preprocess
 
-PICTURES, ADDED, SLEEP = 2000, 20, 0.05
+IMAGES, ADDED, SLEEP = 2000, 20, 0.05
 
 
 class Timed(NamedTuple):
@@ -61,7 +61,7 @@ def measure() -> list[Row]:
     from tests.preprocess.counting import FAMILY, build_model, calls
 
     root = Path(tempfile.mkdtemp(prefix="claim-10-"))
-    data, cache = draw(root / "data", PICTURES, 64, captions=50), root / "cache"
+    data, cache = draw(root / "data", IMAGES, 64, captions=50), root / "cache"
     model = build_model(root / "model", sleep=SLEEP)
     options = {"family": FAMILY, "batch_size": 8, "num_workers": 1}
     with local_ray():
@@ -73,12 +73,12 @@ def measure() -> list[Row]:
         if len(calls(model)) != before:
             raise RuntimeError("an unchanged rerun encoded something")
         added: list[Timed] = []
-        for first in range(PICTURES, PICTURES + 5 * ADDED, ADDED):
+        for first in range(IMAGES, IMAGES + 5 * ADDED, ADDED):
             draw(data, ADDED, 64, captions=50, first=first)
             added.append(timed(model, lambda: preprocess(model, data, cache, **options)))
     with open(data / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = sum(1 for _ in csv.reader(file)) - 1
-    details = {"pictures": PICTURES, "rows_at_end": rows, "full_s": full, "unchanged_s": unchanged, "added_s": added}
+    details = {"pictures": IMAGES, "rows_at_end": rows, "full_s": full, "unchanged_s": unchanged, "added_s": added}
     # All that a run does before its first actor starts, and after the last has ended, an unchanged rerun does too.
     percent = (unchanged[2] + sorted(run.busy for run in added)[2]) / (unchanged[2] + full.busy)
     return [

@@ -48,10 +48,10 @@ def in_turn(first: Callable[[], float], second: Callable[[], float], times: int 
     return {"ratio": statistics.median(ratios), "first": medians[0], "second": medians[1], "ratios": ratios}
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     """How long one call takes, in seconds."""
     start = time.perf_counter()
-    work()
+    run()
     return time.perf_counter() - start
 
 

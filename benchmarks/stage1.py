@@ -37,7 +37,7 @@ def local_ray(cpus: int = 2) -> Iterator[None]:
 
 
 def draw(folder: Path, count: int, side: int, captions: int | None = None, suffix: str = "png", first: int = 0) -> Path:
-    """`count` different pictures of side x side (smooth colours, some noise) and a metadata.csv."""
+    """`count` different images of side x side (smooth colours, some noise) and a metadata.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     ramp = np.linspace(0, 1, side)[:, None, None] * np.linspace(0, 1, side)[None, :, None]

@@ -93,4 +93,4 @@ class Timed:
         return []
 
     def draw_samples(self, step: int, weights: Mapping[str, Any]) -> None:
-        raise RuntimeError("benchmarks make no pictures")
+        raise RuntimeError("benchmarks make no images")

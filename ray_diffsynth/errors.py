@@ -10,7 +10,7 @@ class UserError(Exception):
     """A problem with the input, the configuration or the files, not with the program.
 
     Its message names the thing, the reason and the fix. The jobs print it without a traceback and exit with 1.
-    Each room subclasses it beside the code that raises it: DatasetError in data/, CacheError in cache/.
+    Each package defines its own beside the code that raises it: DatasetError in data/, CacheError in cache/.
     """
 
     def __str__(self) -> str:

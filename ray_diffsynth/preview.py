@@ -61,12 +61,12 @@ def write_preview(cache: str, model: str, output: str, *, samples: int = 8, fami
 
 
 def contact_sheet(entries: Sequence[tuple[Image.Image, str, str]], side: int = 256) -> Image.Image:
-    """One line an entry (picture, sample id, caption): the picture, `side` pixels at most, and its texts beside it."""
+    """One line an entry (image, sample id, caption): the image, `side` pixels at most, and its texts beside it."""
     font = ImageFont.load_default(_FONT_SIZE)
     cells = []
-    for picture, sample_id, caption in entries:
-        scale = side / max(picture.size)
-        shown = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    for image, sample_id, caption in entries:
+        scale = side / max(image.size)
+        shown = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         lines = [sample_id, "", *textwrap.wrap(caption or "(no caption)", 52)]
         cells.append((shown, "\n".join(lines), max(shown.height, (_FONT_SIZE + 5) * len(lines))))
     grid = ImageGrid([side, _TEXT_WIDTH], [height for _, _, height in cells], gap=_GAP)

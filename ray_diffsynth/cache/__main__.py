@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers["repair"].add_argument("--prune", action="store_true", help=prune)
     preview = subparsers["preview"]
     preview.add_argument("--model", required=True, help="model whose VAE decodes: a diffusers folder or hub id")
-    preview.add_argument("--output", default="preview.png", metavar="PNG", help="the picture to write")
+    preview.add_argument("--output", default="preview.png", metavar="PNG", help="the image to write")
     preview.add_argument("--samples", type=_count, default=8, metavar="N", help="how many samples, 8 if not given")
     preview.add_argument(
         "--family",

@@ -1,12 +1,12 @@
-"""One value <-> bytes, shape and dtype: what a cell of the cache holds. Lossless; data only, never code (law 6).
+"""One value <-> bytes, shape and dtype: what a cell of the cache holds. Lossless; data only, never code.
 
 Kinds, told apart by the `dtype` string:
 
 - a torch dtype's name (`bfloat16`, `float8_e4m3fn`, `bool` …): a tensor, little-endian, compressed as the codec says;
 - `json`: None, bool, int, float, str, and lists and dicts (string keys) of these;
 - `array:<numpy dtype>` (`array:<f4`): a numpy array; `scalar:<numpy dtype>`: a numpy number; bytes compressed likewise;
-- `png`: a picture; `pixels:<mode>`: a picture uncompressed, with codec `none` (between processes);
-- `tree`: lists, tuples and dicts that hold tensors or pictures: a JSON header, then the leaves one after another.
+- `png`: an image; `pixels:<mode>`: an image uncompressed, with codec `none` (between processes);
+- `tree`: lists, tuples and dicts that hold tensors or images: a JSON header, then the leaves one after another.
 
 `planes-zstd` compresses the low and the high bytes of 16-bit tensors apart, as two zstd frames one behind the other:
 the high bytes (sign, exponent) of Gaussian bfloat16 latents shrink to about 0.37 of their size, the mantissa bytes
@@ -85,7 +85,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def encode_value(value: Any, codec: str = "planes-zstd") -> Encoded:
-    """Store a tensor (comes back on the CPU), numpy array or number, plain value, picture or nesting of these.
+    """Store a tensor (comes back on the CPU), numpy array or number, plain value, image or nesting of these.
 
     Raises CodecError naming the type that cannot be stored.
     """
@@ -95,7 +95,7 @@ def encode_value(value: Any, codec: str = "planes-zstd") -> Encoded:
     if type(value) is np.ndarray or isinstance(value, np.generic):
         return _encode_array(value, codec)
     if isinstance(value, Image.Image):
-        return _encode_picture(value, codec)
+        return _encode_image(value, codec)
     if _is_plain(value):
         try:
             return Encoded(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), (), JSON)
@@ -106,7 +106,7 @@ def encode_value(value: Any, codec: str = "planes-zstd") -> Encoded:
         return _encode_tree(value, codec)
     raise CodecError(
         f"a {type(value).__module__}.{type(value).__qualname__} cannot be cached; units may hand on tensors, numpy "
-        "arrays, PIL pictures, text, numbers, None, and lists, tuples and dicts of these"
+        "arrays, PIL images, text, numbers, None, and lists, tuples and dicts of these"
     )
 
 
@@ -124,9 +124,9 @@ def decode_value(data: Buffer, shape: tuple[int, ...] | list[int], dtype: str, c
         if dtype == TREE:
             return _decode_tree(view, codec)
         if dtype == PNG:
-            with Image.open(io.BytesIO(view), formats=("PNG",)) as picture:
-                picture.load()
-                return picture.copy()
+            with Image.open(io.BytesIO(view), formats=("PNG",)) as image:
+                image.load()
+                return image.copy()
         if dtype.startswith(PIXELS):
             return Image.frombytes(dtype.removeprefix(PIXELS), (shape[1], shape[0]), bytes(view))
         if dtype.startswith((ARRAY, SCALAR)):
@@ -147,7 +147,7 @@ def _value_bytes(view: memoryview, shape: tuple[int, ...] | list[int], dtype: st
     if dtype.startswith(PIXELS):
         channels = _PIXEL_CHANNELS.get(dtype.removeprefix(PIXELS))
         if len(shape) != 3 or shape[2] != channels:
-            raise CodecError(f"{dtype} {shape} is no kind of picture that is stored")
+            raise CodecError(f"{dtype} {shape} is no kind of image that is stored")
     size = bounds.array_bytes(shape, 1 if dtype.startswith(PIXELS) else _itemsize(dtype))
     if not size or codec == "none" or dtype.startswith(PIXELS):
         if size != len(view):
@@ -256,14 +256,14 @@ def _merged(low: np.ndarray[Any, Any], high: np.ndarray[Any, Any]) -> pa.Buffer:
     return data
 
 
-def _encode_picture(picture: Image.Image, codec: str) -> Encoded:
-    if codec == "none" and picture.mode in _PIXEL_CHANNELS and "transparency" not in picture.info:
-        shape = (picture.height, picture.width, _PIXEL_CHANNELS[picture.mode])
-        return Encoded(picture.tobytes(), shape, PIXELS + picture.mode)
-    if picture.mode not in _PNG_MODES:
-        raise CodecError(f"a picture of mode {picture.mode} cannot be cached as PNG; convert it to RGB")
+def _encode_image(image: Image.Image, codec: str) -> Encoded:
+    if codec == "none" and image.mode in _PIXEL_CHANNELS and "transparency" not in image.info:
+        shape = (image.height, image.width, _PIXEL_CHANNELS[image.mode])
+        return Encoded(image.tobytes(), shape, PIXELS + image.mode)
+    if image.mode not in _PNG_MODES:
+        raise CodecError(f"an image of mode {image.mode} cannot be cached as PNG; convert it to RGB")
     out = io.BytesIO()
-    picture.save(out, format="PNG", compress_level=1)
+    image.save(out, format="PNG", compress_level=1)
     return Encoded(out.getvalue(), (), PNG)
 
 

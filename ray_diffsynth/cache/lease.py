@@ -44,7 +44,7 @@ def _parse(content: bytes) -> dict[str, Any]:
     return lease if isinstance(lease, dict) else {}
 
 
-def _here(lease: Mapping[str, Any]) -> bool:
+def _is_local(lease: Mapping[str, Any]) -> bool:
     """Whether its holder runs, or ran, on this machine since it was started."""
     return lease.get("host") == socket.gethostname() and lease.get("boot") == _boot_id()
 
@@ -52,7 +52,7 @@ def _here(lease: Mapping[str, Any]) -> bool:
 def _ended(lease: Mapping[str, Any]) -> bool:
     """True for a process of this machine that is gone, or dead and only not yet waited for by its parent."""
     pid = lease.get("pid")
-    if not _here(lease) or type(pid) is not int or pid <= 0:
+    if not _is_local(lease) or type(pid) is not int or pid <= 0:
         return False
     try:
         os.kill(pid, 0)
@@ -72,7 +72,7 @@ def _is_zombie(pid: int) -> bool:
     return state in (b"Z", b"X")
 
 
-def _told_time(lease: Mapping[str, Any]) -> float:
+def _stated_time(lease: Mapping[str, Any]) -> float:
     told = lease.get("time")
     return float(told) if isinstance(told, int | float) else 0.0
 
@@ -161,7 +161,7 @@ def _acquire(lease: Lease) -> None:
     before = _read(lease.path)
     if before is not None and not _ended(holder := _parse(before)):
         # By the clock of this machine, so it needs no watching.
-        if _here(holder) and 0 <= time.time() - _told_time(holder) <= STALE_SECONDS:
+        if _is_local(holder) and 0 <= time.time() - _stated_time(holder) <= STALE_SECONDS:
             raise _busy(lease, holder)
         before = _watch(lease, before)
     if before is not None and _read(lease.path) == before:
@@ -170,7 +170,7 @@ def _acquire(lease: Lease) -> None:
     if before is not None or is_remote(lease.path):
         # Another attempt may have removed or replaced what was just written: the one whose lease stays has the cache.
         time.sleep(SETTLE_SECONDS)
-    # Not only what `create_new` said: a put that is sent twice, since its answer was lost, finds its own file.
+    # Not by the result of `create_new` alone: a put that is sent twice, since its answer was lost, finds its own file.
     if not lease.held():
         raise CacheError(
             f"{lease.cache} was taken by another attempt at the same moment; run this one again when that has ended"
@@ -194,10 +194,10 @@ def lease(cache: str) -> Iterator[Lease]:
     finally:
         stop.set()
         thread.join()
-        _give_back(mine)
+        _release(mine)
 
 
-def _give_back(lease: Lease) -> None:
+def _release(lease: Lease) -> None:
     """Remove the lease; when that fails it ends by itself, and what was done with the cache is done."""
     try:
         if lease.held():

@@ -158,10 +158,10 @@ class CacheReader:
                     self._kept_bytes -= self._kept.pop(place).nbytes
                 self._kept[place] = loaded
                 self._kept_bytes += loaded.nbytes
-                self._let_go(self.keep_at_least)
+                self._evict(self.keep_at_least)
             return loaded
 
-    def _let_go(self, keep: int, incoming: int = 0) -> None:
+    def _evict(self, keep: int, incoming: int = 0) -> None:
         """Under the lock: drop what was not asked for longest, down to `keep` row groups, until `incoming` fits."""
         while self._kept_bytes + incoming > self.max_cached_bytes and len(self._kept) > keep:
             gone, dropped = self._kept.popitem(last=False)
@@ -177,7 +177,7 @@ class CacheReader:
                 if not 0 <= row_group < parquet.num_row_groups:
                     raise CacheError(f"has {parquet.num_row_groups} row groups, not the row group {row_group}")
                 with self._lock:  # before it is read: the new one and the old one need not be in memory together
-                    self._let_go(self.keep_at_least - 1, parquet.metadata.row_group(row_group).total_byte_size)
+                    self._evict(self.keep_at_least - 1, parquet.metadata.row_group(row_group).total_byte_size)
                 table = parquet.read_row_group(row_group, use_threads=False)
                 # The file's own codec: shards that an earlier run wrote with another one stay in use.
                 return _RowGroup(row_views(table), table.nbytes, header["codec"])

@@ -60,14 +60,14 @@ class Repair:
 
 @dataclass
 class _Found:
-    """What was seen before anything was touched. `damaged`: (path, reason); `spare`: good shards that nothing names,
-    of which those in `repeated` hold nothing that is not elsewhere."""
+    """What was found before anything is changed. damaged: (path, reason). unreferenced: intact shards that the manifest
+    does not name; those in `repeated` hold only rows that named files hold too."""
 
     manifest: Manifest | None
     index: pa.Table | None
     groups: list[str]
     damaged: list[tuple[str, str]] = field(default_factory=list)
-    spare: list[tuple[str, str]] = field(default_factory=list)
+    unreferenced: list[tuple[str, str]] = field(default_factory=list)
     repeated: list[tuple[str, str]] = field(default_factory=list)
     whole: bool = True
 
@@ -87,7 +87,7 @@ def repair_cache(cache: str, *, prune: bool = False) -> Repair:
     done = Repair()
     with lease(cache) as held:
         try:
-            found = _look(cache)
+            found = _inspect(cache)
         except (UnreadableError, VersionError, UnsafeNameError) as error:
             raise CacheError(f"nothing was removed: {error}") from error
         held.check()
@@ -123,9 +123,9 @@ def _is_shard(cache: str, group: str, file: str) -> bool:
     return True
 
 
-def _look(cache: str) -> _Found:
+def _inspect(cache: str) -> _Found:
     """Read the whole cache. Raises UnreadableError, VersionError, UnsafeNameError."""
-    found = _readable(cache)
+    found = _read_manifest(cache)
     folders = (cache, *(inside(cache, name) for name in (INDEX_FOLDER, QUARANTINE_FOLDER, *found.groups)))
     # This process's own is the heartbeat of the lease.
     unfinished = [path for folder in folders for path in storage.list_unfinished(folder)]
@@ -141,21 +141,21 @@ def _look(cache: str) -> _Found:
         keys = {key for places in named.values() for _, _, key in places}
         for file in list_shards(cache, group):
             if file not in named:
-                _look_at_spare(cache, group, file, keys, found)
+                _inspect_unreferenced(cache, group, file, keys, found)
     if found.whole:
         found.damaged += found.repeated
     return found
 
 
-def _look_at_spare(cache: str, group: str, file: str, keys: set[str], found: _Found) -> None:
-    """A file that no manifest names: a damaged one of ours is removed, since a rerun encodes its rows anyway.
+def _inspect_unreferenced(cache: str, group: str, file: str, keys: set[str], found: _Found) -> None:
+    """Judge a file that the manifest does not name: a damaged shard is removed, since a rerun encodes its rows anyway.
 
-    So is one whose rows (`keys`) all lie in files that the manifest names: what pruning wrote before it was stopped.
+    So is one whose rows (`keys`) all lie in files that the manifest names: left by pruning that was interrupted.
     """
     path = shard_path(cache, group, file)
     try:
         shard = read_shard_header(cache, group, file, verify=True)
-        found.spare.append((path, "nothing points to it"))
+        found.unreferenced.append((path, "nothing points to it"))
         if shard.keys and not shard.failed and keys.issuperset(shard.keys):
             found.repeated.append((path, "all its rows are in files that the manifest names"))
     except UnreadableError:
@@ -163,11 +163,11 @@ def _look_at_spare(cache: str, group: str, file: str, keys: set[str], found: _Fo
     except (ForeignFileError, VersionError):
         return
     except CacheError as error:
-        # Whose it was cannot be read any more, but it is called as ours are.
+        # Its header, which would tell who wrote it, is damaged; but its name is that of a shard.
         found.damaged.append((path, str(error)))
 
 
-def _readable(cache: str) -> _Found:
+def _read_manifest(cache: str) -> _Found:
     """Manifest and index; None for the index, and False for `whole`, when they cannot be trusted."""
     path, groups = storage.join(cache, MANIFEST_FILE), _group_folders(cache)
     if not storage.exists(path):
@@ -209,7 +209,7 @@ def _prune(cache: str, found: _Found, held: Lease, done: Repair) -> None:
         quarantine = manifest.read_quarantine(cache)
         manifest = commit(cache, replace(manifest, groups=tuple(specs)), index, quarantine, captions)
     named = {shard_path(cache, spec.name, file) for spec in specs for file in named_rows(index, spec)}
-    unused = [*found.spare, *((path, "nothing points to it") for path in replaced)]
+    unused = [*found.unreferenced, *((path, "nothing points to it") for path in replaced)]
     done.remove((path, reason) for path, reason in unused if path not in named)
     done.remove((path, "nothing points to it") for path in old_tables(cache, manifest))
 

@@ -1,7 +1,7 @@
-"""`<cache>/warnings.json`: what was said of the rows when they were encoded (a caption that was cut, …).
+"""`<cache>/warnings.json`: the warnings about rows when they were encoded (a caption that was cut, …).
 
-It is for people, so that a run which reuses rows says it again; a reader of the cache needs nothing of it. By key, and
-keys are content addresses: it holds for whatever manifest lies beside it.
+A run that reuses rows repeats their warnings; a reader of the cache does not need them. They are stored by key, and
+keys are content addresses, so they hold for any manifest beside them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import UnreadableError
-from ray_diffsynth.data.warnings import WHAT
+from ray_diffsynth.data.warnings import DESCRIPTIONS
 
 WARNINGS_FILE = "warnings.json"
 
@@ -23,11 +23,11 @@ def parse_row_warnings(value: object) -> RowWarnings:
     """`RowWarnings` from JSON; what is of no known kind (another version's) or no such thing is left out."""
     pairs = value if isinstance(value, list | tuple) else ()
     good = (p for p in pairs if isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p))
-    return tuple(sorted({(kind, detail) for kind, detail in good if kind in WHAT}))
+    return tuple(sorted({(kind, detail) for kind, detail in good if kind in DESCRIPTIONS}))
 
 
 def write_warnings(cache: str, by_group: Mapping[str, Mapping[str, RowWarnings]]) -> None:
-    """Write group -> key -> what is said of the row; without any there is no file. Raises OSError."""
+    """Write group -> key -> warnings of the row; without any no file is written. Raises OSError."""
     path = storage.join(cache, WARNINGS_FILE)
     content = {group: rows for group, rows in by_group.items() if rows}
     if content:

@@ -54,7 +54,7 @@ class Shard:
 
     Row i stands in row group i // rows_per_group, at i % rows_per_group. `failed` are the keys that were tried with the
     others and could not be encoded, with error class and message: a rerun need not try them again. `warnings`: key ->
-    what is said of that row, a function of what its key stands for.
+    warnings of that row, a function of what its key stands for.
     """
 
     group: str

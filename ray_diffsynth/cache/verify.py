@@ -19,7 +19,7 @@ from ray_diffsynth.cache.store import READ_ERRORS, open_shard
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as the manifest says. `damage` is wrong, `unreadable` not known; the rest takes room."""
+    """Something that is not as the manifest says: `damage` is wrong, `unreadable` not known, the rest takes space."""
 
     kind: Literal["damage", "unreadable", "orphan", "unfinished"]
     path: str

@@ -1,4 +1,4 @@
-"""Sizes: which bucket (height, width, frames) a picture of some size is cut to. Pure functions of whole numbers."""
+"""Sizes: which bucket (height, width, frames) an image of some size is cut to. Pure functions of whole numbers."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ class BucketError(UserError, ValueError):
 class Bucket:
     """Height and width in pixels and number of frames that every sample of a batch has.
 
-    `pictures`: how many pictures a sample is made from, where its row gives a list of them. `references`: (height,
-    width) of each picture that may have a size of its own, in the order of the sample's files; empty where all have
+    `images`: how many images a sample is made from, where its row gives a list of them. `references`: (height,
+    width) of each image that may have a size of its own, in the order of the sample's files; empty where all have
     the target's.
     """
 
     height: int
     width: int
     num_frames: int = 1
-    pictures: int = 1
+    images: int = 1
     references: tuple[tuple[int, int], ...] = ()
 
     @property
     def name(self) -> str:
-        """`480x832` for pictures (height x width), `480x832x81` for videos, `480x832+2` with two pictures to edit.
+        """`480x832` for images (height x width), `480x832x81` for videos, `480x832+2` with two images to edit.
 
         `480x832+1024x512` with one of another shape, `480x832+2+1024x512+480x832` with two.
         """
         size = f"{self.height}x{self.width}"
         size = size if self.num_frames == 1 else f"{size}x{self.num_frames}"
-        size = size if self.pictures == 1 else f"{size}+{self.pictures}"
+        size = size if self.images == 1 else f"{size}+{self.images}"
         return size + "".join(f"+{height}x{width}" for height, width in self.references)
 
     @property
@@ -52,29 +52,29 @@ class Bucket:
 
     @property
     def sort_key(self) -> tuple[int, ...]:
-        """The order of buckets in the index of a cache: by area, then height, width, frames, pictures, references."""
+        """The order of buckets in the index of a cache: by area, then height, width, frames, images, references."""
         sides = (side for size in self.references for side in size)
-        return (self.area, self.height, self.width, self.num_frames, self.pictures, *sides)
+        return (self.area, self.height, self.width, self.num_frames, self.images, *sides)
 
     @classmethod
     def parse(cls, name: str) -> Bucket:
         """The bucket of a `name`. Raises BucketError."""
         size, *more = name.split("+")
-        pictures = more.pop(0) if more and "x" not in more[0] else "1"
+        images = more.pop(0) if more and "x" not in more[0] else "1"
         target, *references = ([_side(part) for part in one.split("x")] for one in (size, *more))
         if (
             len(target) not in (2, 3)
             or any(len(one) != 2 for one in references)
             or 0
             in (
-                _side(pictures),
+                _side(images),
                 *target,
                 *(side for one in references for side in one),
             )
         ):
             raise BucketError(f"{name!r} is not a bucket; write height x width (480x832) or with frames (480x832x81)")
         height, width, frames = (*target, 1)[:3]
-        return cls(height, width, frames, int(pictures), tuple((one[0], one[1]) for one in references))
+        return cls(height, width, frames, int(images), tuple((one[0], one[1]) for one in references))
 
 
 def _side(text: str) -> int:
@@ -87,7 +87,7 @@ class SizeRule:
     """How a bucket is chosen; all sizes in pixels.
 
     `height` and `width` fix one size; else `resolutions` make aspect-ratio buckets of about `resolution`² pixels; else
-    a picture keeps its size, scaled down to at most `max_pixels` a frame. Sides are multiples of `division` (VAE and
+    an image keeps its size, scaled down to at most `max_pixels` a frame. Sides are multiples of `division` (VAE and
     patch size).
 
     With `time_division` samples are videos, of `num_frames` frames at `fps` (None: each frame in turn) or, where a
@@ -127,9 +127,9 @@ class SizeRule:
     def _check_frames(self) -> None:
         if self.time_division is None:
             if self.num_frames != 1:
-                raise BucketError(f"num_frames={self.num_frames}, but the model makes pictures; leave num_frames out")
+                raise BucketError(f"num_frames={self.num_frames}, but the model makes images; leave num_frames out")
             if self.fps is not None:
-                raise BucketError(f"fps={self.fps:g}, but the model makes pictures; leave fps out")
+                raise BucketError(f"fps={self.fps:g}, but the model makes images; leave fps out")
         elif self.num_frames < 1 or self.num_frames % self.time_division != self.time_remainder % self.time_division:
             lower = max((self.num_frames - self.time_remainder) // self.time_division, 0)
             near = [n * self.time_division + self.time_remainder for n in (lower, lower + 1)]
@@ -141,7 +141,7 @@ class SizeRule:
             raise BucketError(f"fps={self.fps} shows no frame; use a rate above 0, or leave fps out")
 
     def for_references(self) -> SizeRule:
-        """The rule for a picture beside the target: its own shape, and of one fixed size the area at most."""
+        """The rule for an image beside the target: its own shape, and of one fixed size the area at most."""
         area = self.max_pixels if self.height is None or self.width is None else self.height * self.width
         return SizeRule(max_pixels=area, resolutions=self.resolutions, division=self.division)
 
@@ -185,10 +185,10 @@ def _nearest_aspect(width: int, height: int, resolution: int, division: int) -> 
 
 @lru_cache(maxsize=4096)
 def assign_bucket(width: int, height: int, rule: SizeRule, available_frames: int = 1) -> Bucket:
-    """The bucket of a picture of `width` x `height` pixels, or of a video that gives so many frames.
+    """The bucket of an image of `width` x `height` pixels, or of a video that gives so many frames.
 
-    With several resolutions it is the largest one whose bucket the picture covers without being scaled up, else the
-    smallest. Raises BucketError for a picture smaller than one division cell.
+    With several resolutions it is the largest one whose bucket the image covers without being scaled up, else the
+    smallest. Raises BucketError for an image smaller than one division cell.
     """
     bucket = _size(width, height, rule)
     return replace(bucket, num_frames=rule.frames(available_frames)) if rule.video else bucket

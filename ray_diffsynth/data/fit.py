@@ -1,4 +1,4 @@
-"""How pictures and videos fit their sizes: how much they are enlarged and cut; what of that is told, and forbidden."""
+"""How images and videos fit their sizes: how much they are enlarged and cut, what is warned of, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.warnings import warn
 
-TOLD_UPSCALE = 1.01
-"""Enlargement from which on it is told: more than whole pixels make necessary."""
-TOLD_CROP = 0.1
-"""Fraction cut away from which on it is told."""
+WARN_UPSCALE = 1.01
+"""Factor of enlargement above which it is warned of: more than rounding to whole pixels."""
+WARN_CROP = 0.1
+"""Fraction cut away above which it is warned of."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class SizeFit:
         if spec.max_upscale is not None and self.upscale > spec.max_upscale * (1 + 1e-6):
             raise BucketError(
                 f"{self.file.path}: {self.enlarged}, more than --max_upscale {spec.max_upscale:g}; give a larger "
-                f"picture, a smaller size, or --max_upscale {self.upscale + 0.05:.1f}"
+                f"image, a smaller size, or --max_upscale {self.upscale + 0.05:.1f}"
             )
         if spec.max_crop is not None and self.crop > spec.max_crop + 1e-6:
             raise BucketError(
-                f"{self.file.path}: {self.cropped}, more than --max_crop {spec.max_crop:g}; give a picture of another "
+                f"{self.file.path}: {self.cropped}, more than --max_crop {spec.max_crop:g}; give an image of another "
                 f"shape, other sizes, or --max_crop {min(self.crop + 0.005, 1):.2f}"
             )
 
@@ -58,7 +58,7 @@ class SizeFit:
 
 
 class Fits:
-    """What is told of the files of a dataset's samples, once all are known: the worst first."""
+    """The warnings about the files of a dataset's samples, given once all are known: the worst first."""
 
     def __init__(self) -> None:
         self._enlarged: list[tuple[float, str, str]] = []
@@ -66,19 +66,19 @@ class Fits:
         self._notes: list[tuple[str, str]] = []
 
     def add(self, sample_id: str, fits: Sequence[SizeFit]) -> None:
-        """Take in a sample by its files."""
+        """Add a sample with how each of its files fits."""
         for fit in fits:
-            if fit.upscale > TOLD_UPSCALE:
+            if fit.upscale > WARN_UPSCALE:
                 self._enlarged.append((-fit.upscale, sample_id, fit.enlarged))
-            if fit.crop > TOLD_CROP:
+            if fit.crop > WARN_CROP:
                 self._cropped.append((-fit.crop, sample_id, fit.cropped))
             if fit.file.note:
                 self._notes.append((sample_id, fit.file.note))
 
-    def tell(self) -> None:
+    def warn_all(self) -> None:
         """Warn of all; see `ray_diffsynth.data.warnings`."""
-        told: Mapping[str, list[tuple[float, str, str]]] = {"enlarged": self._enlarged, "cropped": self._cropped}
-        for kind, found in told.items():
+        by_kind: Mapping[str, list[tuple[float, str, str]]] = {"enlarged": self._enlarged, "cropped": self._cropped}
+        for kind, found in by_kind.items():
             for _, sample_id, detail in sorted(found):
                 warn(kind, sample_id, detail)
         for sample_id, note in self._notes:

@@ -1,4 +1,4 @@
-"""A folder of pictures or videos with captions in `.txt` files beside them, as rows; what is left out is named."""
+"""A folder of images or videos with captions in `.txt` files beside them, as rows; what is left out is named."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def on_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
-    """Every picture below `folder` in order of its path, with the text of the `.txt` file of the same stem.
+    """Every image below `folder` in order of its path, with the text of the `.txt` file of the same stem.
 
-    For the column "video", the videos too. Links to folders are followed. Files that look like pictures or videos, or
-    have a caption, and cannot be used are warned of. Raises DatasetError for a folder without any picture.
+    For the column "video", the videos too. Links to folders are followed. Files that look like images or videos, or
+    have a caption, and cannot be used are warned of. Raises DatasetError for a folder without any image.
     """
     suffixes = (*IMAGE_SUFFIXES, *(VIDEO_SUFFIXES if file_column == "video" else ()))
     names = storage.list_files(folder, recursive=True, hidden=True, follow_links=True)
@@ -52,21 +52,21 @@ def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
                 error = f"the caption file cannot be read: {problem}"
         return RawRow(number, storage.join(folder, name), None if error else values, error)
 
-    pictures = [name for name in seen if name.lower().endswith(suffixes)]
+    images = [name for name in seen if name.lower().endswith(suffixes)]
     warn_of_left_out(names, suffixes, captions)
-    rows = on_threads(row, enumerate(pictures, 1))
+    rows = on_threads(row, enumerate(images, 1))
     if not rows:
         raise DatasetError(
-            f"{folder} has neither a metadata file ({', '.join('metadata' + s for s in READERS)}) nor pictures "
+            f"{folder} has neither a metadata file ({', '.join('metadata' + s for s in READERS)}) nor images "
             f"({', '.join(dict.fromkeys(suffixes))}); {_what_is_there(names)}check --dataset_base_path, or name the "
             "file with --dataset_metadata_path"
         )
-    absent = "is absent: there is no .txt file of the same stem beside the picture"
+    absent = "is absent: there is no .txt file of the same stem beside the image"
     return RawTable((file_column, text_column), tuple(rows), absent_text=absent)
 
 
 def _is_table(lower: str) -> bool:
-    """Whether the name (lower case) is that of a dataset's rows; JSON beside pictures is mostly about one of them."""
+    """Whether the name (lower case) is that of a dataset's rows; JSON beside images is mostly about one of them."""
     return lower.endswith(tuple(READERS.keys() - {".json"})) or lower.rpartition("/")[2] == "metadata.json"
 
 
@@ -76,7 +76,7 @@ def _what_is_there(names: Sequence[str]) -> str:
 
 
 def warn_of_left_out(names: Sequence[str], read: tuple[str, ...], captions: Iterable[str] = ()) -> None:
-    """Warn of files (`names`, hidden ones too) that look like pictures or videos, or have a caption, and are not read.
+    """Warn of files (`names`, hidden ones too) that look like images or videos, or have a caption, and are not read.
 
     read: suffixes of the files that are read. captions: stems of the caption files.
     """
@@ -94,14 +94,14 @@ def warn_of_left_out(names: Sequence[str], read: tuple[str, ...], captions: Iter
         if lower.endswith(read):
             continue
         if lower.endswith(VIDEO_SUFFIXES):
-            warn("file_left_out", name, "a video, where pictures are trained on")
+            warn("file_left_out", name, "a video, where images are trained on")
         elif lower.endswith(UNREADABLE_SUFFIXES):
             warn("file_left_out", name, why_unreadable(name))
         elif _is_table(lower):
-            warn("file_left_out", name, "a table beside the pictures; name it by --dataset_metadata_path to read it")
+            warn("file_left_out", name, "a table beside the images; name it by --dataset_metadata_path to read it")
         elif lower.endswith(".tar"):
-            warn("file_left_out", name, "a tar in a folder of pictures; name it by --dataset_metadata_path")
+            warn("file_left_out", name, "a tar in a folder of images; name it by --dataset_metadata_path")
         elif stem in captions:
-            warn("file_left_out", name, "it has a caption, but its ending is that of no known picture; rename it")
+            warn("file_left_out", name, "it has a caption, but its ending is that of no known image; rename it")
     for stem in sorted(alone):
         warn("caption_alone", f"{stem}{CAPTION}", "")

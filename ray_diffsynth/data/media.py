@@ -26,10 +26,10 @@ from ray_diffsynth.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-READS = 3
-"""How often a file is tried to be read."""
+READ_ATTEMPTS = 3
+"""Attempts to read a file."""
 PAUSE_SECONDS = 0.5
-"""Before the second try; twice as long before the next."""
+"""Pause before the second attempt, in seconds; doubled before each further one."""
 T = TypeVar("T")
 
 MAX_DECODE_BYTES = 4 << 30
@@ -56,7 +56,7 @@ _opening = threading.Lock()
 
 
 class MediaError(UserError):
-    """A picture that is absent or cannot be decoded: `path` and `reason`."""
+    """An image that is absent or cannot be decoded: `path` and `reason`."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -79,31 +79,31 @@ TRANSIENT = (SourceUnavailable, SourceChanged)
 """Errors that are not the content's: the next run tries again."""
 
 
-def _of_windows(path: str) -> str:
+def _windows_advice(path: str) -> str:
     """What to do about a path that only Windows knows; else nothing."""
     if "\\" not in path and not re.search(r"(^|/)[A-Za-z]:/", path):
         return ""
     return "; it is a path of Windows: write it with / and relative to --dataset_base_path"
 
 
-def _fetched(path: str, read: Callable[[], T]) -> T:
+def _with_retries(path: str, read: Callable[[], T]) -> T:
     """What `read` returns, tried again where the storage fails. Raises MediaError, SourceUnavailable among them."""
-    for attempt in range(1, READS + 1):
+    for attempt in range(1, READ_ATTEMPTS + 1):
         try:
             return read()
         except (UserError, MemoryError):
             raise
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise MediaError(path, f"no such file{_of_windows(path)}") from error
+            raise MediaError(path, f"no such file{_windows_advice(path)}") from error
         except IsADirectoryError as error:
-            raise MediaError(path, "is a folder, not a picture") from error
+            raise MediaError(path, "is a folder, not an image") from error
         except PermissionError as error:
             raise SourceUnavailable(path, f"may not be read ({error})") from error
         except ValueError as error:  # a name that no file can have
             raise MediaError(path, f"no such file ({error})") from error
         # Clients of object stores raise errors of their own.
         except Exception as error:
-            if attempt == READS:
+            if attempt == READ_ATTEMPTS:
                 raise SourceUnavailable(path, f"cannot be read now ({type(error).__name__}: {error})") from error
             logger.debug("%s: %s; trying again", path, error)
             time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
@@ -112,7 +112,7 @@ def _fetched(path: str, read: Callable[[], T]) -> T:
 
 def fetch(path: str) -> bytes:
     """The whole file. Raises MediaError when it is absent or empty, SourceUnavailable when it cannot be read now."""
-    data = _fetched(path, lambda: storage.read_bytes(path))
+    data = _with_retries(path, lambda: storage.read_bytes(path))
     if not data:
         raise MediaError(path, "the file is empty (0 bytes)")
     if why := wrong_content(data[:HEAD]):
@@ -122,10 +122,10 @@ def fetch(path: str) -> bytes:
 
 def stamp(path: str) -> str:
     """`storage.stamp` of a source. Raises MediaError when it is absent, SourceUnavailable when it cannot be asked."""
-    return _fetched(path, lambda: storage.stamp(path))
+    return _with_retries(path, lambda: storage.stamp(path))
 
 
-class _Watched:
+class _ErrorRecorder:
     """An open file that remembers the error of its storage, however a decoder reports that."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -152,10 +152,10 @@ class _Watched:
 @contextmanager
 def reading(path: str) -> Iterator[IO[bytes]]:
     """The open file, for what is too large to be read at once; whatever goes wrong with it becomes a MediaError."""
-    with _fetched(path, lambda: storage.open_input(path)) as file:
+    with _with_retries(path, lambda: storage.open_input(path)) as file:
         if file.size() == 0:
             raise MediaError(path, "the file is empty (0 bytes)")
-        watched = _Watched(cast("IO[bytes]", file))
+        watched = _ErrorRecorder(cast("IO[bytes]", file))
         try:
             with decoding(path):
                 if why := wrong_content(watched.read(HEAD)):
@@ -177,7 +177,7 @@ def decoding(path: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise MediaError(path, "not a picture that Pillow can read") from error
+        raise MediaError(path, "not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:
         raise MediaError(path, f"too large to decode: {error}") from error
     except PixelRangeError as error:
@@ -299,7 +299,10 @@ def check_decode_bytes(path: str, size: str, needed: int, limit: int) -> None:
 
 
 def resize_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale to cover `height` x `width` (bilinear, antialiased) and crop the centre: DiffSynth-Studio's transform."""
+    """An image of `height` x `width` pixels: scaled to cover it (bilinear, antialiased), its centre cropped.
+
+    DiffSynth-Studio's transform.
+    """
     scale = max(width / image.width, height / image.height)
     covered = (max(round(image.width * scale), width), max(round(image.height * scale), height))
     if image.size != covered:

@@ -1,4 +1,4 @@
-"""The rows of a dataset with their sample ids: what can be used, and what cannot with the reason (law 4)."""
+"""The rows of a dataset with their sample ids: what can be used, and what cannot, with the reason."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def resolve_file(base_path: str, value: str) -> str:
 
 
 def _find(base_path: str, metadata_path: str | None) -> str | None:
-    """The metadata file; None for a folder of pictures."""
+    """The metadata file; None for a folder of images."""
     if metadata_path is not None:
         inside = storage.join(base_path, metadata_path)
         # Relative to the working directory as in DiffSynth-Studio, else to the dataset.
@@ -269,7 +269,7 @@ def read_metadata(
 ) -> Metadata:
     """Read a dataset's metadata and give every row an id.
 
-    Without `metadata_path` it is `metadata.{csv,json,jsonl,parquet}` in `base_path`, else the folder's pictures with
+    Without `metadata_path` it is `metadata.{csv,json,jsonl,parquet}` in `base_path`, else the folder's images with
     `.txt` captions. Rejected are rows that cannot be read (MalformedRow), that lack a required value (MissingValue) or
     have it in another type (InvalidValue), and exact repetitions (DuplicateRow). An empty caption is a caption.
 

@@ -1,4 +1,4 @@
-"""The one door for Parquet files that others may have made: they give plain values, and nothing of them is run.
+"""How Parquet files that others may have made are opened: they give plain values, and none of their code is run.
 
 pyarrow rebuilds the Arrow schema that a writer left in the footer, and with it every extension type of a registered
 name, as soon as a file is opened: a type's own code then reads the file's bytes (Ray registers types that unpickle).

@@ -1,4 +1,4 @@
-"""Files of prompts, with what a row may say beside its prompt: sizes, a seed, and pictures that a family takes."""
+"""Files of prompts, with what a row may say beside its prompt: sizes, a seed, and images that a family takes."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from ray_diffsynth.data.text import TextError, decode_text
 from ray_diffsynth.errors import did_you_mean
 
 OWN_COLUMNS = ("negative_prompt", "seed", "height", "width")
-"""Columns of a file of prompts that a row may have beside `prompt` and the family's pictures."""
+"""Columns of a file of prompts that a row may have beside `prompt` and the family's images."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the prompts; what is None is the configuration's. `pictures`: parameter -> path, or several."""
+    """One row of the prompts; what is None is the configuration's. `images`: parameter -> path, or several."""
 
     prompt: str
     negative_prompt: str | None = None
     seed: int | None = None
     height: int | None = None
     width: int | None = None
-    pictures: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+    images: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
 
 def read_prompt_file(
-    path: str, pictures: Collection[str], *, option: str, lines: Collection[str] = (".txt",)
+    path: str, images: Collection[str], *, option: str, lines: Collection[str] = (".txt",)
 ) -> list[Prompt]:
     """The prompts of a file in order: a line each of a .txt, or the rows of a csv, json, jsonl or parquet.
 
     Args:
-        pictures: columns that name pictures, relative to the file's folder.
+        images: columns that name images, relative to the file's folder.
         option: the option that names the file, for messages.
         lines: suffixes of files with a prompt a line.
 
@@ -58,7 +58,7 @@ def read_prompt_file(
         if "prompt" not in raw.columns:
             raise DatasetError(f"{path} has no column 'prompt'; {did_you_mean('prompt', raw.columns)}")
         folder = storage.absolute(path).rpartition("/")[0]
-        found = [_prompt(row.values, row.error, row.source, folder, pictures) for row in raw.rows]
+        found = [_prompt(row.values, row.error, row.source, folder, images) for row in raw.rows]
     else:
         raise DatasetError(f"{path} is no file of prompts; supported are .txt, {', '.join(READERS)}")
     if not found:
@@ -66,9 +66,7 @@ def read_prompt_file(
     return found
 
 
-def _prompt(
-    values: Mapping[str, Any] | None, error: str, source: str, folder: str, pictures: Collection[str]
-) -> Prompt:
+def _prompt(values: Mapping[str, Any] | None, error: str, source: str, folder: str, images: Collection[str]) -> Prompt:
     if values is None:
         raise DatasetError(f"{source}: {error}")
     if not isinstance(values.get("prompt"), str):
@@ -80,8 +78,8 @@ def _prompt(
             if not (text.isascii() and text.isdigit()):
                 raise DatasetError(f"{source}: the column {name!r} holds {given[name]!r}, not a whole number")
             given[name] = int(text)
-    files = {name: _files(values[name], name, source, folder) for name in pictures if values.get(name)}
-    return Prompt(values["prompt"], **given, pictures=tuple(sorted(files.items())))
+    files = {name: _files(values[name], name, source, folder) for name in images if values.get(name)}
+    return Prompt(values["prompt"], **given, images=tuple(sorted(files.items())))
 
 
 def _files(value: Any, name: str, source: str, folder: str) -> str | tuple[str, ...]:
@@ -89,8 +87,6 @@ def _files(value: Any, name: str, source: str, folder: str) -> str | tuple[str, 
     value = file_list(value)
     paths = value if isinstance(value, list) else [value]
     if not all(isinstance(path, str) and path for path in paths):
-        raise DatasetError(
-            f"{source}: the column {name!r} holds {value!r}, not the path of a picture or a list of them"
-        )
+        raise DatasetError(f"{source}: the column {name!r} holds {value!r}, not the path of an image or a list of them")
     found = tuple(resolve_file(folder, path) for path in paths)
     return found if isinstance(value, list) else found[0]

@@ -16,13 +16,13 @@ from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule, assign_buc
 from ray_diffsynth.data.fit import SizeFit
 from ray_diffsynth.data.media import check_decode_bytes, load_image, resize_crop
 from ray_diffsynth.data.scan import SourceFile, reads_as_video
-from ray_diffsynth.data.sources import steady_bytes, steady_file
+from ray_diffsynth.data.sources import verified_bytes, verified_file
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.video import Frames, load_first_frame, load_frames
 
 TRANSFORM = "srgb-cover-bilinear-center/3"
-"""Name of what becomes of an image or frame on its way (see `load_image`, `resize_crop`); part of the cache key of
-everything encoded from pixels."""
+"""Name and version of how an image or frame is decoded and cut (see `load_image`, `resize_crop`); part of the cache key
+of everything encoded from pixels."""
 
 _SAME_SHAPE = 1.01
 """Ratio of two aspect ratios that are the same but for whole pixels."""
@@ -47,10 +47,10 @@ def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bu
     _check_memory(files, bucket, spec)
     if spec.keep_size:
         _check_kept(target, bucket, spec.size)
-    pictures = 1 + sum(len(files[param]) - 1 for param in spec.file_params[1:])
+    images = 1 + sum(len(files[param]) - 1 for param in spec.file_params[1:])
     own = [_reference_size(file, param, target, bucket, spec) for param in spec.own_sized for file in files[param]]
     same = all(size == (bucket.height, bucket.width) for size in own)
-    bucket = replace(bucket, pictures=pictures, references=() if same else tuple(own))
+    bucket = replace(bucket, images=images, references=() if same else tuple(own))
     for fit in size_fits(files, bucket, spec):
         fit.check(spec)
     return bucket
@@ -109,7 +109,7 @@ def _check_kept(target: SourceFile, bucket: Bucket, rule: SizeRule) -> None:
     if (height, width) != (bucket.height, bucket.width):
         fix = f"give --height {height} --width {width}, or --max_pixels {height * width} or more"
         if height % rule.division or width % rule.division:
-            fix = f"make pictures whose sides are multiples of {rule.division}"
+            fix = f"make images whose sides are multiples of {rule.division}"
         raise BucketError(
             f"it is {height}x{width} (height x width) and would be scaled to {bucket.height}x{bucket.width}, "
             f"{why}; {fix}"
@@ -128,7 +128,7 @@ def pixel_keys(
 
     def key(param: str, file: SourceFile, size: Bucket) -> str:
         frames = spec.gives_frames(param, file.path)
-        return file.frames_key(size, spec.size.fps) if frames else file.picture_key(size)
+        return file.frames_key(size, spec.size.fps) if frames else file.image_key(size)
 
     layout = _layout({param: len(found) for param, found in files.items()}, bucket, spec)
     keys = {
@@ -153,7 +153,7 @@ def load_inputs(
     """Decoded inputs of one sample: files cut to the bucket (see `SampleSpec`; lists stay lists), text and numbers as
     they stand, and the size. If the bucket has references, `row` has the columns of all files that they are for.
 
-    `only` limits the result, so that a text encoder's pool never opens a picture. `digests`: the content hashes that
+    `only` limits the result, so that a text encoder's pool never opens an image. `digests`: the content hashes that
     the files of a parameter must have. Raises MediaError; SourceChanged for a file that has another content.
     """
     wanted = set(spec.inputs if only is None else only)
@@ -178,15 +178,15 @@ def load_inputs(
 
 
 def _load_file(path: str, param: str, bucket: Bucket, spec: SampleSpec, digest: str | None) -> Image.Image | Frames:
-    """A picture (RGB), or frames uint8 (F, H, W, 3), of the bucket's size."""
+    """An image (RGB), or frames uint8 (F, H, W, 3), of the bucket's size."""
     frames = spec.gives_frames(param, path)
     if reads_as_video(path, spec.size.video):
-        with steady_file(path, digest) as place:
+        with verified_file(path, digest) as place:
             if frames:
                 size = (bucket.num_frames, bucket.height, bucket.width)
                 return load_frames(place, *size, fps=spec.size.fps, max_bytes=spec.max_decode_bytes)
-            picture = load_first_frame(place, max_bytes=spec.max_decode_bytes)
+            image = load_first_frame(place, max_bytes=spec.max_decode_bytes)
     else:
-        picture = load_image(path, steady_bytes(path, digest), max_bytes=spec.max_decode_bytes)
-    cut = resize_crop(picture, bucket.height, bucket.width)
+        image = load_image(path, verified_bytes(path, digest), max_bytes=spec.max_decode_bytes)
+    cut = resize_crop(image, bucket.height, bucket.width)
     return np.asarray(cut)[None] if frames else cut

@@ -13,7 +13,7 @@ from ray_diffsynth.data.video_stream import is_video
 class SourceFile:
     """Facts of one source file. `stamp` (size and modification time or ETag) tells whether it must be read again.
 
-    `num_frames` and `fps` are those of a video; a picture has one frame. `decode_bytes` is the memory that decoding
+    `num_frames` and `fps` are those of a video; an image has one frame. `decode_bytes` is the memory that decoding
     takes, by the header; `note` says what of the file is left aside, or nothing.
     """
 
@@ -36,20 +36,20 @@ class SourceFile:
     def frames_key(self, bucket: Bucket, fps: float | None) -> str:
         """What the frames that this file becomes depend on: its content, the bucket they are cut to, the rate."""
         taken = f"@{'every frame' if fps is None else f'{fps:g} fps by time'}" if self.fps else ""
-        return f"{self.digest}@{replace(bucket, pictures=1, references=()).name}{taken}"
+        return f"{self.digest}@{replace(bucket, images=1, references=()).name}{taken}"
 
-    def picture_key(self, bucket: Bucket) -> str:
-        """The same for a picture, or the first frame of a video."""
-        return f"{self.digest}@{replace(bucket, num_frames=1, pictures=1, references=()).name}"
+    def image_key(self, bucket: Bucket) -> str:
+        """The same for an image, or the first frame of a video."""
+        return f"{self.digest}@{replace(bucket, num_frames=1, images=1, references=()).name}"
 
 
 def reads_as_video(path: str, animations: bool) -> bool:
-    """A GIF is a video where videos are wanted, else a picture."""
+    """A GIF is a video where videos are wanted, else an image."""
     return is_video(path) and (animations or not path.lower().endswith(".gif"))
 
 
 def scan_file(path: str, *, animations: bool = False, max_bytes: int = MAX_DECODE_BYTES) -> SourceFile:
-    """Header and content hash of a picture or video. Raises MediaError when it is absent or neither.
+    """Header and content hash of an image or video. Raises MediaError when it is absent or neither.
 
     `animations`: count the frames of a GIF too. `max_bytes` of memory may be taken by the first frame of a video.
     """

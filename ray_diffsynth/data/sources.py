@@ -1,4 +1,4 @@
-"""Source files that must still be those that were scanned: what is made of them is stored by the content seen then."""
+"""Source files whose content is verified to be what was scanned, since what is encoded is stored by that content."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ray_diffsynth import storage
 from ray_diffsynth.data.media import TRANSIENT, MediaError, SourceChanged, bytes_hash, content_hash, fetch
 
 
-def steady_bytes(path: str, digest: str | None) -> bytes:
+def verified_bytes(path: str, digest: str | None) -> bytes:
     """The file's bytes, whose content hash is `digest` (None: any).
 
     Raises MediaError; SourceChanged when it is another file now, SourceUnavailable when it cannot be read.
     """
     if digest is None:
         return fetch(path)
-    with _gone_is_changed(path):
+    with _missing_as_changed(path):
         data = fetch(path)
     if bytes_hash(data) != digest:
         raise _changed(path)
@@ -26,8 +26,8 @@ def steady_bytes(path: str, digest: str | None) -> bytes:
 
 
 @contextmanager
-def steady_file(path: str, digest: str | None) -> Iterator[str]:
-    """A path to read the file by, in parts, whose content hash is `digest` (None: any). Errors as `steady_bytes`.
+def verified_file(path: str, digest: str | None) -> Iterator[str]:
+    """A path to read the file by, in parts, whose content hash is `digest` (None: any). Errors as `verified_bytes`.
 
     A local file stays where it is; a remote one is copied to a temporary file, so that it is fetched once.
     """
@@ -35,7 +35,7 @@ def steady_file(path: str, digest: str | None) -> Iterator[str]:
         yield path
     elif storage.is_remote(path):
         with tempfile.NamedTemporaryFile(suffix=posixpath.splitext(path)[1]) as copy:
-            with _gone_is_changed(path):
+            with _missing_as_changed(path):
                 found = content_hash(path, copy.file)
             if found != digest:
                 raise _changed(path)
@@ -45,7 +45,7 @@ def steady_file(path: str, digest: str | None) -> Iterator[str]:
             except MediaError as error:
                 raise MediaError(path, error.reason) from error
     else:
-        with _gone_is_changed(path):
+        with _missing_as_changed(path):
             before = _stamp(path)
             found = content_hash(path)
         if found != digest:
@@ -71,7 +71,7 @@ def _stamp(path: str) -> str:
 
 
 @contextmanager
-def _gone_is_changed(path: str) -> Iterator[None]:
+def _missing_as_changed(path: str) -> Iterator[None]:
     """Within it, a file that is absent or empty, which it was not when it was scanned, has changed."""
     try:
         yield

@@ -19,7 +19,7 @@ class SampleSpec:
 
     `columns` maps an input parameter to its metadata column (`{"input_image": "image", "prompt": "prompt"}`);
     `file_params` are those whose column holds a file path, or a list of them. Of a model that makes videos
-    (`size.video`), `video_params` are given as frames (a picture as one), `picture_params` as a picture (of a video its
+    (`size.video`), `video_params` are given as frames (an image as one), `image_params` as an image (of a video its
     first frame), and any other as the file's name tells. `parsers`: column -> what reads its value (see
     `read_metadata`).
     """
@@ -29,12 +29,12 @@ class SampleSpec:
     file_params: tuple[str, ...]
     size: SizeRule = field(default_factory=SizeRule)
     video_params: tuple[str, ...] = ()
-    picture_params: tuple[str, ...] = ()
+    image_params: tuple[str, ...] = ()
     parsers: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     keep_size: bool = False
-    """Whether a picture or video that would be scaled, cut or shortened cannot be used."""
+    """Whether an image or video that would be scaled, cut or shortened cannot be used."""
     target_sized: tuple[str, ...] = ()
-    """File parameters whose pictures a unit needs in the target's size. Frames always have it, and a picture of the
+    """File parameters whose images a unit needs in the target's size. Frames always have it, and an image of the
     target's shape; any other gets a size by its own shape."""
     max_decode_bytes: int = MAX_DECODE_BYTES
     """Main memory that decoding one file, with the frames that it becomes, may take."""
@@ -50,7 +50,7 @@ class SampleSpec:
 
     @property
     def own_sized(self) -> tuple[str, ...]:
-        """File parameters whose pictures may have a size of their own."""
+        """File parameters whose images may have a size of their own."""
         return tuple(param for param in self.file_params[1:] if param not in self.target_sized)
 
     def paths(self, row: Mapping[str, Any], param: str) -> list[str]:
@@ -59,8 +59,8 @@ class SampleSpec:
         return [resolve_file(self.base_path, name) for name in (value if isinstance(value, list) else [value])]
 
     def gives_frames(self, param: str, path: str) -> bool:
-        """Whether the file becomes frames (F, H, W, 3), not a picture."""
-        if not self.size.video or param in self.picture_params:
+        """Whether the file becomes frames (F, H, W, 3), not an image."""
+        if not self.size.video or param in self.image_params:
             return False
         return param in self.video_params or is_video(path)
 

@@ -1,4 +1,4 @@
-"""Which files are pictures and videos, by the endings of their names (lower case)."""
+"""Which files are images and videos, by the endings of their names (lower case)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".gif", ".mpg", ".mpeg", ".m2v", ".wmv", ".asf", ".flv", ".f4v"),
     *(".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".mxf", ".vob"),
 )
-"""What PyAV decodes; an animated GIF is a picture where pictures are wanted."""
+"""What PyAV decodes; an animated GIF is an image where images are wanted."""
 
 _RAW = (
     *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".k25", ".kdc", ".mef", ".mos"),
@@ -24,10 +24,10 @@ _OTHER = (
     *(".pdf", ".emf", ".wmf", ".fits", ".icns", ".pcd", ".dcm"),
 )
 UNREADABLE_SUFFIXES = (*_RAW, *_OTHER)
-"""Pictures that are not read: camera raw files, and formats that Pillow lacks or hands to another program."""
+"""Images that are not read: camera raw files, and formats that Pillow lacks or hands to another program."""
 
 
 def why_unreadable(name: str) -> str:
-    """Why the picture of this name is not read, and the fix."""
+    """Why the image of this name is not read, and the fix."""
     kind = "a camera's raw file" if name.lower().endswith(_RAW) else "a format that is not read"
     return f"{kind}; save it as PNG or JPEG"

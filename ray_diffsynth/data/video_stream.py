@@ -247,7 +247,7 @@ def _container(path: str, file: IO[bytes]) -> Any:
 
 
 def _is_cover(stream: Any) -> bool:
-    """Whether it is a picture that stands for the file, of an album say, which players do not show as a video."""
+    """Whether it is an image that stands for the file, of an album say, which players do not show as a video."""
     from av.stream import Disposition
 
     return bool(stream.disposition & Disposition.attached_pic)

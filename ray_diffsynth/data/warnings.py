@@ -1,7 +1,7 @@
-"""What happened to the data without making it unusable: told once, summed, with the samples that it happened to.
+"""Warnings about the data: what happened to samples that are used all the same, counted by kind.
 
-Whoever meets it (a decoder, a unit, a reader of metadata) calls `warn`; the nearest `collecting` takes it in, and what
-it took travels with the results to the driver, which prints `lines` once and writes `to_json` into report.json.
+Whoever finds it (a decoder, a unit, a reader of metadata) calls `warn`. The innermost `collecting` collects it, and its
+result travels to the driver, which prints `lines` once and writes `to_json` into report.json.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from ray_diffsynth.printable import printable
 
 logger = logging.getLogger(__name__)
 
-WHAT: Mapping[str, str] = {
+DESCRIPTIONS: Mapping[str, str] = {
     "caption_cut": "captions longer than the text encoder reads, and cut",
     "file_form": "files of another form than is usual, read as they are meant",
     "file_left_out": "files that look like part of the dataset, and were left out",
-    "caption_alone": "caption files without a picture, left out",
+    "caption_alone": "caption files without an image, left out",
     "row_left_out": "rows that cannot be used, left out",
     "sample_replaced": "samples that cannot be decoded, in whose place another of their size was trained on",
     "batch_halved": "batches that did not fit into memory, and were halved",
-    "enlarged": "pictures or videos smaller than their size, and enlarged",
-    "cropped": "pictures or videos of another shape than their size, and more than a tenth cut away",
+    "enlarged": "images or videos smaller than their size, and enlarged",
+    "cropped": "images or videos of another shape than their size, and more than a tenth cut away",
     "left_aside": "files of which something could not be used",
 }
-"""Kind -> what happened, for people. A new kind is a line here."""
+"""Kind of warning -> its description in the report. A new kind is a line here."""
 
-SHOWN = 3
-"""Samples of a kind that a line names."""
-LISTED = 10_000
+MAX_SHOWN = 3
+"""Samples of a kind that a printed line names."""
+MAX_LISTED = 10_000
 """Samples of a kind that report.json lists; the count is of all."""
 _WIDTH = 120
 """Characters of a sample id, or of a detail, that a line shows."""
 
 
 class UnknownWarningError(UserError, ValueError):
-    """A kind of warning that `WHAT` does not have."""
+    """A kind of warning that `DESCRIPTIONS` does not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataWarning:
-    """One thing that happened to one sample: its kind (of `WHAT`), the sample's id, and with which numbers.
+    """One thing that happened to one sample: its kind (of `DESCRIPTIONS`), the sample's id, and with which numbers.
 
     `sample_id` is the path of a file where it happened to no sample, and "" where it is no single one's. Raises
     UnknownWarningError.
@@ -57,8 +57,10 @@ class DataWarning:
     detail: str
 
     def __post_init__(self) -> None:
-        if self.kind not in WHAT:
-            raise UnknownWarningError(f"there is no warning of the kind {self.kind!r}; {did_you_mean(self.kind, WHAT)}")
+        if self.kind not in DESCRIPTIONS:
+            raise UnknownWarningError(
+                f"there is no warning of the kind {self.kind!r}; {did_you_mean(self.kind, DESCRIPTIONS)}"
+            )
 
 
 class DataWarnings:
@@ -83,13 +85,14 @@ class DataWarnings:
         return [self._line(kind, list(found)) for kind, found in self._sorted()]
 
     def to_json(self) -> dict[str, Any]:
-        """Kind -> {"what", "count", "samples": [{"sample_id", "detail"}, …]}, of `count` samples the first `LISTED`."""
+        """Kind -> {"what", "count", "samples": [{"sample_id", "detail"}, …]}; of the samples the first `MAX_LISTED`."""
         return {
             kind: {
-                "what": WHAT[kind],
+                "what": DESCRIPTIONS[kind],
                 "count": len(found),
                 "samples": [
-                    {"sample_id": printable(name), "detail": printable(detail)} for name, detail in list(found)[:LISTED]
+                    {"sample_id": printable(name), "detail": printable(detail)}
+                    for name, detail in list(found)[:MAX_LISTED]
                 ],
             }
             for kind, found in self._sorted()
@@ -102,7 +105,7 @@ class DataWarnings:
     @classmethod
     def of(cls, rows: Iterable[Sequence[str]]) -> DataWarnings:
         """The inverse of `rows`; a kind that this version does not know is left out."""
-        return cls(DataWarning(kind, sample_id, detail) for kind, sample_id, detail in rows if kind in WHAT)
+        return cls(DataWarning(kind, sample_id, detail) for kind, sample_id, detail in rows if kind in DESCRIPTIONS)
 
     def __iter__(self) -> Iterator[DataWarning]:
         for kind, found in self._sorted():
@@ -117,12 +120,14 @@ class DataWarnings:
 
     def _sorted(self) -> list[tuple[str, dict[tuple[str, str], None]]]:
         """By the order of the table, whatever came first."""
-        return [(kind, self._found[kind]) for kind in WHAT if kind in self._found]
+        return [(kind, self._found[kind]) for kind in DESCRIPTIONS if kind in self._found]
 
     def _line(self, kind: str, found: list[tuple[str, str]]) -> str:
-        shown = [_short(f"{name}: {detail}" if name and detail else name or detail) for name, detail in found[:SHOWN]]
-        more = f"; … and {len(found) - SHOWN} more, see report.json" if len(found) > SHOWN else ""
-        return f"{WHAT[kind]}: {len(found)} ({'; '.join(shown)}{more})"
+        shown = [
+            _short(f"{name}: {detail}" if name and detail else name or detail) for name, detail in found[:MAX_SHOWN]
+        ]
+        more = f"; … and {len(found) - MAX_SHOWN} more, see report.json" if len(found) > MAX_SHOWN else ""
+        return f"{DESCRIPTIONS[kind]}: {len(found)} ({'; '.join(shown)}{more})"
 
 
 def _short(text: str) -> str:
@@ -134,7 +139,7 @@ _current: ContextVar[DataWarnings | None] = ContextVar("data warnings", default=
 
 @contextmanager
 def collecting() -> Iterator[DataWarnings]:
-    """Within it, in this thread, what `warn` is told goes into the result, and nowhere else."""
+    """Collects the warnings that this thread gives within it: they go into the result, and nowhere else."""
     found = DataWarnings()
     token = _current.set(found)
     try:
@@ -145,7 +150,7 @@ def collecting() -> Iterator[DataWarnings]:
 
 @contextmanager
 def about(sample_id: str) -> Iterator[None]:
-    """Within it, in this thread, whatever `warn` is told is of this sample, by whatever name it knows it."""
+    """The warnings that this thread gives within it are of this sample, whatever name they were given for it."""
     with collecting() as found:
         yield
     for warning in found:
@@ -153,10 +158,10 @@ def about(sample_id: str) -> Iterator[None]:
 
 
 def warn(kind: str, sample_id: str, detail: str) -> None:
-    """Tell the nearest `collecting`, or without one the log, what happened to a sample.
+    """Warn of what happened to a sample: to the innermost `collecting`, or without one to the log.
 
-    Who does not know the sample's id names it by what it has, its file or its caption, of which the detail says
-    nothing: `about`, or whoever collects, puts the id in its place. Raises UnknownWarningError.
+    A caller that does not know the sample's id gives its file or its caption instead: `about`, or the collector,
+    replaces it by the id. Raises UnknownWarningError.
     """
     warning = DataWarning(kind, sample_id, detail)
     found = _current.get()

@@ -25,9 +25,9 @@ _OWN = re.compile(r"__[^/]*__($|/)")
 def read_tars(base_path: str, names: Sequence[str], file_column: str, text_column: str) -> RawTable:
     """The samples of the tars `names` (relative to `base_path`), in their order; only headers and texts are read.
 
-    A member is named `<stem>.<extension>`. Of a sample, the picture or video is `file_column`, `.txt` is `text_column`,
+    A member is named `<stem>.<extension>`. Of a sample, the image or video is `file_column`, `.txt` is `text_column`,
     the values of `.json` are columns of their names, and `<stem>.<column>.<suffix>` is a further file of that column.
-    Members named `__x__…` are not samples, by WebDataset's rule. Pictures of a form that is not read are warned of. A
+    Members named `__x__…` are not samples, by WebDataset's rule. Images of a form that is not read are warned of. A
     tar that cannot be read to its end gives what it has, and a row that says so.
     """
     rows: list[RawRow] = []

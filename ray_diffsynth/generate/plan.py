@@ -141,10 +141,10 @@ def _item(
     given = tuple(sorted(arguments.items()))
     video = makes_videos(pipeline)
     decides = [prompt.prompt, seed, scale, given, config.fps if video else None, dict(identity)]
-    decides += [{name: _content(paths) for name, paths in prompt.pictures}] if prompt.pictures else []
+    decides += [{name: _content(paths) for name, paths in prompt.images}] if prompt.images else []
     name = _name(prompt.prompt, decides)
     file = f"{PICTURES}/{name}.{'mp4' if video else 'png'}"
-    return Item(file, prompt.prompt, seed, scale, given, prompt.pictures)
+    return Item(file, prompt.prompt, seed, scale, given, prompt.images)
 
 
 def _content(paths: str | tuple[str, ...]) -> str | list[str]:

@@ -16,7 +16,7 @@ from ray_diffsynth.data.video import load_first_frame
 from ray_diffsynth.generate.grid import LIMIT, columns_of, draw_grid
 from ray_diffsynth.generate.painter import png
 from ray_diffsynth.generate.plan import Family, Item, describe, family_defaults, metadata_rows
-from ray_diffsynth.report import Picture, make_report, thumbnail, write_json, write_page
+from ray_diffsynth.report import PageImage, make_report, thumbnail, write_json, write_page
 from ray_diffsynth.storage import file_size, join, write_bytes_atomic
 
 
@@ -70,7 +70,7 @@ def finish(config: GenerateConfig, made: Made, output: str, *, seconds: float) -
         ],
     )
     write_json(output, report)
-    write_page(output, report, pictures=report_pictures(shown, pictures, several=len(config.lora_scales) > 1))
+    write_page(output, report, images=report_pictures(shown, pictures, several=len(config.lora_scales) > 1))
     print(
         f"{counts['pictures']} pictures in {output} ({counts['made']} made, {counts['reused']} reused, "
         f"{counts['failed']} failed; {seconds:.1f} s); see {join(output, 'report.html')}",
@@ -79,17 +79,17 @@ def finish(config: GenerateConfig, made: Made, output: str, *, seconds: float) -
     return counts
 
 
-def report_pictures(items: Sequence[Item], pictures: Sequence[Image.Image], *, several: bool) -> list[Picture]:
+def report_pictures(items: Sequence[Item], pictures: Sequence[Image.Image], *, several: bool) -> list[PageImage]:
     """The pictures of the page; with `several` strengths of the LoRA those of one prompt and seed stand together."""
     found = []
     for item, picture in zip(items, pictures, strict=True):
         strength = f"strength {item.lora_scale:g}" if item.lora_scale else "without the LoRA"
         made_from = f"{item.prompt}, seed {item.seed}"
         if several:
-            found.append(Picture(thumbnail(picture), strength, f"{made_from}, {strength}", group=made_from))
+            found.append(PageImage(thumbnail(picture), strength, f"{made_from}, {strength}", group=made_from))
         else:
             # The seed first: of a long prompt only the start is shown.
-            found.append(Picture(thumbnail(picture), f"seed {item.seed}: {item.prompt}", made_from))
+            found.append(PageImage(thumbnail(picture), f"seed {item.seed}: {item.prompt}", made_from))
     return found
 
 

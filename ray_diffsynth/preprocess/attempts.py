@@ -1,7 +1,7 @@
-"""Who worked on which shard and did not come to the end, as the processes tell it: pure state, without Ray.
+"""Attempts at shards that began and have not ended, as the processes report them: pure state, without Ray.
 
-What a process tells may come late, twice, or after what another one tells of the same shard. So everything is told of
-an attempt, which belongs to one process on one machine, and never changes what is known of another.
+Reports may arrive late, twice, or after those of another process about the same shard. So each is about one attempt,
+which belongs to one process on one machine, and never changes what is known of another attempt.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -12,7 +12,7 @@ Stage = Literal["decode", "encode", "write"]
 
 
 class Attempt(NamedTuple):
-    """A process's work on a shard in one stage. `number` counts the attempts of the process, one after another.
+    """One try of one process to take a shard through a stage. `number` counts the attempts of the process.
 
     `node` and `process` are Ray's ids of the machine and of the process (its worker id, never used again).
     """
@@ -26,14 +26,14 @@ class Attempt(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """An attempt whose end was never told: its process died, or its machine.
+    """An attempt whose end was never reported: its process died, or its machine.
 
-    `batch`: keys of the rows that were encoded at that moment; `words`: the last words of the process.
+    batch: keys of the rows that were being encoded. exit_reason: why the process ended itself, if it did.
     """
 
     attempt: Attempt
     batch: tuple[str, ...] = ()
-    words: str = ""
+    exit_reason: str = ""
 
 
 class Attempts:
@@ -55,17 +55,17 @@ class Attempts:
         self._open.setdefault(attempt.shard, {})[attempt] = Unfinished(attempt)
 
     def begin_batch(self, attempt: Attempt, keys: Sequence[str]) -> None:
-        """These rows are encoded now."""
+        """The process begins to encode the rows of these keys."""
         if (known := self._of(attempt)) is not None:
-            self._open[attempt.shard][attempt] = Unfinished(attempt, tuple(keys), known.words)
+            self._open[attempt.shard][attempt] = Unfinished(attempt, tuple(keys), known.exit_reason)
 
-    def last_words(self, attempt: Attempt, words: str) -> None:
+    def report_exit(self, attempt: Attempt, reason: str) -> None:
         """A process is about to end itself."""
         if (known := self._of(attempt)) is not None:
-            self._open[attempt.shard][attempt] = Unfinished(attempt, known.batch, words)
+            self._open[attempt.shard][attempt] = Unfinished(attempt, known.batch, reason)
 
     def end(self, attempt: Attempt) -> None:
-        """The process came to the end of it, whether or not it succeeded."""
+        """The process has ended the attempt, whether or not it succeeded."""
         self._newest[attempt.process] = max(attempt.number, self._newest.get(attempt.process, -1))
         if self._running.get(attempt.process) == attempt:
             del self._running[attempt.process]
@@ -73,7 +73,7 @@ class Attempts:
             del self._open[attempt.shard][attempt]
 
     def unfinished(self, shard: str) -> tuple[Unfinished, ...]:
-        """Those of a shard, in the order in which they began."""
+        """The open attempts at a shard, in the order in which they began."""
         return tuple(self._open.get(shard, {}).values())
 
     def _of(self, attempt: Attempt) -> Unfinished | None:
@@ -81,5 +81,5 @@ class Attempts:
 
 
 def on_living_nodes(attempts: Iterable[Unfinished], living: Collection[str]) -> list[Unfinished]:
-    """Those whose machine still lives: their process died by itself. What died with its machine is nobody's fault."""
+    """The attempts whose machine is alive, so that their process died by itself and not with it."""
     return [item for item in attempts if item.attempt.node in living]

@@ -15,8 +15,8 @@ from ray_diffsynth.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
-NOT_THE_SAMPLES = (StorageError, VideoSupportError)
-"""What is missing on this machine is missing for all samples."""
+MACHINE_ERRORS = (StorageError, VideoSupportError)
+"""Errors of the machine, which lacks something for every sample, not of one sample."""
 
 
 class Decoder:
@@ -49,7 +49,7 @@ class Decoder:
                     found = load_inputs(
                         item["row"], size, self.spec.sample, only=self.spec.inputs, digests=item["digests"]
                     )
-            except NOT_THE_SAMPLES:
+            except MACHINE_ERRORS:
                 raise
             except (*TRANSIENT, MemoryError) as error:
                 transient[item["key"]] = [type(error).__name__, str(error) or "too little memory to decode it"]

@@ -20,8 +20,8 @@ from ray_diffsynth.preprocess.records import Failure
 
 logger = logging.getLogger(__name__)
 
-THE_RUNS_OWN = (MissingInputError, UnitError, MissingModelError, CodecError)
-"""Mistakes in the units or the configuration, which no sample is to blame for."""
+RUN_ERRORS = (MissingInputError, UnitError, MissingModelError, CodecError)
+"""Errors of the units or the configuration, not of one sample: they end the run."""
 
 
 class NonFiniteError(UserError):
@@ -57,12 +57,12 @@ def encode(
             results += _encode_batch(pipe, group, settings, batch)
             fits = max(fits, len(batch))
             continue
-        except THE_RUNS_OWN:
+        except RUN_ERRORS:
             raise
         except Exception as error:
             # Kept as text: the error itself holds its frames, and with them the batch's tensors.
             failure, of_memory = Failure(_name(error), str(error)), is_out_of_memory(error)
-            if not of_memory and _is_of_the_device(error):
+            if not of_memory and _is_device_error(error):
                 raise DeviceError(f"{type(error).__name__}: {error}") from error
         if of_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -114,7 +114,7 @@ def _name(error: Exception) -> str:
     return "OutOfMemoryError" if is_out_of_memory(error) else type(error).__name__
 
 
-def _is_of_the_device(error: Exception) -> bool:
+def _is_device_error(error: Exception) -> bool:
     """Whether it is an error of CUDA after which the process's device is lost (an assertion, an illegal access)."""
     accelerator = getattr(torch, "AcceleratorError", ())  # since torch 2.8
     return isinstance(error, accelerator) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))

@@ -120,7 +120,7 @@ class Encoder:
 def _by_key(
     told: DataWarnings, rows: Sequence[tuple[str, Mapping[str, Any]]], known: Mapping[str, Sequence[Sequence[str]]]
 ) -> dict[str, list[tuple[str, str]]]:
-    """`known`, and what units said of the rows that they name by a caption; what is of none of them under ""."""
+    """`known` and the warnings of the units, by row (units name it by its caption); those of no row have the key ""."""
     found = {key: [(kind, detail) for kind, detail in pairs] for key, pairs in known.items()}
     of_text: dict[str, list[str]] = {}
     for key, values in rows if told else ():

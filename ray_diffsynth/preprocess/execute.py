@@ -112,7 +112,7 @@ def encode_group(run: GroupRun, context: PassContext) -> None:
             # What a task told the monitor is nearer to the cause than how Ray reports its end.
             raise_if_given_up(context.monitor, error)
             raise
-        run.take(results)
+        run.add_results(results)
         lost = run.missing(shards)
         if not lost:
             return
@@ -127,7 +127,7 @@ def encode_group(run: GroupRun, context: PassContext) -> None:
         alive = living(nodes)
         shards = []
         for shard, attempts in zip(lost, found, strict=True):
-            again = losses.again(shard, attempts, alive, retries=retries, node_lost=not nodes <= alive)
+            again = losses.next_attempt(shard, attempts, alive, retries=retries, node_lost=not nodes <= alive)
             if isinstance(again, Failure):
                 run.catalog.failures[shard.keys[0]] = again
             else:

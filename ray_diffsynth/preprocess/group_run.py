@@ -55,8 +55,8 @@ class GroupRun:
         """Why the sample of this number is not stored; None for one that is, or was not tried."""
         return self.catalog.failure(self.keys[number])
 
-    def take(self, results: Sequence[dict[str, Any]]) -> None:
-        """Take in what a pass gave for its shards (`ShardSink.results`)."""
+    def add_results(self, results: Sequence[dict[str, Any]]) -> None:
+        """Add the results of a pass (`ShardSink.results`) to what is known of the rows."""
         for result in results:
             if result["shard"] is not None:
                 shard = Shard.from_dict(result["shard"])
@@ -67,7 +67,7 @@ class GroupRun:
                 self.catalog.transient[key] = Failure(*reason)
 
     def missing(self, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
-        """Those of the shards of which nothing is known: a shard is taken in as a whole or not at all."""
+        """The shards without a result: of a shard all rows have one, or none."""
         done = {*self.catalog.known(), *self.catalog.transient}
         return [shard for shard in shards if not done.issuperset(shard.keys)]
 

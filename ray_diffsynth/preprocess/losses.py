@@ -12,17 +12,17 @@ from ray_diffsynth.preprocess.shards import ShardPlan, halves, split
 RETRIES = 2
 """How often a decode task or an encoder's call is tried again when its process died, before its shard is cut in two."""
 NODES = 5
-"""Machines that may go down while they work on the same shard, before it is no coincidence any more."""
+"""Machines that may go down with an attempt at the same shard, before the run ends with an error."""
 
 
 @dataclass
 class Losses:
-    """The lost shards of a group: how often each was lost although nothing speaks against it."""
+    """The lost shards of a group. unexplained: how often each was lost although no process died while it had it."""
 
     group: str
-    blameless: Tally[str] = field(default_factory=Tally)
+    unexplained: Tally[str] = field(default_factory=Tally)
 
-    def again(
+    def next_attempt(
         self,
         shard: ShardPlan,
         attempts: Sequence[Unfinished],
@@ -33,7 +33,7 @@ class Losses:
     ) -> list[ShardPlan] | Failure:
         """What is tried next of a lost shard; for a single row that killed its process each time, the failure.
 
-        `attempts`: all of it that did not come to their end, also of passes before. `living`: the machines that are
+        `attempts`: all at it that have not ended, also of passes before. `living`: the machines that are
         known to live. `retries`: how often this pass tried again. `node_lost`: whether a machine was lost during it.
 
         Only a process that died while its machine lives counts against the shard, and only when that happened more
@@ -51,10 +51,10 @@ class Losses:
                 "kept"
             )
         if not node_lost:
-            self.blameless[shard.name] += 1
-        if self.blameless[shard.name] > RETRIES:
+            self.unexplained[shard.name] += 1
+        if self.unexplained[shard.name] > RETRIES:
             raise EncoderError(
-                f"Ray lost a shard of {self.group} {self.blameless[shard.name]} times although no process died often "
+                f"Ray lost a shard of {self.group} {self.unexplained[shard.name]} times although no process died often "
                 "enough while it worked on it; see Ray's logs, and run again: what is written is kept"
             )
         return [shard]
@@ -68,7 +68,7 @@ class Losses:
                 f"the process that writes {self.group} died each time; the machine may lack memory: see Ray's logs, "
                 "and run again: what is written is kept"
             )
-        why = f" ({last.words})" if last.words else ""
+        why = f" ({last.exit_reason})" if last.exit_reason else ""
         if stage == "decode":
             return Failure("DecoderDied", f"the decoding process died each time it reached this sample{why}")
         return Failure("EncoderDied", f"the encoding process died each time it reached this sample{why}")

@@ -42,9 +42,9 @@ def shard_row(shard: ShardPlan) -> dict[str, Any]:
 
     `inputs` are the decoded inputs of its rows, later their encoded parameters. `failed` and `transient` hold the rows
     that cannot be encoded, by key: error class and message. Those of `failed` are remembered; what is in `transient` is
-    not the sample's own fault and is tried again by the next run. `warnings` are what is said of a row, by key: pairs
-    of kind and detail; those of the key "" are of no single row and are not stored. `given_up`: a task could not go on
-    and told the monitor why; the next ones leave the shard alone.
+    not the sample's own fault and is tried again by the next run. `warnings` are those of a row, by key: pairs of
+    kind and detail; those of the key "" are of no single row and are not stored. `given_up`: a task could not go on and
+    told the monitor why; the next tasks pass the shard on as it is.
     """
     rows = [
         {

@@ -1,7 +1,7 @@
-"""What the driver knows of the tasks while they run: an actor beside it that they tell.
+"""What the driver knows of the tasks while they run: an actor beside it to which they report.
 
-The only way by which tasks report attempts, progress and why the run must end; the driver looks while a pass runs, and
-decides when it is over.
+The only way by which tasks report attempts, progress and why the run must end. The driver polls it while a pass runs,
+and evaluates it when the pass is over.
 """
 
 import itertools
@@ -27,7 +27,7 @@ class Counts(NamedTuple):
 
 @ray.remote(num_cpus=0)
 class Monitor:
-    """Rows written and failed so far, encoders that came to life, and the attempts at each shard."""
+    """Actor: rows written and failed so far, encoders that have loaded, and the attempts at each shard."""
 
     def __init__(self) -> None:
         self.written = 0
@@ -57,23 +57,23 @@ class Monitor:
         self.running.clear()
 
     def begin(self, attempt: Attempt) -> None:
-        """A process begins to work on a shard; if it dies, this tells where."""
+        """A process begins an attempt at a shard, and may die in it."""
         self.attempts.begin(attempt)
 
     def begin_batch(self, attempt: Attempt, keys: Sequence[str]) -> None:
-        """These rows of the shard are encoded now."""
+        """The process begins to encode these rows of the shard."""
         self.attempts.begin_batch(attempt, keys)
 
-    def last_words(self, attempt: Attempt, words: str) -> None:
-        """A process is about to end itself while it works on the shard."""
-        self.attempts.last_words(attempt, words)
+    def report_exit(self, attempt: Attempt, reason: str) -> None:
+        """A process is about to end itself within an attempt."""
+        self.attempts.report_exit(attempt, reason)
 
     def end(self, attempt: Attempt) -> None:
-        """A process came to the end of its work on a shard."""
+        """A process has ended its attempt at a shard."""
         self.attempts.end(attempt)
 
     def unfinished(self, shards: Sequence[str]) -> list[tuple[Unfinished, ...]]:
-        """The attempts at each shard that did not come to their end."""
+        """The attempts at each shard that have not ended."""
         return [self.attempts.unfinished(name) for name in shards]
 
     def give_up(self, reason: str) -> None:
@@ -94,7 +94,7 @@ _numbers = itertools.count()
 
 @contextmanager
 def attempt_at(monitor: Any, shard: str, stage: Stage) -> Iterator[Attempt | None]:
-    """Within it this process works on the shard, which the monitor knows before: the process may die any moment.
+    """An attempt of this process at the shard, reported to the monitor before it begins: the process may die within.
 
     None without a monitor.
     """
@@ -110,8 +110,8 @@ def attempt_at(monitor: Any, shard: str, stage: Stage) -> Iterator[Attempt | Non
         monitor.end.remote(attempt)
 
 
-def end_this_process(monitor: Any, attempt: Attempt | None, words: str) -> None:
+def end_this_process(monitor: Any, attempt: Attempt | None, reason: str) -> None:
     """End the process as a crash would, so that Ray starts another in its place."""
     if monitor is not None:
-        ray.get(monitor.last_words.remote(attempt, words))
+        ray.get(monitor.report_exit.remote(attempt, reason))
     os._exit(1)

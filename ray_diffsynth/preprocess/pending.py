@@ -56,8 +56,8 @@ def plan_turns(
 ) -> Iterator[Sequence[GroupRun]]:
     """The groups that run at the same time, planned: all at once, or each by itself.
 
-    One group after another, a sample that failed in a group before goes to quarantine: no work for it in the next. The
-    caller does the work before it asks for more.
+    One group after another, a sample that failed in a group before goes to quarantine and is not encoded in the next.
+    The caller encodes what is yielded before it asks for more.
     """
     if side_by_side:
         for run in runs:

@@ -1,6 +1,6 @@
-"""What Ray tells of a pass: which processes and machines died, and errors of other kinds.
+"""What Ray reports of a pass: which processes and machines died, and errors of other kinds.
 
-The one adapter of it. What tasks know themselves (attempts, failures, why the run must end) they tell the monitor.
+The only module that knows how Ray reports it. Tasks report what they know (attempts, why the run ends) to the monitor.
 """
 
 import logging

@@ -26,8 +26,8 @@ from ray_diffsynth.preprocess.scan_cache import ScanCache
 logger = logging.getLogger(__name__)
 
 FILES_PER_TASK = 64
-TASKS_AHEAD = 512
-"""Tasks that wait or run; the driver's memory must not grow with the dataset's."""
+MAX_PENDING_TASKS = 512
+"""Scan tasks that wait or run at once: the driver's memory must not grow with the dataset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def scan_dataset(
         on_progress(len(part))
 
     for start in range(0, len(paths), FILES_PER_TASK):
-        if len(pending) >= TASKS_AHEAD:
+        if len(pending) >= MAX_PENDING_TASKS:
             take()
         part = paths[start : start + FILES_PER_TASK]
         pending.append((part, begin(part)))
@@ -179,5 +179,5 @@ def assign(
             failure = Failure.of(error)
         if failure is not None:
             bad.append(Quarantined(sample_id, source, failure.error, failure.message))
-    fits.tell()
+    fits.warn_all()
     return samples, bad

@@ -1,4 +1,4 @@
-"""Source files as the scans before read them, so that one that has not changed is not read again."""
+"""The results of earlier scans by source file, so that a file that has not changed is not read again."""
 
 import io
 import json
@@ -10,11 +10,11 @@ from ray_diffsynth.storage import exists, join, read_bytes, write_bytes_atomic
 
 SCAN_CACHE = "index/sources.jsonl"
 VERSION = 3
-"""Raise it when what a `SourceFile` says of the same file changes: it is read again then."""
-SAVES = 10
+"""Raise it when the `SourceFile` of the same content changes: all files are read again then."""
+SAVES_PER_SCAN = 10
 """How often it is saved during a scan of new files: each time a tenth of them is read."""
-LEAST = 1024
-"""Files that are worth saving."""
+MIN_SAVED_FILES = 1024
+"""Fewest newly read files that are saved during a scan."""
 
 
 class ScanCache:
@@ -28,7 +28,7 @@ class ScanCache:
         self.remember = remember
         self.files = _load(self.path, set(paths))
         self._unsaved = 0
-        self._step = max(len(paths) // SAVES, LEAST)
+        self._step = max(len(paths) // SAVES_PER_SCAN, MIN_SAVED_FILES)
 
     def known(self, paths: Iterable[str]) -> dict[str, SourceFile]:
         """What is remembered of these paths."""
@@ -46,7 +46,7 @@ class ScanCache:
             self.save()
 
     def save(self) -> None:
-        """Write it, for this run's rerun and for the next run."""
+        """Write the cache, for a rerun of this run and for the next run."""
         if not self.remember:
             return
         _write(self.path, self.files.values())

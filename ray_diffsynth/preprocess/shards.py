@@ -1,7 +1,7 @@
 """Which rows are encoded together: pure functions from the wanted keys to shards.
 
-A shard is the unit of work and of loss: one decode task, one actor call, one Parquet file. Its members follow from the
-wanted keys alone, so an interrupted run and its rerun write the same files, byte for byte.
+A shard is what is encoded or lost as a whole: one decode task, one actor call, one Parquet file. Its members follow
+from the wanted keys alone, so an interrupted run and its rerun write the same files, byte for byte.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -18,7 +18,7 @@ from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.commit import Outcome
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.records import Sample, ScannedRows
-from ray_diffsynth.report import Picture, make_report, thumbnail, write_json, write_page
+from ray_diffsynth.report import PageImage, make_report, thumbnail, write_json, write_page
 from ray_diffsynth.storage import join
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def write_reports(
     write_json(cache, report)
     bad = {entry.sample_id for entry in outcome.quarantine}
     images = contact_sheet([sample for sample in rows.samples if sample.sample_id not in bad], spec)
-    write_page(cache, report, pictures=images)
+    write_page(cache, report, images=images)
     for entry in outcome.quarantine[:10]:
         logger.warning("quarantined %s: %s: %s", entry.sample_id, entry.error, entry.message)
     if len(outcome.quarantine) > 10:
@@ -102,7 +102,7 @@ def quarantine_numbers(entries: Sequence[Quarantined]) -> dict[str, Any]:
     return {"by_error": dict(by_error.most_common()), "first": first}
 
 
-def contact_sheet(samples: Sequence[Sample], spec: SampleSpec) -> list[Picture]:
+def contact_sheet(samples: Sequence[Sample], spec: SampleSpec) -> list[PageImage]:
     """Some samples, evenly spread over the sizes, as the encoder sees them; of a video the first frame.
 
     One that cannot be opened (it may have failed in a decode task as well) is left out.
@@ -115,7 +115,7 @@ def contact_sheet(samples: Sequence[Sample], spec: SampleSpec) -> list[Picture]:
     for sample in (samples[i * len(samples) // count] for i in range(count)):
         try:
             bucket = replace(sample.bucket, num_frames=1)  # the first frame, not the whole video
-            with collecting():  # said already, by who decoded it for the cache
+            with collecting():  # warned of already, when it was decoded for the cache
                 found = load_inputs(sample.row, bucket, spec, only=(param,))[param]
         except UserError as error:
             logger.debug("%s is not on the contact sheet: %s", sample.sample_id, error)
@@ -123,5 +123,5 @@ def contact_sheet(samples: Sequence[Sample], spec: SampleSpec) -> list[Picture]:
         found = found[0] if isinstance(found, list) else found
         image: Image.Image = found if isinstance(found, Image.Image) else Image.fromarray(found[0])
         text = str(sample.row.get(spec.columns.get("prompt", ""), ""))
-        images.append(Picture(thumbnail(image), text, f"{sample.sample_id}, {sample.bucket.name}: {text}"))
+        images.append(PageImage(thumbnail(image), text, f"{sample.sample_id}, {sample.bucket.name}: {text}"))
     return images

@@ -131,8 +131,8 @@ def _span(values: Sequence[float], more: Sequence[float]) -> tuple[float, float]
     low, high = min(*values, *more), max(*values, *more)
     if high > low:
         return low, high
-    room = abs(low) * 0.1 or 1.0
-    return low - room, high + room
+    margin = abs(low) * 0.1 or 1.0
+    return low - margin, high + margin
 
 
 def _describe(line: Series) -> str:

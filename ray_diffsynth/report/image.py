@@ -1,4 +1,4 @@
-"""Pictures within a page: small enough to lie in its HTML, with words for those who cannot see them."""
+"""Images within a page: small enough to lie in its HTML, with words for those who cannot see them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SIDE = 256
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture within the page: encoded bytes, what stands below it, and what is read out in its place.
+class PageImage:
+    """An image within the page: encoded bytes, what stands below it, and what is read out in its place.
 
-    Pictures in a row that share a `group` stand together under it as their heading.
+    Images in a row that share a `group` stand together under it as their heading.
     """
 
     data: bytes
@@ -27,13 +27,13 @@ class Picture:
 
     @property
     def url(self) -> str:
-        """The picture as a data URL."""
+        """The image as a data URL."""
         return f"data:image/{self.kind};base64,{base64.b64encode(self.data).decode()}"
 
 
-def thumbnail(picture: Image.Image, side: int = SIDE) -> bytes:
-    """The picture as a JPEG of at most `side` pixels."""
-    small = picture.copy()
+def thumbnail(image: Image.Image, side: int = SIDE) -> bytes:
+    """The image as a JPEG of at most `side` pixels."""
+    small = image.copy()
     small.thumbnail((side, side))
     data = io.BytesIO()
     small.convert("RGB").save(data, format="JPEG", quality=80)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def load_lines(report: Mapping[str, Any], output_path: str) -> tuple[str, ...]:
-    """Python that shows the LoRA in diffusers: what was trained, or what pictures were made with.
+    """Python that shows the LoRA in diffusers: what was trained, or what images were made with.
 
     None before the first file, and for a model in full. A LoRA on an object store, where diffusers reads none, is first
     copied into the working folder.

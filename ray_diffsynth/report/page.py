@@ -15,7 +15,7 @@ from ray_diffsynth.config import JOBS
 from ray_diffsynth.printable import printable
 from ray_diffsynth.report.charts import bar_chart
 from ray_diffsynth.report.document import plain, write_text
-from ray_diffsynth.report.image import Picture
+from ray_diffsynth.report.image import PageImage
 from ray_diffsynth.report.load import load_lines
 from ray_diffsynth.report.training import training_charts
 
@@ -28,21 +28,21 @@ def write_page(
     report: Mapping[str, Any],
     *,
     metrics: Sequence[Mapping[str, Any]] = (),
-    pictures: Sequence[Picture] = (),
+    images: Sequence[PageImage] = (),
 ) -> str:
     """Write ``<output_path>/report.html`` and return its path. `report` is what `make_report` made of a job's config.
 
-    `metrics` are the lines of metrics.jsonl. `pictures` are the contact sheet of stage 1, the sample grids of stage 2,
-    the pictures of generate. Raises OSError when it cannot be written.
+    `metrics` are the lines of metrics.jsonl. `images` are the contact sheet of stage 1, the sample grids of stage 2,
+    the images of generate. Raises OSError when it cannot be written.
     """
-    return write_text(output_path, PAGE, render(report, metrics=metrics, pictures=pictures, output_path=output_path))
+    return write_text(output_path, PAGE, render(report, metrics=metrics, images=images, output_path=output_path))
 
 
 def render(
     report: Mapping[str, Any],
     *,
     metrics: Sequence[Mapping[str, Any]] = (),
-    pictures: Sequence[Picture] = (),
+    images: Sequence[PageImage] = (),
     output_path: str = "",
 ) -> str:
     """The page as text, by the template of the report's job."""
@@ -62,8 +62,8 @@ def render(
         report=content,
         at=lambda key: lookup(content, key),
         charts=charts[job]() if job in charts else [],
-        pictures=pictures,
-        grouped=[(heading, list(shown)) for heading, shown in groupby(pictures, key=lambda picture: picture.group)],
+        images=images,
+        grouped=[(heading, list(shown)) for heading, shown in groupby(images, key=lambda image: image.group)],
         output_path=output_path,
         options=options(content["config"], CONFIGS[job]),
         load=load_lines(content, output_path),

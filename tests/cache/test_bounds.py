@@ -104,10 +104,10 @@ def test_what_is_true_but_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> N
     """Zeros shrink ten thousand times: a small file may hold much, and honestly says so."""
     zeros = torch.zeros(5000, dtype=torch.uint8)
     stored, twice = encode_value(zeros, "zstd"), encode_value([zeros, zeros], "zstd")
-    picture = encode_value(Image.new("RGB", (50, 50)), "zstd")
+    image = encode_value(Image.new("RGB", (50, 50)), "zstd")
     monkeypatch.setattr(bounds, "MAX_VALUE_BYTES", 7499)
     assert decode_value(stored.data, stored.shape, stored.dtype, "zstd").shape == (5000,)
-    for value in (twice, picture):
+    for value in (twice, image):
         with pytest.raises(CodecError, match="beyond the 7,499"):
             decode_value(value.data, value.shape, value.dtype, "zstd")
     for codec in ("zstd", "planes-zstd"):
@@ -128,18 +128,18 @@ def png(width: int, height: int, depth: int = 8, color: int = 2, data: bytes = b
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (1, 2**31 - 1)])
 @pytest.mark.parametrize(("depth", "color"), [(8, 2), (1, 0), (16, 6), (8, 3)])
-def test_pictures_larger_than_their_bytes(size: tuple[int, int], depth: int, color: int) -> None:
+def test_images_larger_than_their_bytes(size: tuple[int, int], depth: int, color: int) -> None:
     with pytest.raises(CodecError):
         decode_value(png(*size, depth, color), (), "png", "zstd")
     with pytest.raises(CodecError):
         decode_value(b"BM" + png(*size)[2:], (), "png", "zstd")
 
 
-def test_pictures_of_every_depth_are_read() -> None:
+def test_images_of_every_depth_are_read() -> None:
     for mode in ("1", "L", "P", "RGB", "RGBA", "I;16"):
-        picture = Image.new(mode, (300, 200)) if mode != "I;16" else Image.fromarray(np.zeros((200, 300), np.uint16))
+        image = Image.new(mode, (300, 200)) if mode != "I;16" else Image.fromarray(np.zeros((200, 300), np.uint16))
         out = io.BytesIO()
-        picture.save(out, format="PNG", optimize=True)  # blank: as few bytes as can be
+        image.save(out, format="PNG", optimize=True)  # blank: as few bytes as can be
         assert decode_value(out.getvalue(), (), "png", "none").size == (300, 200)
 
 

@@ -177,15 +177,15 @@ def test_nested_values(value: Any, codec: str) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
-def test_pictures(mode: str, codec: str) -> None:
+def test_images(mode: str, codec: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (7, 5, 3), np.uint8)
-    picture = Image.fromarray(pixels)
-    picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 251) if mode == "I;16" else picture.convert(mode)
-    result = back(picture, codec)
-    assert result.mode == mode and result.size == (5, 7) and result.tobytes() == picture.tobytes()
-    assert result.getpalette() == picture.getpalette()
-    (listed,) = back([picture], codec)
-    assert listed.tobytes() == picture.tobytes()
+    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 251) if mode == "I;16" else image.convert(mode)
+    result = back(image, codec)
+    assert result.mode == mode and result.size == (5, 7) and result.tobytes() == image.tobytes()
+    assert result.getpalette() == image.getpalette()
+    (listed,) = back([image], codec)
+    assert listed.tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize(

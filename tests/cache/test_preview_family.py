@@ -47,7 +47,7 @@ def test_preview_imports_nothing_that_a_cache_names(
 ) -> None:
     rename(cache, family=family)
     assert main(["preview", cache, "--model", str(tmp_path), "--output", str(tmp_path / "p.png")]) == 1
-    assert f"is of the family {family!r}" in (said := capsys.readouterr().err) and "give it as --family" in said
+    assert f"is of the family {family!r}" in (error := capsys.readouterr().err) and "give it as --family" in error
     assert imported() == []
 
 

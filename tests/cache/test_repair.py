@@ -142,14 +142,14 @@ def test_nothing_is_removed_once_the_lease_is_lost(cache: str, monkeypatch: pyte
     shrink(cache, [0, 2, 5, 11])
     Path(cache, "vae", ".x.parquet.tmp-1-ab").write_bytes(b"half")
     before = snapshot(cache)
-    look: Callable[[str], Any] = repair_module._look
+    inspect: Callable[[str], Any] = repair_module._inspect
 
     def slow(cache: str) -> Any:
-        found = look(cache)
+        found = inspect(cache)
         Path(cache, lease_module.LEASE).write_text(json.dumps({"owner": "another"}))
         return found
 
-    monkeypatch.setattr(repair_module, "_look", slow)
+    monkeypatch.setattr(repair_module, "_inspect", slow)
     with pytest.raises(CacheError, match="taken over by another attempt"):
         repair_cache(cache, prune=prune)
     Path(cache, lease_module.LEASE).unlink()

@@ -65,7 +65,7 @@ def test_the_scan_tells_the_worst_first() -> None:
         "left_aside": [("id of 600x600.png", "its colour profile is damaged and was not used")],
     }
     lines = told.lines()
-    assert lines[0].startswith("pictures or videos smaller than their size, and enlarged: 3 (id of 40x40.png: 40x40 to")
+    assert lines[0].startswith("images or videos smaller than their size, and enlarged: 3 (id of 40x40.png: 40x40 to")
 
 
 def test_limits_put_violators_into_quarantine() -> None:
@@ -104,7 +104,7 @@ def test_a_file_that_two_parameters_read_is_told_once() -> None:
     fits = Fits()
     fits.add("a", found)
     with collecting() as told:
-        fits.tell()
+        fits.warn_all()
     assert len(told) == 1
 
 

@@ -20,7 +20,7 @@ from ray_diffsynth.data.warnings import collecting
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 253806278\n"
 
 
-def picture(path: Path, **options: str) -> Path:
+def image(path: Path, **options: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (32, 32), "red").save(path, **options)
     return path
@@ -28,10 +28,10 @@ def picture(path: Path, **options: str) -> Path:
 
 def read(folder: Path, name: str | None = None) -> tuple[Metadata, dict[str, list[tuple[str, str]]]]:
     """The metadata, and the warnings by kind."""
-    with collecting() as said:
+    with collecting() as warned:
         found = read_metadata(str(folder), name)
     kinds: dict[str, list[tuple[str, str]]] = {}
-    for warning in said:
+    for warning in warned:
         kinds.setdefault(warning.kind, []).append((warning.sample_id, warning.detail))
     return found, kinds
 
@@ -42,10 +42,10 @@ def ids(metadata: Metadata) -> list[str]:
 
 def test_linked_folders_are_read_once_and_without_an_end(tmp_path: Path) -> None:
     root = tmp_path / "data"
-    picture(root / "own" / "a.png")
-    picture(tmp_path / "store" / "b.png")
-    picture(tmp_path / "store" / "deep" / "c.png")
-    picture(root / ".kept" / "d.png")
+    image(root / "own" / "a.png")
+    image(tmp_path / "store" / "b.png")
+    image(tmp_path / "store" / "deep" / "c.png")
+    image(root / ".kept" / "d.png")
     (root / "linked").symlink_to(tmp_path / "store")
     (root / "z_again").symlink_to(tmp_path / "store")
     (root / "own" / "up").symlink_to(root)
@@ -59,23 +59,23 @@ def test_linked_folders_are_read_once_and_without_an_end(tmp_path: Path) -> None
     assert ids(found) == ["kept/d.png", "linked/b.png", "linked/deep/c.png", "one.png", "own/a.png"]
 
 
-def test_what_looks_like_a_picture_or_has_a_caption_is_read_or_named(tmp_path: Path) -> None:
-    picture(tmp_path / "a.JPE", format="JPEG")
-    picture(tmp_path / "b.jfif", format="JPEG")
-    picture(tmp_path / "c.TIF")
+def test_what_looks_like_a_image_or_has_a_caption_is_read_or_named(tmp_path: Path) -> None:
+    image(tmp_path / "a.JPE", format="JPEG")
+    image(tmp_path / "b.jfif", format="JPEG")
+    image(tmp_path / "c.TIF")
     for name in ("d.CR2", "e.heic", "f.psb", "g.mp4", "h.strange", "sub/more.tar", "._a.jpg", "README.md", "i.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     for name in ("a", "h", "d", "alone"):
         (tmp_path / f"{name}.txt").write_text("a caption")
-    found, said = read(tmp_path)
+    found, warned = read(tmp_path)
     assert ids(found) == ["a.JPE", "b.jfif", "c.TIF"] and found.table["prompt"].to_pylist() == ["a caption"]
-    left_out = dict(said["file_left_out"])
+    left_out = dict(warned["file_left_out"])
     assert list(left_out) == ["._a.jpg", "d.CR2", "e.heic", "f.psb", "g.mp4", "h.strange", "i.csv", "sub/more.tar"]
     assert "raw" in left_out["d.CR2"] and "PNG" in left_out["e.heic"] and "ending" in left_out["h.strange"]
     assert "hidden" in left_out["._a.jpg"] and "video" in left_out["g.mp4"]
-    assert said["caption_alone"] == [("alone.txt", "")]
-    assert set(said) == {"file_left_out", "caption_alone"}
+    assert warned["caption_alone"] == [("alone.txt", "")]
+    assert set(warned) == {"file_left_out", "caption_alone"}
 
 
 def test_every_ending_is_one_that_pillow_opens() -> None:
@@ -84,16 +84,16 @@ def test_every_ending_is_one_that_pillow_opens() -> None:
     assert set(IMAGE_SUFFIXES) <= known and not set(IMAGE_SUFFIXES) & set(UNREADABLE_SUFFIXES)
 
 
-def test_a_folder_of_nothing_but_unreadable_pictures_names_one(tmp_path: Path) -> None:
+def test_a_folder_of_nothing_but_unreadable_images_names_one(tmp_path: Path) -> None:
     (tmp_path / "a.NEF").write_bytes(b"x")
     with pytest.raises(DatasetError, match=r"has a\.NEF \(1 such files\), which is not read"):
         read_metadata(str(tmp_path))
 
 
-def test_pictures_beside_tars_are_named(tmp_path: Path) -> None:
-    write_tar(tmp_path / "s.tar", {"a.png": picture(tmp_path / "loose.png").read_bytes(), "a.txt": b"one"})
-    found, said = read(tmp_path)
-    assert ids(found) == ["s.tar/a.png"] and [name for name, _ in said["file_left_out"]] == ["loose.png"]
+def test_images_beside_tars_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s.tar", {"a.png": image(tmp_path / "loose.png").read_bytes(), "a.txt": b"one"})
+    found, warned = read(tmp_path)
+    assert ids(found) == ["s.tar/a.png"] and [name for name, _ in warned["file_left_out"]] == ["loose.png"]
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -105,14 +105,14 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
 
 
 def test_a_tars_own_metadata_are_no_samples(tmp_path: Path) -> None:
-    png = picture(tmp_path / "x" / "p.png").read_bytes()
+    png = image(tmp_path / "x" / "p.png").read_bytes()
     members = {"__meta__/index.json": b'{"shards": 3}', "__info__": b"{", "__dataset__.json": b'{"author": "a"}'}
     members |= {"a.png": png, "a.txt": b"one", "__b__.png": png, "__b__.txt": b"two", "c.nef": b"x"}
     write_tar(tmp_path / "s.tar", members)
-    found, said = read(tmp_path)
+    found, warned = read(tmp_path)
     assert ids(found) == ["s.tar/a.png", "s.tar/__b__.png"] and not found.rejected
     assert found.table.column_names == ["sample_id", "image", "prompt"]
-    assert [name for name, _ in said["file_left_out"]] == ["s.tar/c.nef"]
+    assert [name for name, _ in warned["file_left_out"]] == ["s.tar/c.nef"]
 
 
 ROWS = [{"image": "0.png", "prompt": "a tile, green"}, {"image": "1.png", "prompt": "another; ä"}]
@@ -131,9 +131,9 @@ ROWS = [{"image": "0.png", "prompt": "a tile, green"}, {"image": "1.png", "promp
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_a_csv_of_another_form_is_read_and_named(tmp_path: Path, text: str, word: str | None, encoding: str) -> None:
     (tmp_path / "m.csv").write_bytes(text.encode(encoding))
-    found, said = read(tmp_path, "m.csv")
+    found, warned = read(tmp_path, "m.csv")
     assert found.table.select(["image", "prompt"]).to_pylist() == ROWS and not found.rejected
-    details = " ".join(detail for _, detail in said.get("file_form", []))
+    details = " ".join(detail for _, detail in warned.get("file_form", []))
     assert (word or "") in details and ("UTF-" in details) == (encoding in ("utf-16", "utf-32"))
     assert bool(details) == (word is not None or encoding in ("utf-16", "utf-32"))
 
@@ -145,8 +145,8 @@ def test_json_and_tsv_with_a_mark(tmp_path: Path, mark: bytes) -> None:
     (tmp_path / "m.json").write_bytes(mark + b"[" + b",".join(lines) + b"]")
     (tmp_path / "m.tsv").write_bytes(mark + "image\tprompt\n0.png\ta tile, green\n1.png\tanother; ä\n".encode())
     for name in ("m.jsonl", "m.json", "m.tsv"):
-        found, said = read(tmp_path, name)
-        assert found.table.select(["image", "prompt"]).to_pylist() == ROWS and not said
+        found, warned = read(tmp_path, name)
+        assert found.table.select(["image", "prompt"]).to_pylist() == ROWS and not warned
 
 
 def test_an_unclear_separator_and_other_texts_are_refused_with_the_cause(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_an_unclear_separator_and_other_texts_are_refused_with_the_cause(tmp_pat
 
 def test_pointers_of_git_lfs_are_named_wherever_they_lie(tmp_path: Path) -> None:
     (tmp_path / "p.png").write_bytes(POINTER)
-    picture(tmp_path / "q.png")
+    image(tmp_path / "q.png")
     (tmp_path / "q.txt").write_bytes(POINTER)
     found, _ = read(tmp_path)
     (rejected,) = [row for row in found.rejected if row.error == "MalformedRow"]
@@ -186,10 +186,10 @@ def test_pointers_of_git_lfs_are_named_wherever_they_lie(tmp_path: Path) -> None
 
 
 def test_paths_of_windows(tmp_path: Path) -> None:
-    place = picture(tmp_path / "sub" / "a.png")
+    place = image(tmp_path / "sub" / "a.png")
     assert resolve_file(str(tmp_path), "sub\\a.png") == str(place)
     assert resolve_file(str(tmp_path), ".\\sub\\a.png") == f"{tmp_path}/./sub/a.png"
-    odd = picture(tmp_path / "b\\c.png")
+    odd = image(tmp_path / "b\\c.png")
     assert resolve_file(str(tmp_path), "b\\c.png") == str(odd)
     for name in ("C:\\data\\a.png", "C:/data/a.png", "sub\\absent.png"):
         with pytest.raises(MediaError, match="no such file; it is a path of Windows: write it with /"):
@@ -199,8 +199,8 @@ def test_paths_of_windows(tmp_path: Path) -> None:
 
 
 def test_tables_that_are_not_read_are_named(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    (tmp_path / "a.json").write_text("{}")  # about one picture, as downloaders write it
+    image(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text("{}")  # about one image, as downloaders write it
     (tmp_path / "METADATA.CSV").write_text("image,prompt\na.png,x\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "metadata.json").write_text("[]")

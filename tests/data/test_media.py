@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright RGB; bad ones an error that says why."""
+"""Images of every kind become upright RGB; bad ones an error that says why."""
 
 from __future__ import annotations
 
@@ -60,33 +60,33 @@ def test_exif_orientation(tmp_path: Path, suffix: str, orientation: int) -> None
 
 
 def test_modes(tmp_path: Path) -> None:
-    picture = gradient()
-    grey = np.asarray(picture.convert("L"))
+    image = gradient()
+    grey = np.asarray(image.convert("L"))
     white = np.array([255, 255, 255])
 
-    cmyk = load_image(save(tmp_path / "cmyk.jpg", picture.convert("CMYK")))
-    assert cmyk.mode == "RGB" and np.abs(np.asarray(cmyk).astype(int) - np.asarray(picture)).mean() < 16
+    cmyk = load_image(save(tmp_path / "cmyk.jpg", image.convert("CMYK")))
+    assert cmyk.mode == "RGB" and np.abs(np.asarray(cmyk).astype(int) - np.asarray(image)).mean() < 16
 
-    palette = load_image(save(tmp_path / "p.png", picture.quantize(64)))
-    assert palette.mode == "RGB" and np.abs(np.asarray(palette).astype(int) - np.asarray(picture)).mean() < 16
+    palette = load_image(save(tmp_path / "p.png", image.quantize(64)))
+    assert palette.mode == "RGB" and np.abs(np.asarray(palette).astype(int) - np.asarray(image)).mean() < 16
 
     wide = Image.fromarray((grey.astype(np.uint16) << 8) | grey)
     for name in ("i16.png", "i16.tif"):
         assert (np.asarray(load_image(save(tmp_path / name, wide))) == grey[..., None]).all()
-    assert (np.asarray(load_image(save(tmp_path / "l.png", picture.convert("L")))) == grey[..., None]).all()
+    assert (np.asarray(load_image(save(tmp_path / "l.png", image.convert("L")))) == grey[..., None]).all()
     integers = Image.fromarray(grey.astype(np.int32) * 257)
     assert (np.asarray(load_image(save(tmp_path / "i.tif", integers))) == grey[..., None]).all()
 
-    clear = picture.copy()
+    clear = image.copy()
     clear.putalpha(0)
     assert (np.asarray(load_image(save(tmp_path / "rgba.png", clear))) == white).all()
     assert (np.asarray(load_image(save(tmp_path / "la.png", clear.convert("LA")))) == white).all()
     indexed = Image.new("P", (20, 20), 0)
     indexed.putpalette([255, 0, 0, 0, 255, 0])
     assert (np.asarray(load_image(save(tmp_path / "t.png", indexed, transparency=0))) == white).all()
-    assert load_image(save(tmp_path / "1.png", picture.convert("1"))).mode == "RGB"
-    animation = save(tmp_path / "a.gif", picture, save_all=True, append_images=[picture.rotate(90)])
-    assert load_image(animation).size == picture.size
+    assert load_image(save(tmp_path / "1.png", image.convert("1"))).mode == "RGB"
+    animation = save(tmp_path / "a.gif", image, save_all=True, append_images=[image.rotate(90)])
+    assert load_image(animation).size == image.size
 
 
 def test_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_bad_files(tmp_path: Path) -> None:
     assert error_of(str(tmp_path / "absent.png")) == "no such file"
     (tmp_path / "empty.png").write_bytes(b"")
     assert error_of(str(tmp_path / "empty.png")) == "the file is empty (0 bytes)"
-    (tmp_path / "text.png").write_text("not a picture")
-    assert error_of(str(tmp_path / "text.png")) == "not a picture that Pillow can read"
+    (tmp_path / "text.png").write_text("not an image")
+    assert error_of(str(tmp_path / "text.png")) == "not an image that Pillow can read"
     (tmp_path / "folder.png").mkdir()
     assert error_of(str(tmp_path / "folder.png"))
 
@@ -143,11 +143,11 @@ def test_a_header_is_enough_to_probe(tmp_path: Path) -> None:
 
 
 def test_resize_crop_is_diffsynths_transform() -> None:
-    picture = gradient(100, 60)
-    assert resize_crop(picture, 60, 100) is picture
+    image = gradient(100, 60)
+    assert resize_crop(image, 60, 100) is image
     # cover 48x48: scale 0.8 -> 80x48, then the middle 48 columns
-    expected = picture.resize((80, 48), Image.Resampling.BILINEAR).crop((16, 0, 64, 48))
-    assert (np.asarray(resize_crop(picture, 48, 48)) == np.asarray(expected)).all()
+    expected = image.resize((80, 48), Image.Resampling.BILINEAR).crop((16, 0, 64, 48))
+    assert (np.asarray(resize_crop(image, 48, 48)) == np.asarray(expected)).all()
     for width, height, to in ((33, 77, (64, 32)), (1001, 999, (16, 512)), (16, 16, (512, 16))):
         result = resize_crop(gradient(width, height), *to)
         assert (result.height, result.width) == to

@@ -213,7 +213,7 @@ def test_unusable_files(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="check --dataset_base_path"):
         read_metadata(str(tmp_path / "absent"))
     (tmp_path / "bare").mkdir()
-    with pytest.raises(DatasetError, match="neither a metadata file .* nor pictures"):
+    with pytest.raises(DatasetError, match="neither a metadata file .* nor images"):
         read_metadata(str(tmp_path / "bare"))
     write(tmp_path, "metadata.csv", CSV)
     write(tmp_path, "metadata.json", "[]")

@@ -1,4 +1,4 @@
-"""A picture beside the target that has another shape keeps it; batches, keys and inputs follow."""
+"""An image beside the target that has another shape keeps it; batches, keys and inputs follow."""
 
 from __future__ import annotations
 

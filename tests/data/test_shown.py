@@ -291,14 +291,14 @@ def test_orientation_behind_the_pixels(tmp_path: Path) -> None:
 
 
 def test_header_and_result_agree(tmp_path: Path) -> None:
-    """Also where only XMP tells how the picture is turned."""
+    """Also where only XMP tells how the image is turned."""
     xmp = (
         b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
         b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
     )
-    picture = Image.new("RGB", (20, 10))
+    image = Image.new("RGB", (20, 10))
     for suffix, options in {"jpg": {"xmp": xmp}, "webp": {"xmp": xmp}, "tif": {"tiffinfo": {700: xmp}}}.items():
-        path = save(tmp_path / f"a.{suffix}", picture, **options)
+        path = save(tmp_path / f"a.{suffix}", image, **options)
         assert probe_image(path) == load_image(path).size == (10, 20), suffix
 
 
@@ -313,7 +313,7 @@ def test_what_decoding_takes_is_known_from_the_header(tmp_path: Path) -> None:
         assert image_info(str(path)).decode_bytes == path.stat().st_size + 200 * 100 * (stored + 4 * copies)
 
 
-def test_a_small_file_that_claims_a_huge_picture_is_refused_before_decoding(
+def test_a_small_file_that_claims_a_huge_image_is_refused_before_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "huge.png"
@@ -340,7 +340,7 @@ def test_the_limit_counts_bytes_not_pixels(tmp_path: Path, monkeypatch: pytest.M
 def test_formats_that_start_a_program_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-    with pytest.raises(MediaError, match="not a picture that Pillow can read"):
+    with pytest.raises(MediaError, match="not an image that Pillow can read"):
         load_image(str(path))
 
 

@@ -49,9 +49,9 @@ def write(
             stream.set_display_rotation(rotation)
         for index in range(frames):
             source = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.shape[2] == 3 else "rgba")
-            picture = source.reformat(format=stored, dst_colorspace=MATRIX[matrix], dst_color_range=2 if full else 1)
-            picture.pts = index
-            container.mux(stream.encode(picture))
+            image = source.reformat(format=stored, dst_colorspace=MATRIX[matrix], dst_color_range=2 if full else 1)
+            image.pts = index
+            container.mux(stream.encode(image))
         container.mux(stream.encode())
     return str(path)
 
@@ -210,7 +210,7 @@ def packets(path: Path, keep: Any) -> str:
 
 
 def test_frames_before_the_first_that_decodes_are_counted_and_named(tmp_path: Path) -> None:
-    """A recording that begins in the middle of a group of pictures."""
+    """A recording that begins in the middle of a group of images."""
     import av
 
     path = tmp_path / "a.mkv"
@@ -271,15 +271,15 @@ def test_a_cover_is_no_video(tmp_path: Path) -> None:
 
     def with_cover(path: Path, video: bool) -> str:
         with av.open(str(path), "w") as container:
-            picture: Any = container.add_stream("mjpeg")
-            picture.width = picture.height = 16
-            picture.pix_fmt = "yuvj420p"
-            picture.disposition = av.stream.Disposition.attached_pic
+            image: Any = container.add_stream("mjpeg")
+            image.width = image.height = 16
+            image.pix_fmt = "yuvj420p"
+            image.disposition = av.stream.Disposition.attached_pic
             moving: Any = container.add_stream("libx264" if video else "aac", rate=16 if video else 44100)
             if video:
                 moving.width, moving.height, moving.pix_fmt = 64, 48, "yuv420p"
             packet = av.Packet(cover.getvalue())
-            packet.stream, packet.pts, packet.dts, packet.time_base = picture, 0, 0, Fraction(1, 1000)
+            packet.stream, packet.pts, packet.dts, packet.time_base = image, 0, 0, Fraction(1, 1000)
             container.start_encoding()
             container.mux(packet)
             if video:

@@ -18,7 +18,7 @@ from ray_diffsynth.data.buckets import Bucket, SizeRule
 from ray_diffsynth.data.media import MediaError, SourceChanged, SourceUnavailable, bytes_hash, content_hash
 from ray_diffsynth.data.samples import digests_of, load_inputs, pixel_keys
 from ray_diffsynth.data.scan import scan_file
-from ray_diffsynth.data.sources import steady_bytes, steady_file
+from ray_diffsynth.data.sources import verified_bytes, verified_file
 from ray_diffsynth.data.spec import SampleSpec
 from tests.video_files import draw_clip
 
@@ -28,7 +28,7 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media, "PAUSE_SECONDS", 0.0)
 
 
-def picture(path: Path, colour: str) -> str:
+def image(path: Path, colour: str) -> str:
     Image.new("RGB", (64, 64), colour).save(path)
     return str(path)
 
@@ -49,7 +49,7 @@ def flaky(monkeypatch: pytest.MonkeyPatch, failures: int, error: Exception) -> l
 
 
 def test_a_storage_that_recovers_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = picture(tmp_path / "a.png", "red")
+    path = image(tmp_path / "a.png", "red")
     asked = flaky(monkeypatch, 2, OSError("503 SlowDown"))
     assert scan_file(path).width == 64 and len(asked) == 3
 
@@ -62,7 +62,7 @@ class ClientError(Exception):
 def test_a_storage_that_does_not_is_not_the_files_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, tries: int
 ) -> None:
-    path = picture(tmp_path / "a.png", "red")
+    path = image(tmp_path / "a.png", "red")
     asked = flaky(monkeypatch, 99, error)
     with pytest.raises(SourceUnavailable, match="503|403"):
         media.load_image(path)
@@ -71,7 +71,7 @@ def test_a_storage_that_does_not_is_not_the_files_fault(
 
 def test_damage_is_the_files_fault(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    picture(path, "red")
+    image(path, "red")
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(MediaError) as caught:
         media.load_image(str(path))
@@ -102,22 +102,22 @@ def test_a_file_read_in_parts_fails_as_its_storage_does(tmp_path: Path, monkeypa
 
 
 def test_what_was_replaced_is_not_taken_for_what_was_scanned(tmp_path: Path) -> None:
-    path = picture(tmp_path / "a.bmp", "red")
+    path = image(tmp_path / "a.bmp", "red")
     digest = scan_file(path).digest
-    assert bytes_hash(steady_bytes(path, digest)) == digest
+    assert bytes_hash(verified_bytes(path, digest)) == digest
     before = os.stat(path)
-    picture(tmp_path / "a.bmp", "blue")
+    image(tmp_path / "a.bmp", "blue")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time
     with pytest.raises(SourceChanged, match="changed while the job ran"):
-        steady_bytes(path, digest)
+        verified_bytes(path, digest)
     os.remove(path)
     with pytest.raises(SourceChanged, match="no such file"):
-        steady_bytes(path, digest)
+        verified_bytes(path, digest)
 
 
 def test_every_file_of_a_row_is_compared(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
-        picture(tmp_path / name, "red")
+        image(tmp_path / name, "red")
     spec = SampleSpec(str(tmp_path), {"input_image": "image", "edit": "edit"}, ("input_image", "edit"), SizeRule())
     row: dict[str, Any] = {"image": "a.png", "edit": ["b.png", "c.png"]}
     files = {param: [scan_file(path) for path in spec.paths(row, param)] for param in spec.file_params}
@@ -125,7 +125,7 @@ def test_every_file_of_a_row_is_compared(tmp_path: Path) -> None:
     digests = {param: digests_of(value) for param, value in keys.items()}
     assert digests == {param: [file.digest for file in found] for param, found in files.items()}
     assert len(load_inputs(row, Bucket(64, 64), spec, digests=digests)["edit"]) == 2
-    picture(tmp_path / "c.png", "blue")
+    image(tmp_path / "c.png", "blue")
     with pytest.raises(SourceChanged, match=r"c\.png"):
         load_inputs(row, Bucket(64, 64), spec, digests=digests)
 
@@ -136,11 +136,11 @@ def test_a_video_is_compared_before_and_after(tmp_path: Path) -> None:
     digest = content_hash(path)
     spec = SampleSpec(str(tmp_path), {"input_image": "image"}, ("input_image",), SizeRule())
     load_inputs({"image": "a.mp4"}, Bucket(48, 64), spec, digests={"input_image": [digest]})
-    with pytest.raises(SourceChanged), steady_file(path, digest) as place:
+    with pytest.raises(SourceChanged), verified_file(path, digest) as place:
         assert place == path, "a local file is read where it is"
         Path(path).write_bytes(b"something else")
         raise MediaError(place, "damaged or truncated")
-    with pytest.raises(SourceChanged), steady_file(path, digest):
+    with pytest.raises(SourceChanged), verified_file(path, digest):
         raise AssertionError("it is another file by now")
 
 
@@ -148,16 +148,16 @@ def test_a_remote_video_is_fetched_once(tmp_path: Path) -> None:
     draw_clip(tmp_path / "a.mp4", 5)
     data = (tmp_path / "a.mp4").read_bytes()
     fsspec.filesystem("memory").pipe_file("/sources/a.mp4", data)
-    with steady_file("memory://sources/a.mp4", bytes_hash(data)) as place:
+    with verified_file("memory://sources/a.mp4", bytes_hash(data)) as place:
         assert Path(place).read_bytes() == data and place.endswith(".mp4")
     with pytest.raises(MediaError, match=r"^memory://sources/a\.mp4: damaged"):  # noqa: SIM117
-        with steady_file("memory://sources/a.mp4", bytes_hash(data)) as place:
+        with verified_file("memory://sources/a.mp4", bytes_hash(data)) as place:
             raise MediaError(place, "damaged")
     assert not Path(place).exists()
 
 
 def test_bytes_and_file_have_one_hash(tmp_path: Path) -> None:
-    path = picture(tmp_path / "a.png", "red")
+    path = image(tmp_path / "a.png", "red")
     copy = io.BytesIO()
     assert content_hash(path, copy) == bytes_hash(copy.getvalue()) == bytes_hash(Path(path).read_bytes())
     assert np.asarray(media.load_image(path, copy.getvalue())).shape == (64, 64, 3)

@@ -1,4 +1,4 @@
-"""From rows that name videos, pictures and lists of them to buckets, cache keys and inputs."""
+"""From rows that name videos, images and lists of them to buckets, cache keys and inputs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def video_rule(num_frames: int = 9, **options: Any) -> SizeRule:
 def test_short_videos_have_buckets_of_their_own(available: int, frames: int) -> None:
     rule = video_rule(max_pixels=4096)
     assert assign_bucket(64, 48, rule, available) == Bucket(48, 64, frames)
-    assert assign_bucket(64, 48, SizeRule(), available) == Bucket(48, 64), "a model of pictures takes one frame"
+    assert assign_bucket(64, 48, SizeRule(), available) == Bucket(48, 64), "a model of images takes one frame"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_frames": 80, "time_division": 4}, "num_frames=80 is not a multiple of 4 plus 1; use 77 or 81"),
-        ({"num_frames": 81}, "makes pictures"),
+        ({"num_frames": 81}, "makes images"),
         ({"fps": 0.0}, "fps=0"),
     ],
 )
@@ -45,7 +45,7 @@ def test_rules_that_make_no_bucket(options: dict[str, Any], message: str) -> Non
 
 @pytest.fixture
 def spec(tmp_path: Path) -> SampleSpec:
-    """A model of image to video with a control video and a reference picture as further columns."""
+    """A model of image to video with a control video and a reference image as further columns."""
     draw_clip(tmp_path / "a.mp4", 11)
     draw_clip(tmp_path / "b.webm", 6, height=32, width=32)
     draw_clip(tmp_path / "c.gif", 7)
@@ -57,7 +57,7 @@ def spec(tmp_path: Path) -> SampleSpec:
         file_params=("input_video", "input_image", "control", "ref"),
         size=video_rule(max_pixels=4096),
         video_params=("input_video",),
-        picture_params=("input_image", "prompt"),
+        image_params=("input_image", "prompt"),
     )
 
 
@@ -76,20 +76,20 @@ def test_one_row_of_everything(spec: SampleSpec) -> None:
     values = row("a.mp4", ref=["d.png", "a.mp4"])
     files = scanned(values, spec)
     bucket = bucket_of(files, spec)
-    assert bucket == Bucket(48, 64, 5, pictures=2), "as long as the control video, whose 7 frames make 5"
+    assert bucket == Bucket(48, 64, 5, images=2), "as long as the control video, whose 7 frames make 5"
     inputs = load_inputs(values, bucket, spec)
     assert [grey(frame) for frame in inputs["input_video"]] == [0, 1, 2, 3, 4]
     assert isinstance(inputs["input_image"], Image.Image) and np.array_equal(
         inputs["input_image"], inputs["input_video"][0]
     )
     assert inputs["control"].shape == (5, 48, 64, 3)
-    picture, clip = inputs["ref"]
-    assert picture.size == (64, 48) and clip.shape == (5, 48, 64, 3)
+    image, clip = inputs["ref"]
+    assert image.size == (64, 48) and clip.shape == (5, 48, 64, 3)
     assert (inputs["height"], inputs["width"], inputs["num_frames"]) == (48, 64, 5)
     assert load_inputs(values, bucket, spec, only=["prompt"]) == {"prompt": "a clip"}
 
 
-def test_a_picture_is_a_video_of_one_frame(spec: SampleSpec) -> None:
+def test_a_image_is_a_video_of_one_frame(spec: SampleSpec) -> None:
     values = row("d.png")
     bucket = bucket_of(scanned(values, spec), spec)
     assert bucket == Bucket(48, 64), "the control video gives one frame too"
@@ -97,7 +97,7 @@ def test_a_picture_is_a_video_of_one_frame(spec: SampleSpec) -> None:
     assert inputs["input_video"].shape == inputs["control"].shape == (1, 48, 64, 3)
 
 
-def test_a_model_of_pictures_takes_the_first_frame(spec: SampleSpec, tmp_path: Path) -> None:
+def test_a_model_of_images_takes_the_first_frame(spec: SampleSpec, tmp_path: Path) -> None:
     still = SampleSpec(str(tmp_path), {"input_image": "image"}, ("input_image",), SizeRule())
     for name in ("a.mp4", "c.gif"):
         file = scan_file(str(tmp_path / name))
@@ -115,7 +115,7 @@ def test_keys_follow_content_bucket_and_rate(spec: SampleSpec) -> None:
     assert isinstance(keys["ref"], list) and len(set(keys["ref"])) == 1
     slow = replace(spec, size=video_rule(max_pixels=4096, fps=8))
     other = pixel_keys(values, files, bucket, slow)
-    assert other["input_video"] != keys["input_video"] and other["ref"] == keys["ref"], "a picture has no rate"
+    assert other["input_video"] != keys["input_video"] and other["ref"] == keys["ref"], "an image has no rate"
     longer = pixel_keys(values, files, Bucket(48, 64, 9), spec)
     assert longer["input_video"] != keys["input_video"]
     assert longer["input_image"] == keys["input_image"] == other["input_image"], "the first frame stays the first"
@@ -146,7 +146,7 @@ def test_frames_that_would_not_fit_into_memory_are_refused(spec: SampleSpec) -> 
         )
 
 
-def test_what_a_header_says_of_a_picture_is_kept(tmp_path: Path) -> None:
+def test_what_a_header_says_of_a_image_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (64, 32)).save(path, icc_profile=b"no profile")
     file = scan_file(str(path))

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from ray_diffsynth.data import warnings
-from ray_diffsynth.data.warnings import WHAT, DataWarning, DataWarnings, UnknownWarningError, collecting, warn
+from ray_diffsynth.data.warnings import DESCRIPTIONS, DataWarning, DataWarnings, UnknownWarningError, collecting, warn
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.printable import printable
 
@@ -42,11 +42,11 @@ def test_the_same_thing_twice_is_one_and_the_order_of_coming_does_not_count() ->
 
 
 def test_the_json_lists_so_many_and_counts_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "LISTED", 2)
+    monkeypatch.setattr(warnings, "MAX_LISTED", 2)
     found = DataWarnings(DataWarning("caption_cut", f"{i}.png", "d") for i in range(7))
     assert found.to_json() == {
         "caption_cut": {
-            "what": WHAT["caption_cut"],
+            "what": DESCRIPTIONS["caption_cut"],
             "count": 7,
             "samples": [{"sample_id": "0.png", "detail": "d"}, {"sample_id": "1.png", "detail": "d"}],
         }

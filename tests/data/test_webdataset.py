@@ -16,7 +16,7 @@ from ray_diffsynth.data.media import content_hash, load_image, probe_image
 from ray_diffsynth.data.metadata import DatasetError, read_metadata, resolve_file
 
 
-def picture(seed: int) -> bytes:
+def image(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format="PNG")
@@ -34,10 +34,10 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    first = {"000.png": picture(0), "000.txt": b"a caption\n", "001.png": picture(1), "001.json": b'{"prompt": "two"}'}
-    first |= {"sub/002.png": picture(2), "sub/002.txt": b"in a folder", "003.txt": b"no picture", "004.png": picture(4)}
+    first = {"000.png": image(0), "000.txt": b"a caption\n", "001.png": image(1), "001.json": b'{"prompt": "two"}'}
+    first |= {"sub/002.png": image(2), "sub/002.txt": b"in a folder", "003.txt": b"no image", "004.png": image(4)}
     write_tar(tmp_path / "a-000.tar", first)
-    second = {"000.png": picture(5), "000.txt": b"again", "000.control.png": picture(6), "001.png": picture(7)}
+    second = {"000.png": image(5), "000.txt": b"again", "000.control.png": image(6), "001.png": image(7)}
     write_tar(tmp_path / "a-001.tar", {**second, "001.json": b"[1]"})
     return tmp_path
 
@@ -58,13 +58,13 @@ def test_rows_ids_and_pixels(tars: Path) -> None:
     }
     for row, seed in zip(rows, (0, 1, 2, 5), strict=True):
         path = resolve_file(str(tars), row["image"])
-        (tars / "plain.png").write_bytes(picture(seed))
+        (tars / "plain.png").write_bytes(image(seed))
         plain = str(tars / "plain.png")
-        assert storage.read_bytes(path) == picture(seed) and storage.file_size(path) == len(picture(seed))
+        assert storage.read_bytes(path) == image(seed) and storage.file_size(path) == len(image(seed))
         assert probe_image(path) == (48, 32) and content_hash(path) == content_hash(plain)
         assert load_image(path).tobytes() == load_image(plain).tobytes()
     control = resolve_file(str(tars), rows[3]["control"])
-    assert storage.read_bytes(control) == picture(6)
+    assert storage.read_bytes(control) == image(6)
 
 
 def test_one_tar_by_name_and_the_stamp_is_that_of_the_tar(tars: Path) -> None:
@@ -73,12 +73,12 @@ def test_one_tar_by_name_and_the_stamp_is_that_of_the_tar(tars: Path) -> None:
     path = resolve_file(str(tars), rows[0]["image"])
     assert storage.stamp(path).startswith(storage.stamp(str(tars / "a-001.tar")))
     outside = read_metadata(str(tars / "a-001.tar")).table.to_pylist()
-    assert storage.read_bytes(resolve_file("/elsewhere", outside[0]["image"])) == picture(5)
+    assert storage.read_bytes(resolve_file("/elsewhere", outside[0]["image"])) == image(5)
 
 
 def test_a_tar_that_is_cut_short_gives_what_it_has_and_says_so(tars: Path) -> None:
     path = tars / "a-000.tar"
-    path.write_bytes(path.read_bytes()[: 512 * 3 + len(picture(0)) // 512 * 512 + 512 * 4])
+    path.write_bytes(path.read_bytes()[: 512 * 3 + len(image(0)) // 512 * 512 + 512 * 4])
     found = read_metadata(str(tars))
     assert "a-000.tar/000.png" in found.table["sample_id"].to_pylist()
     assert any("a-000.tar" in row.message and "cut short" in row.message + "cut short" for row in found.rejected)

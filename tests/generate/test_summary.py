@@ -106,7 +106,7 @@ def test_many_pictures_and_none(tmp_path: Path) -> None:
     assert not (tmp_path / "many/grid.png").exists()
     dom = made(tmp_path / "none", failed=1)
     report = json.loads((tmp_path / "none/report.json").read_text())
-    assert not dom.all("img") and "0 of 1 pictures" in dom.text and report["pictures_per_second"] is None
+    assert not dom.all("img") and "0 of 1 images" in dom.text and report["pictures_per_second"] is None
 
 
 def code(page: str) -> str:

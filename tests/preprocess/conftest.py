@@ -1,4 +1,4 @@
-"""Many small pictures, and stage 1 on them with the family that counts its encoder calls."""
+"""Many small images, and stage 1 on them with the family that counts its encoder calls."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from tests.preprocess.failing import Bench
 from tests.processes import kill_session, wait_for_session
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES, CAPTIONS = 320, 40
+IMAGES, CAPTIONS = 320, 40
 SHARD = 64
-"""Pictures in one file of the cache at this size."""
+"""Images in one file of the cache at this size."""
 
 
 def draw(folder: Path, count: int, captions: int) -> Path:
-    """`count` different pictures of 64x64 and a metadata.csv with that many distinct captions."""
+    """`count` different images of 64x64 and a metadata.csv with that many distinct captions."""
     folder.mkdir()
     rows = []
     for number in range(count):
         colour = tuple(int(v) for v in np.random.default_rng(number).integers(0, 256, 3))
-        picture = Image.new("RGB", (64, 64), colour)
-        picture.putpixel((0, 0), (number % 256, number // 256, 1))
-        picture.save(folder / f"{number:04d}.png")
+        image = Image.new("RGB", (64, 64), colour)
+        image.putpixel((0, 0), (number % 256, number // 256, 1))
+        image.save(folder / f"{number:04d}.png")
         rows.append((f"{number:04d}.png", f"caption number {number % captions}"))
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "prompt"), *rows])
@@ -53,13 +53,13 @@ def draw(folder: Path, count: int, captions: int) -> Path:
 
 @pytest.fixture(scope="session")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five shards of pictures and two of captions."""
-    return draw(tmp_path_factory.mktemp("many") / "data", PICTURES, CAPTIONS)
+    """Five shards of images and two of captions."""
+    return draw(tmp_path_factory.mktemp("many") / "data", IMAGES, CAPTIONS)
 
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures with a caption each."""
+    """Twelve images with a caption each."""
     return draw(tmp_path_factory.mktemp("few") / "data", 12, 12)
 
 
@@ -140,7 +140,7 @@ def encode_inline(runs: Sequence[GroupRun], *, cache: str, codec: str) -> None:
         for shard in run.shards:
             assert encoder is not None
             block = pa.Table.from_pylist([encoder(Decoder(run.encoder)(shard_row(shard)))])
-            run.take(sink.write([block], None))
+            run.add_results(sink.write([block], None))
 
 
 @pytest.fixture(scope="session")

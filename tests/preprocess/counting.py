@@ -70,7 +70,7 @@ def digest(value: Any) -> str:
 
 
 class CountingPipeline(BasePipeline):
-    """Latents are the picture shrunk by 8; embeddings are made of the caption's hash, one token a word."""
+    """Latents are the image shrunk by 8; embeddings are made of the caption's hash, one token a word."""
 
     version = 1
     family = "counting"
@@ -83,7 +83,7 @@ class CountingPipeline(BasePipeline):
 
     def __init__(self, device: str = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype)
-        self.units = [PictureUnit(), CaptionUnit()]
+        self.units = [ImageUnit(), CaptionUnit()]
         self.model_fn = model_fn
         self.control: Path | None = None
 
@@ -104,7 +104,7 @@ class CountingPipeline(BasePipeline):
             if name in how.get("kill", []):
                 os.kill(os.getpid(), signal.SIGKILL)
             if name in how.get("mistake", []):
-                raise MissingInputError("PictureUnit needs 'mask' (the test says so)")
+                raise MissingInputError("ImageUnit needs 'mask' (the test says so)")
             if name in how.get("lose", []):
                 raise RuntimeError("CUDA error: device-side assert triggered")
             time.sleep(how.get("sleep", 0))
@@ -125,7 +125,7 @@ class CountingPipeline(BasePipeline):
                 warn("caption_cut", text, f"{len(text.split())} tokens cut to {limit}")
 
 
-class PictureUnit(PipelineUnit):
+class ImageUnit(PipelineUnit):
     """`input_image` -> `input_latents`."""
 
     version = 1
@@ -137,9 +137,9 @@ class PictureUnit(PipelineUnit):
         return self.process_batch(pipe, [{"input_image": input_image}])[0]
 
     def process_batch(self, pipe: CountingPipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        pictures = [np.asarray(inputs["input_image"]) for inputs in batch]
-        pipe.count("vae", pictures)
-        small = [torch.from_numpy(picture[::8, ::8].copy()).permute(2, 0, 1)[None] for picture in pictures]
+        images = [np.asarray(inputs["input_image"]) for inputs in batch]
+        pipe.count("vae", images)
+        small = [torch.from_numpy(image[::8, ::8].copy()).permute(2, 0, 1)[None] for image in images]
         return [{"input_latents": (pixels / 127.5 - 1).to(pipe.torch_dtype)} for pixels in small]
 
 

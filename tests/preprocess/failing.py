@@ -25,7 +25,7 @@ Process = Callable[[Any, Any, list[dict[str, Any]]], list[dict[str, Any]]]
 
 
 class Bench:
-    """One shard of twelve pictures, decoded, and an encoder whose unit does what a test says."""
+    """One shard of twelve images, decoded, and an encoder whose unit does what a test says."""
 
     def __init__(self, tmp_path: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.patch = monkeypatch
@@ -44,12 +44,12 @@ class Bench:
 
     def encode(self, process: Process) -> dict[str, Any]:
         shard = self.decode()
-        self.patch.setattr(counting.PictureUnit, "process_batch", process)
+        self.patch.setattr(counting.ImageUnit, "process_batch", process)
         return Encoder(self.spec)(shard)
 
     def results(self, process: Process, count: int, batch_size: int) -> tuple[list[Any], int]:
         """What `encode` makes of samples that are the numbers 0, 1, 2 …"""
-        self.patch.setattr(counting.PictureUnit, "process_batch", process)
+        self.patch.setattr(counting.ImageUnit, "process_batch", process)
         one = Encoder(self.spec)
         return encode(one.pipe, one.group, {}, [{"input_image": n} for n in range(count)], batch_size)
 

@@ -40,7 +40,7 @@ def test_the_batch_and_the_last_words_belong_to_their_attempt() -> None:
     attempts = told(
         ("begin", one),
         ("begin_batch", one, ["k1", "k2"]),
-        ("last_words", one, "no device"),
+        ("report_exit", one, "no device"),
         ("begin", other),
         ("begin_batch", other, ["k0"]),
         ("begin_batch", one, ["k3"]),
@@ -61,7 +61,7 @@ def test_what_is_told_again_of_an_attempt_that_is_over_is_ignored() -> None:
     first, second = attempt(0), attempt(1)
     attempts = told(("begin", first), ("end", first), ("begin", first), ("begin_batch", first, ["k"]))
     assert open_at(attempts) == []
-    attempts = told(("end", first), ("begin", first), ("last_words", first, "late"))
+    attempts = told(("end", first), ("begin", first), ("report_exit", first, "late"))
     assert open_at(attempts) == []
     attempts = told(("begin", first), ("begin", second), ("begin", first))
     assert open_at(attempts) == [second]

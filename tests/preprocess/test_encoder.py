@@ -76,7 +76,7 @@ def test_what_is_not_finite_or_fails_is_that_samples_own(
             raise ArithmeticError("two")
         return [{"input_latents": torch.tensor([float("nan") if n == 1 else 1.0])} for n in numbers]
 
-    monkeypatch.setattr(counting.PictureUnit, "process_batch", process_batch)
+    monkeypatch.setattr(counting.ImageUnit, "process_batch", process_batch)
     results, size = encode(encoder.pipe, encoder.group, {}, [{"input_image": n} for n in range(4)], 4)
     kinds = [result.error if isinstance(result, Failure) else "dict" for result in results]
     assert kinds == ["dict", "NonFiniteError", "ArithmeticError", "dict"] and size == 4

@@ -310,5 +310,5 @@ def test_each_group_names_its_own_error_once(monkeypatch: pytest.MonkeyPatch, ca
 def test_transient_failures_are_kept_apart() -> None:
     run = GroupRun(None, None, None)  # type: ignore[arg-type]
     catalog = run.catalog
-    run.take([{"shard": None, "transient": {"k": ["SourceChanged", "changed"]}, "warnings": []}])
+    run.add_results([{"shard": None, "transient": {"k": ["SourceChanged", "changed"]}, "warnings": []}])
     assert catalog.known() == set() and catalog.failure("k") == Failure("SourceChanged", "changed")

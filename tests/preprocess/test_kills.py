@@ -16,7 +16,7 @@ import pytest
 
 from ray_diffsynth.cache.inspection import inspect_cache
 from ray_diffsynth.cache.verify import verify_cache
-from tests.preprocess.conftest import CAPTIONS, PICTURES, ROOT, SHARD, Job, Stage1, files
+from tests.preprocess.conftest import CAPTIONS, IMAGES, ROOT, SHARD, Job, Stage1, files
 from tests.preprocess.counting import behave, build_model, calls
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -26,14 +26,14 @@ IN_FLIGHT = 3
 
 
 def written(cache: Path) -> int:
-    """Pictures in finished files."""
+    """Images in finished files."""
     return sum(pq.read_metadata(path).num_rows for path in (cache / "vae").glob("*.parquet"))
 
 
 def check_exactly_once(cache: Path, whole: Path) -> None:
     assert files(cache) == files(whole)
     facts = inspect_cache(str(cache))
-    assert (facts["samples"], facts["duplicates"], facts["quarantined"]) == (PICTURES, 0, 0)
+    assert (facts["samples"], facts["duplicates"], facts["quarantined"]) == (IMAGES, 0, 0)
     assert not [finding for finding in verify_cache(str(cache)) if finding.kind != "unfinished"]
 
 
@@ -41,17 +41,17 @@ def check_exactly_once(cache: Path, whole: Path) -> None:
 def test_the_driver_is_killed(tmp_path: Path, many: Path, whole: Path, stage1: Stage1, job: Job, part: float) -> None:
     model, cache = build_model(tmp_path / "model", sleep=0.01), tmp_path / "cache"
     running = job(model, many, cache)
-    running.wait_for(lambda: written(cache) >= part * PICTURES)
+    running.wait_for(lambda: written(cache) >= part * IMAGES)
     running.kill()
     assert not (cache / "manifest.json").exists()
     finished, before = written(cache), len(calls(model, "vae"))
-    assert part * PICTURES <= finished < PICTURES
+    assert part * IMAGES <= finished < IMAGES
     behave(model)
     report = stage1(model, many, cache)
     check_exactly_once(cache, whole)
-    assert report["parameters"]["input_latents"] == {"encoded": PICTURES - finished, "reused": finished}
+    assert report["parameters"]["input_latents"] == {"encoded": IMAGES - finished, "reused": finished}
     # What the first run had written was not encoded again, and what it had under way is bounded.
-    assert len(calls(model, "vae")) - before == PICTURES - finished
+    assert len(calls(model, "vae")) - before == IMAGES - finished
     assert before - finished <= IN_FLIGHT * SHARD
     assert Counter(calls(model, "vae")).most_common(1)[0][1] <= 2
 
@@ -61,7 +61,7 @@ def test_an_actor_is_killed_in_the_middle_of_a_batch(tmp_path: Path, many: Path,
     stage1(model, many, cache)
     assert (model / "calls.log.killed").exists()
     check_exactly_once(cache, whole)
-    repeated = len(calls(model, "vae")) - PICTURES
+    repeated = len(calls(model, "vae")) - IMAGES
     assert 0 < repeated <= SHARD and len(calls(model, "text_encoder")) == CAPTIONS + 1
 
 
@@ -121,4 +121,4 @@ def test_a_raylet_is_killed(tmp_path: Path, many: Path, whole: Path, job: Job, c
     finally:
         cluster.shutdown()
     check_exactly_once(cache, whole)
-    assert len(calls(model, "vae")) - PICTURES <= 2 * IN_FLIGHT * SHARD
+    assert len(calls(model, "vae")) - IMAGES <= 2 * IN_FLIGHT * SHARD

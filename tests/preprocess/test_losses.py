@@ -48,7 +48,7 @@ SCENARIOS = {
 @pytest.mark.parametrize(("nodes", "living", "retries", "expected"), SCENARIOS.values(), ids=SCENARIOS.keys())
 def test_what_is_tried_next(nodes: str, living: str, retries: int, expected: str) -> None:
     lost = shard(4)
-    again = Losses("vae").again(
+    again = Losses("vae").next_attempt(
         lost, died(*nodes), set(living), retries=retries, node_lost=not set(nodes) <= set(living)
     )
     assert isinstance(again, list)
@@ -60,7 +60,7 @@ def test_what_is_tried_next(nodes: str, living: str, retries: int, expected: str
 
 def test_the_batch_of_the_last_process_that_died_by_itself_is_cut_out() -> None:
     attempts = [*died("a", "a", batch=("k0",)), *died("a", batch=("k2",)), *died("b", batch=("k1",))]
-    again = Losses("vae").again(shard(4), attempts, {"a"}, retries=2, node_lost=True)
+    again = Losses("vae").next_attempt(shard(4), attempts, {"a"}, retries=2, node_lost=True)
     assert isinstance(again, list)
     assert [part.keys for part in again] == [("k2",), ("k0", "k1", "k3")]
 
@@ -74,30 +74,30 @@ def test_the_batch_of_the_last_process_that_died_by_itself_is_cut_out() -> None:
 )
 def test_a_row_that_stands_alone_is_the_failure(stage: Stage, words: str, expected: Failure) -> None:
     attempts = died("a", "a", stage=stage, words=words)
-    assert Losses("vae").again(shard(1), attempts, {"a"}, retries=1, node_lost=False) == expected
+    assert Losses("vae").next_attempt(shard(1), attempts, {"a"}, retries=1, node_lost=False) == expected
     # Not when its machine died: then it is tried again.
-    assert Losses("vae").again(shard(1), attempts, {"b"}, retries=1, node_lost=True) == [shard(1)]
+    assert Losses("vae").next_attempt(shard(1), attempts, {"b"}, retries=1, node_lost=True) == [shard(1)]
 
 
 def test_a_writer_that_dies_is_no_samples_fault() -> None:
     with pytest.raises(EncoderError, match="the process that writes vae died each time"):
-        Losses("vae").again(shard(1), died("a", "a", stage="write"), {"a"}, retries=1, node_lost=False)
+        Losses("vae").next_attempt(shard(1), died("a", "a", stage="write"), {"a"}, retries=1, node_lost=False)
 
 
 def test_a_shard_that_is_lost_without_a_reason_ends_the_run_in_the_end() -> None:
     losses = Losses("vae")
     for _ in range(RETRIES):
-        assert losses.again(shard(4), [], {"a"}, retries=1, node_lost=False) == [shard(4)]
+        assert losses.next_attempt(shard(4), [], {"a"}, retries=1, node_lost=False) == [shard(4)]
     # A pass in which a machine was lost says nothing, however often.
     for _ in range(10):
-        assert losses.again(shard(4), [], {"a"}, retries=1, node_lost=True) == [shard(4)]
+        assert losses.next_attempt(shard(4), [], {"a"}, retries=1, node_lost=True) == [shard(4)]
     with pytest.raises(EncoderError, match="Ray lost a shard of vae 3 times"):
-        losses.again(shard(4), [], {"a"}, retries=1, node_lost=False)
+        losses.next_attempt(shard(4), [], {"a"}, retries=1, node_lost=False)
 
 
 def test_rows_that_take_machine_after_machine_with_them_end_the_run() -> None:
     """They are not cut, since nothing says which row it is, and not tried for ever: each try may cost a machine."""
     nodes = [f"n{number}" for number in range(NODES)]
-    assert Losses("vae").again(shard(4), died(*nodes[1:]), {"a"}, retries=1, node_lost=True) == [shard(4)]
+    assert Losses("vae").next_attempt(shard(4), died(*nodes[1:]), {"a"}, retries=1, node_lost=True) == [shard(4)]
     with pytest.raises(EncoderError, match=rf"{NODES} machines went down .* 4 rows of vae \(the first: 0.png, 1.png"):
-        Losses("vae").again(shard(4), died(*nodes), {"a"}, retries=1, node_lost=True)
+        Losses("vae").next_attempt(shard(4), died(*nodes), {"a"}, retries=1, node_lost=True)

@@ -20,7 +20,7 @@ LONG = "one two three four five six"
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Four pictures; the caption of the first and the last is long."""
+    """Four images; the caption of the first and the last is long."""
     folder = tmp_path / "data"
     folder.mkdir()
     for number in range(4):

@@ -40,7 +40,7 @@ from tests.preprocess.failing import Bench, Process, always
 def test_the_runs_own_mistakes_end_it_with_their_text(bench: Bench, process: Process, message: str) -> None:
     told: list[str] = []
     shard = bench.decode()
-    bench.patch.setattr(counting.PictureUnit, "process_batch", process)
+    bench.patch.setattr(counting.ImageUnit, "process_batch", process)
     one = Encoder(bench.spec)
     one.monitor = SimpleNamespace(give_up=SimpleNamespace(remote=told.append))
     bench.patch.setattr(encoder, "attempt_at", lambda *_: nullcontext())

@@ -24,12 +24,12 @@ from ray_diffsynth.errors import ConfigError, UserError
 from ray_diffsynth.preprocess import job
 from ray_diffsynth.preprocess.messages import EncoderError
 from ray_diffsynth.preprocess.ray_errors import PassCallback
-from tests.preprocess.conftest import CAPTIONS, PICTURES, Stage1, files
+from tests.preprocess.conftest import CAPTIONS, IMAGES, Stage1, files
 from tests.preprocess.counting import behave, build_model, calls, digest
 
 
 def pixels(data: Path, number: int) -> str:
-    """What stands for a picture in the log of calls."""
+    """What stands for an image in the log of calls."""
     return digest(np.asarray(Image.open(data / f"{number:04d}.png").convert("RGB")))
 
 
@@ -151,7 +151,7 @@ def test_a_dry_run_tells_what_and_why_and_writes_nothing(
     }
     inline(model, data, cache)
     before = snapshot(cache)
-    # One caption edited, one picture replaced, one row removed, one absent file.
+    # One caption edited, one image replaced, one row removed, one absent file.
     lines = (data / "metadata.csv").read_text().splitlines()
     lines[1] = "0000.png,something new"
     (data / "metadata.csv").write_text("\n".join([*lines[:-1], "gone.png,nothing"]) + "\n")
@@ -185,7 +185,7 @@ def test_resolutions_make_buckets_and_a_histogram(
     sizes = [(64, 64), (64, 64), (130, 130), (128, 64), (64, 140)]
     for number, size in enumerate(sizes):
         Image.new("RGB", size, (number, 0, 0)).save(data / f"{number}.png")
-        (data / f"{number}.txt").write_text("a picture")
+        (data / f"{number}.txt").write_text("an image")
     report = inline(build_model(tmp_path / "model"), data, tmp_path / "cache", resolution="64,128")
     assert sum(report["buckets"].values()) == 5
     assert report["buckets"]["64x64"] == 2 and report["buckets"]["128x128"] == 1 and len(report["buckets"]) == 4
@@ -210,7 +210,7 @@ def test_a_run_that_ended_anywhere_is_completed(tmp_path: Path, many: Path, inli
         before = len(calls(model))
         inline(model, many, cache)
         assert files(cache) == files(whole)
-        assert len(calls(model)) - before == PICTURES + CAPTIONS + 1 - rows
+        assert len(calls(model)) - before == IMAGES + CAPTIONS + 1 - rows
 
 
 def test_tars_are_encoded_like_files(tmp_path: Path, few: Path, inline: Stage1) -> None:

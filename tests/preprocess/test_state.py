@@ -19,14 +19,14 @@ from ray_diffsynth.preprocess import scan as scan_module
 from ray_diffsynth.preprocess import scan_cache as scan_cache_module
 from ray_diffsynth.preprocess.scan import scan_files
 from ray_diffsynth.preprocess.scan_cache import SCAN_CACHE, ScanCache, forget
-from tests.preprocess.conftest import CAPTIONS, PICTURES, SHARD, Stage1, files
+from tests.preprocess.conftest import CAPTIONS, IMAGES, SHARD, Stage1, files
 from tests.preprocess.counting import build_model, calls
 
 
-def encoded(root: Path, pictures: Path, inline: Stage1) -> tuple[Path, Path, Path]:
-    """A model, a copy of the pictures, and the cache of both."""
+def encoded(root: Path, images: Path, inline: Stage1) -> tuple[Path, Path, Path]:
+    """A model, a copy of the images, and the cache of both."""
     model, data, cache = build_model(root / "model"), root / "data", root / "cache"
-    shutil.copytree(pictures, data)
+    shutil.copytree(images, data)
     inline(model, data, cache)
     return model, data, cache
 
@@ -45,10 +45,10 @@ def test_a_lost_file_is_encoded_again(tmp_path: Path, many: Path, inline: Stage1
         shutil.copy(next((cache / "text_encoder").iterdir()), shards[0])
     plan = inline(model, many, cache, dry_run=True)
     assert plan["groups"]["vae"]["reasons"] == {"a row that the cache has lost": SHARD}
-    assert (plan["groups"]["vae"]["encode"], plan["groups"]["vae"]["reused"]) == (SHARD, PICTURES - SHARD)
+    assert (plan["groups"]["vae"]["encode"], plan["groups"]["vae"]["reused"]) == (SHARD, IMAGES - SHARD)
     report = inline(model, many, cache)
     assert len(calls(model, "vae")) - before == SHARD and len(calls(model, "text_encoder")) == CAPTIONS + 1
-    assert report["samples"] == PICTURES and files(cache) == whole
+    assert report["samples"] == IMAGES and files(cache) == whole
 
 
 def test_a_rerun_reads_no_header_of_what_the_index_names(
@@ -116,7 +116,7 @@ def test_a_scan_that_was_killed_goes_on(
     tmp_path: Path, many: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
-    monkeypatch.setattr(scan_cache_module, "LEAST", 1)
+    monkeypatch.setattr(scan_cache_module, "MIN_SAVED_FILES", 1)
     read: list[str] = []
     real = scan_module.scan_file
 
@@ -128,13 +128,13 @@ def test_a_scan_that_was_killed_goes_on(
 
     monkeypatch.setattr(scan_module, "scan_file", scan)
     monkeypatch.setattr(scan_module, "FILES_PER_TASK", 8)
-    monkeypatch.setattr(scan_module, "TASKS_AHEAD", 2)
+    monkeypatch.setattr(scan_module, "MAX_PENDING_TASKS", 2)
     with pytest.raises(Killed):
         inline(model, many, cache)
     done = len(read)
     read.clear()
-    assert inline(model, many, cache)["samples"] == PICTURES
-    assert done == 300 and len(read) <= PICTURES - 300 + PICTURES // 10 + 16
+    assert inline(model, many, cache)["samples"] == IMAGES
+    assert done == 300 and len(read) <= IMAGES - 300 + IMAGES // 10 + 16
     read.clear()
     inline(model, many, cache)
     assert read == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ray_diffsynth.config import PreprocessConfig, TrainConfig
-from ray_diffsynth.report import Picture, make_report, render, training_numbers, write_page
+from ray_diffsynth.report import PageImage, make_report, render, training_numbers, write_page
 from ray_diffsynth.report.charts import Series, bar_chart, finite, line_chart, short, smooth, thin, ticks
 from ray_diffsynth.report.page import duration, number, size
 from tests.report.browser import Dom, look_at, needs_chromium
@@ -38,7 +38,7 @@ def train_page(**changes: Any) -> tuple[dict[str, Any], str]:
     return report, render(report, metrics=metrics(), output_path="models/zorp")
 
 
-def preprocess_page(pictures: list[Picture]) -> tuple[dict[str, Any], str]:
+def preprocess_page(images: list[PageImage]) -> tuple[dict[str, Any], str]:
     group = {"name": "vae", "parameters": ["input_latents"], "encoded": 3, "reused": 1}
     report = make_report(
         counts={"samples": 4, "quarantined": 1, "total": 5},
@@ -52,7 +52,7 @@ def preprocess_page(pictures: list[Picture]) -> tuple[dict[str, Any], str]:
             "first": [{"sample_id": NASTY, "source": NASTY, "error": "MediaError", "message": "damaged"}],
         },
     )
-    return report, render(report, pictures=pictures, output_path="cache/zorp")
+    return report, render(report, images=images, output_path="cache/zorp")
 
 
 def test_the_page_of_stage_2() -> None:
@@ -82,11 +82,11 @@ def test_warnings_are_counted_and_the_first_are_named() -> None:
 
 def test_control_characters_are_escaped_wherever_text_comes_into_the_page() -> None:
     text = "one\0two\x1b[2J\u2028\ud800\u202e and 🧑\u200d🚀\nline"
-    pictures = [Picture(b"", text, text)]
-    report, page = preprocess_page(pictures)
+    images = [PageImage(b"", text, text)]
+    report, page = preprocess_page(images)
     report["quarantine"]["first"][0]["message"] = text
     report["config"]["output_path"] = text
-    page = render(report, pictures=pictures, output_path=text)
+    page = render(report, images=images, output_path=text)
     assert page.encode().decode() == page
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u2028\u202e\ud800]", page)
     assert page.count(r"one\x00two\x1b[2J\u2028\ud800\u202e and 🧑\u200d🚀".replace(r"\u200d", "\u200d")) >= 4
@@ -105,7 +105,7 @@ def test_a_run_without_steps_or_lora_has_a_page() -> None:
 
 
 def test_the_page_of_stage_1() -> None:
-    _, page = preprocess_page([Picture(b"\xff\xd8", "a <b>zorp</b>", NASTY)])
+    _, page = preprocess_page([PageImage(b"\xff\xd8", "a <b>zorp</b>", NASTY)])
     dom = Dom(page)
     assert dom.values["groups.0.encoded"] == "3" and dom.values["quarantine.by_error.MediaError"] == "1"
     assert NASTY in dom.text and "a <b>zorp</b>" in dom.text and "<script" not in page and "<b>" not in page
@@ -114,7 +114,7 @@ def test_the_page_of_stage_1() -> None:
 
 
 def test_nothing_is_fetched_and_everything_is_labelled() -> None:
-    for _, page in (train_page(), preprocess_page([Picture(b"x", "a", "b")])):
+    for _, page in (train_page(), preprocess_page([PageImage(b"x", "a", "b")])):
         dom = Dom(page)
         urls = [a[name] for _, a in dom.elements for name in ("src", "href") if name in a]
         assert all(url.startswith("data:") for url in urls) and "url(" not in page and "@import" not in page

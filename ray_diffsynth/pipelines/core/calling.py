@@ -31,7 +31,7 @@ def lacking_pictures(prompts: Iterable[Prompt], pictures: Mapping[str, bool], *,
     """
     needed = [name for name, is_needed in pictures.items() if is_needed]
     for prompt in prompts:
-        if absent := [name for name in needed if name not in dict(prompt.pictures)]:
+        if absent := [name for name in needed if name not in dict(prompt.images)]:
             return (
                 f"the prompt {prompt.prompt!r} has no {' and '.join(absent)}, which this family needs: give "
                 f"{option} a csv or jsonl file with the columns prompt, {', '.join(needed)} (paths relative to it)"

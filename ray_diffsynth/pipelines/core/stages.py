@@ -186,7 +186,7 @@ def dataset_spec(
         columns=columns,
         file_params=files,
         video_params=pipe.video_params,
-        picture_params=tuple(param for param in own if param not in pipe.video_params),
+        image_params=tuple(param for param in own if param not in pipe.video_params),
         parsers={**{column: file_list for param, column in columns.items() if param in files}, **task_columns},
         keep_size=keep_size,
         target_sized=tuple(param for param in files if param not in pipe.reference_params),

@@ -17,12 +17,12 @@ T = TypeVar("T")
 CHECKED_PICTURES, CHECKED_VIDEOS = 2000, 100
 """Samples up to which a dataset of pictures, or of videos, is decoded first. Of a larger one a damaged sample is met at
 its step, where another one of its size takes its place."""
-NOT_THE_SAMPLES = (*TRANSIENT, MemoryError, StorageError, VideoSupportError)
+MACHINE_ERRORS = (*TRANSIENT, MemoryError, StorageError, VideoSupportError)
 """Errors that say nothing of the sample: they end the attempt, and the next one tries again."""
 
 
 def undecodable(items: Sequence[T], load: Callable[[T], Any]) -> dict[int, str]:
-    """Position -> why, of the items that cannot be loaded. Raises `NOT_THE_SAMPLES`.
+    """Position -> why, of the items that cannot be loaded. Raises `MACHINE_ERRORS`.
 
     It depends on the files alone, so that every worker and every attempt finds the same.
     """
@@ -31,7 +31,7 @@ def undecodable(items: Sequence[T], load: Callable[[T], Any]) -> dict[int, str]:
         try:
             with collecting():  # it is said when the sample is trained on
                 load(item)
-        except NOT_THE_SAMPLES:
+        except MACHINE_ERRORS:
             raise
         # As stage 1: whatever decoding raises is the sample's own failure.
         except Exception as error:

@@ -28,7 +28,7 @@ from ray_diffsynth.models.fingerprint import SKETCH, part_sketch
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.base import Part
 from ray_diffsynth.tasks import task_family
-from ray_diffsynth.training.data.decode_check import CHECKED_PICTURES, CHECKED_VIDEOS, NOT_THE_SAMPLES, undecodable
+from ray_diffsynth.training.data.decode_check import CHECKED_PICTURES, CHECKED_VIDEOS, MACHINE_ERRORS, undecodable
 from ray_diffsynth.training.data.epoch_order import open_shards
 
 T = TypeVar("T")
@@ -192,7 +192,7 @@ class DatasetSource:
                 continue
             fits.add(row["sample_id"], size_fits(files, bucket, spec))
             found.append((bucket, row, [file.digest for found in files.values() for file in found]))
-        fits.tell()
+        fits.warn_all()
         if len(found) <= (CHECKED_VIDEOS if spec.size.video else CHECKED_PICTURES):
             bad = undecodable(found, lambda item: load_inputs(item[1], item[0], spec))
             self.rejected += [(found[position][1]["sample_id"], why) for position, why in bad.items()]
@@ -221,7 +221,7 @@ class DatasetSource:
             try:
                 with about(row["sample_id"]):
                     return load_inputs(row, size, self.spec)
-            except NOT_THE_SAMPLES:
+            except MACHINE_ERRORS:
                 raise
             except Exception as error:
                 warn("sample_replaced", row["sample_id"], str(error) or type(error).__name__)

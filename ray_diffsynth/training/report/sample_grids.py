@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.report import Picture
+from ray_diffsynth.report import PageImage
 from ray_diffsynth.report.image_grid import ImageGrid
 from ray_diffsynth.storage import exists, join, list_files, read_bytes
 
@@ -97,7 +97,7 @@ def _step(name: str) -> int | None:
     return int(number) if number.isdigit() else None
 
 
-def sample_grids(output_path: str, until: int) -> tuple[list[dict[str, Any]], list[Picture]]:
+def sample_grids(output_path: str, until: int) -> tuple[list[dict[str, Any]], list[PageImage]]:
     """The grids of a run's first `until` steps for its report, as JSON values and as pictures; evenly chosen when many.
 
     The first and the last are among them: what the training started from, and where it came to.
@@ -107,12 +107,12 @@ def sample_grids(output_path: str, until: int) -> tuple[list[dict[str, Any]], li
     if len(names) > MAX_PICTURES:
         names = [names[round(i * (len(names) - 1) / (MAX_PICTURES - 1))] for i in range(MAX_PICTURES)]
     values: list[dict[str, Any]] = []
-    pictures: list[Picture] = []
+    pictures: list[PageImage] = []
     for name in names:
         data = read_bytes(join(folder, name))
         step = _step(name)
         shown = shown_by(data) or Shown(name.removesuffix(".png") if step is None else f"Step {step}", [], {})
         values.append({"file": f"{SAMPLES_FOLDER}/{name}", "step": step, **asdict(shown)})
         alt = f"Sample pictures, {shown.title}" + "".join(f"; {prompt}" for prompt in shown.prompts)
-        pictures.append(Picture(data, shown.title, alt, "png"))
+        pictures.append(PageImage(data, shown.title, alt, "png"))
     return values, pictures

@@ -123,9 +123,9 @@ def _sample(
         raise TrainingError(f"{OPTION}: {type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")
     checked = {"height": pipe.height_division_factor, "width": pipe.width_division_factor, **arguments}
     pipe.check_resize_height_width(checked["height"], checked["width"], checked.get("num_frames"))
-    for name, paths in prompt.pictures:
+    for name, paths in prompt.images:
         for path in (paths,) if isinstance(paths, str) else paths:
             if not exists(path):
                 raise TrainingError(f"{OPTION}: the {name} {path} of the prompt {prompt.prompt!r} does not exist")
     seed = config.seed + number if prompt.seed is None else prompt.seed
-    return SamplePrompt(prompt.prompt, seed, tuple(sorted(arguments.items())), prompt.pictures)
+    return SamplePrompt(prompt.prompt, seed, tuple(sorted(arguments.items())), prompt.images)

@@ -44,7 +44,7 @@ def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: f
         samples=grids,
     )
     write_json(output_path, report)
-    write_page(output_path, report, metrics=metrics, pictures=pictures)
+    write_page(output_path, report, metrics=metrics, images=pictures)
     if result.finished:
         mark_finished(output_path)
     print(last_line(result, output_path), flush=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ray_diffsynth.data.warnings import WHAT, DataWarning, collecting
+from ray_diffsynth.data.warnings import DESCRIPTIONS, DataWarning, collecting
 from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.core.base import PipelineError
 from ray_diffsynth.pipelines.core.graph import cached_parameters, group_units, split_units
@@ -152,7 +152,7 @@ def test_long_prompts_are_cut_and_said_so(training: QwenImagePipeline, caplog: p
         whole, cut = (training.encode_prompts([PROMPTS[1]], max_sequence_length=n)[0] for n in (512, 4))
         assert torch.equal(cut, whole[:, :4])
         (said,) = [record.message for record in caplog.records]
-        assert f"{WHAT['caption_cut']}: 1 (" in said and "tokens cut to 4)" in said
+        assert f"{DESCRIPTIONS['caption_cut']}: 1 (" in said and "tokens cut to 4)" in said
         caplog.clear()
         exact = training.encode_prompts([PROMPTS[1]], max_sequence_length=whole.shape[1])[0]
     assert torch.equal(exact, whole) and not caplog.records

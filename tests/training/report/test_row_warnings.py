@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_diffsynth.data.warnings import WHAT, DataWarnings, warn
+from ray_diffsynth.data.warnings import DESCRIPTIONS, DataWarnings, warn
 from ray_diffsynth.training import local
 from ray_diffsynth.training.data.source import prefetch
 from ray_diffsynth.training.ray.worker import SamplerActor
@@ -39,7 +39,7 @@ def test_unsplit_training_names_the_sample_of_a_cut_caption_once(
     changes: dict[str, Any] = {"task": "sft", "max_steps": 9, "save_steps": 2, "pipeline_settings": settings}
     with caplog.at_level(logging.INFO):
         local.run(make_config(tiny_qwen, captioned, output, **changes))
-    assert caplog.text.count(WHAT["caption_cut"]) == 1
+    assert caplog.text.count(DESCRIPTIONS["caption_cut"]) == 1
     report = json.loads((output / "report.json").read_text())
     found = report["warnings"]["caption_cut"]
     assert found["count"] == 1 and found["samples"][0]["sample_id"] == "1.png"
@@ -49,7 +49,7 @@ def test_unsplit_training_names_the_sample_of_a_cut_caption_once(
     caplog.clear()
     with caplog.at_level(logging.INFO):
         local.run(make_config(tiny_qwen, captioned, output, **changes))
-    assert WHAT["caption_cut"] not in caplog.text
+    assert DESCRIPTIONS["caption_cut"] not in caplog.text
     assert json.loads((output / "report.json").read_text())["warnings"] == report["warnings"]
 
 
@@ -61,7 +61,7 @@ def test_it_is_told_when_it_is_new() -> None:
     own.add("caption_cut", "a", "1")
     own.add("caption_cut", "b", "2")
     said.sum(1)
-    assert said.untold() == [f"{WHAT['caption_cut']}: 1 (b: 2)"] and said.untold() == []
+    assert said.untold() == [f"{DESCRIPTIONS['caption_cut']}: 1 (b: 2)"] and said.untold() == []
     assert said.all.rows() == [["caption_cut", "a", "1"], ["caption_cut", "b", "2"]]
 
 

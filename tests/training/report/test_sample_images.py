@@ -144,7 +144,7 @@ def test_the_report_shows_the_steps_beside_the_base_model(tmp_path: Path) -> Non
     assert len(values) == len(pictures) == MAX_PICTURES
     assert [(v["step"], v["title"]) for v in (values[0], values[-1])] == [(0, "Base model"), (38, "Step 38")]
     report = make_report(counts={"steps": 38, "steps_total": 38}, seconds={"total": 1.0}, config=config, samples=values)
-    dom = Dom(render(report, pictures=pictures))
+    dom = Dom(render(report, images=pictures))
     assert [image["alt"] for image in dom.all("img")][:1] == ["Sample pictures, Base model; ein <Bär>"]
     assert [a.get("class") for a in dom.all("figure")] == ["start", *[None] * (MAX_PICTURES - 1)]
     assert "Base model Step 4" in dom.text and "always from the same noise: ein <Bär>" in dom.text
