@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
 from ray_diffsynth.pipelines.core.base import PipelineError
 from ray_diffsynth.pipelines.core.unit import PipelineUnit, missing_input
 
-if TYPE_CHECKING:
-    from ray_diffsynth.pipelines.wan.pipeline import WanPipeline
-
 Video: TypeAlias = Sequence[Image.Image] | np.ndarray[Any, Any] | Tensor
 """Pictures, or uint8 pixels (frames, height, width, 3)."""
+
+
+class VideoPipeline(Protocol):
+    """What the units ask of their pipeline; see `WanPipeline`."""
+
+    scheduler: FlowMatchScheduler
+
+    def check_resize_height_width(self, height: int, width: int, num_frames: int | None = None) -> tuple[int, ...]: ...
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]: ...
+    def initial_noise(self, shape: Sequence[int], seed: int | None, rand_device: str = "cpu") -> Tensor: ...
+    def load_models_to_device(self, names: Sequence[str]) -> None: ...
+    def preprocess_video(self, video: Video) -> Tensor: ...
+    def encode_video(self, pixels: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor: ...
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]: ...
 
 
 class WanVideoUnit_ShapeChecker(PipelineUnit):
@@ -30,7 +42,7 @@ class WanVideoUnit_ShapeChecker(PipelineUnit):
 
     def process(
         self,
-        pipe: WanPipeline,
+        pipe: VideoPipeline,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -60,7 +72,7 @@ class WanVideoUnit_NoiseInitializer(PipelineUnit):
         )
 
     def process(
-        self, pipe: WanPipeline, height: int, width: int, num_frames: int, seed: int | None, rand_device: str
+        self, pipe: VideoPipeline, height: int, width: int, num_frames: int, seed: int | None, rand_device: str
     ) -> dict[str, Any]:
         if pipe.scheduler.training:
             return {}
@@ -81,7 +93,7 @@ class WanVideoUnit_InputVideoEmbedder(PipelineUnit):
 
     def process(
         self,
-        pipe: WanPipeline,
+        pipe: VideoPipeline,
         input_video: Video | None = None,
         tiled: bool = False,
         tile_size: int = 34,
@@ -110,10 +122,10 @@ class WanVideoUnit_PromptEmbedder(PipelineUnit):
             onload_model_names=("text_encoder",),
         )
 
-    def process(self, pipe: WanPipeline, prompt: str) -> dict[str, Any]:
+    def process(self, pipe: VideoPipeline, prompt: str) -> dict[str, Any]:
         return self.process_batch(pipe, [{"prompt": prompt}])[0]
 
-    def process_batch(self, pipe: WanPipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def process_batch(self, pipe: VideoPipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """One call of the text encoder for all prompts."""
         pipe.load_models_to_device(("text_encoder",))
         embeds = pipe.encode_prompts([inputs["prompt"] for inputs in batch])
