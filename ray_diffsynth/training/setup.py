@@ -51,7 +51,7 @@ class TrainingError(UserError):
 class Setup:
     """What follows from the configuration without loading any weights.
 
-    models: names of the models that this run loads (law 5). sample: how the columns of a dataset become inputs.
+    models: names of the models that this run loads. sample: how the columns of a dataset become inputs.
     """
 
     config: TrainConfig
@@ -101,7 +101,7 @@ class Setup:
             check_settings(manifest, where, {name: settings[name] for name in settings if name in read})
         else:
             models = tuple(dict.fromkeys([*stages.stage1_models(), *models]))
-        # Law 5 for a download too; pictures of --validation_prompts need the whole model.
+        # A download too takes only these; images of --validation_prompts need the whole model.
         wanted = None if config.validation_prompts else [pipe.parts[name].subfolder for name in models]
         source = locate_configured(config, wanted=wanted)
         pipe.check_files(source, pipe.parts if config.validation_prompts else models)

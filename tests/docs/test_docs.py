@@ -122,7 +122,7 @@ def test_no_page_is_left_out() -> None:
 
 def test_the_readmes_commands_are_the_quickstarts() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    part = readme.partition("## Your pictures")[2].partition("\n## ")[0]
+    part = readme.partition("## Your images")[2].partition("\n## ")[0]
     shown = [line for code in re.findall(r"```\w*\n(.*?)```", part, re.DOTALL) for line in commands(code)]
     run = {" ".join(line.split()) for block in blocks(DOCS / "quickstart.md") for line in commands(block.code)}
     assert len(shown) >= 2 and {" ".join(line.split()) for line in shown} <= run

@@ -62,7 +62,7 @@ class Stages:
         return tuple(dict.fromkeys(model for group in self.groups for model in group.models))
 
     def stage2_models(self, pipe: BasePipeline) -> tuple[str, ...]:
-        """Models that stage 2 loads: those of `model_fn` and of the units that need gradients (law 5)."""
+        """Models that stage 2 loads: those of `model_fn` and of the units that need gradients."""
         by_units = [name for unit in self.stage2 for name in unit.onload_model_names or ()]
         return tuple(dict.fromkeys([*pipe.in_iteration_models, *(name.split(".")[0] for name in by_units)]))
 

@@ -122,7 +122,7 @@ def check_manifest(
 def check_encoders(manifest: Manifest, where: str, source: ModelSource, parts: Mapping[str, Part]) -> None:
     """Raise SourceError if the model folder has an encoder other than the one that the cache was made with.
 
-    An encoder that is not there is not asked for: stage 2 does without it (law 5).
+    An encoder that is not there is not asked for: stage 2 does without it.
     """
     for group in manifest.groups:
         for name, cached in group.parts.items():
