@@ -18,6 +18,30 @@ _BAR = 12
 _WINDOW_SECONDS = 60.0
 
 
+class RateWindow:
+    """Units a second over about the last minute.
+
+    ``done``: units at the start. ``least``: seconds after which there is a rate; before it is 0.
+    """
+
+    def __init__(self, done: int = 0, *, least: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._least = clock, least
+        self._marks: deque[tuple[float, int]] = deque([(clock(), done)])
+
+    def add(self, done: int) -> None:
+        """``done`` units are done in all by now."""
+        now = self._clock()
+        self._marks.append((now, done))
+        while len(self._marks) > 2 and now - self._marks[1][0] > _WINDOW_SECONDS:
+            self._marks.popleft()
+
+    @property
+    def rate(self) -> float:
+        """Units a second."""
+        (first, start), (last, end) = self._marks[0], self._marks[-1]
+        return (end - start) / (last - first) if last > first and last - first >= self._least else 0.0
+
+
 class Progress:
     """Counts ``completed`` of ``total`` and shows the rate, the time left and the latest values.
 
@@ -42,7 +66,7 @@ class Progress:
         self._values: dict[str, float | str] = {}
         self._stream = stream or sys.stderr
         self._clock, self._interval = clock, interval
-        self._marks: deque[tuple[float, int]] = deque([(clock(), initial)])
+        self._window = RateWindow(initial, least=0.1, clock=clock)
         self._last_line = clock()
         self._bar: RichProgress | None = None
 
@@ -69,22 +93,18 @@ class Progress:
 
     def update(self, completed: int, **values: float | str) -> None:
         """``completed`` are done in all."""
-        now = self._clock()
         self.completed = completed
         self._values.update(values)
-        self._marks.append((now, completed))
-        while len(self._marks) > 2 and now - self._marks[1][0] > _WINDOW_SECONDS:
-            self._marks.popleft()
+        self._window.add(completed)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=completed, line=self.line(COLUMNS - _BAR - 1))
-        elif now - self._last_line >= self._interval:
+        elif self._clock() - self._last_line >= self._interval:
             self._print()
 
     @property
     def rate(self) -> float:
         """Units a second over about the last minute; 0 before there is a tenth of a second to tell it from."""
-        (first, start), (last, end) = self._marks[0], self._marks[-1]
-        return (end - start) / (last - first) if last - first >= 0.1 else 0.0
+        return self._window.rate
 
     def line(self, width: int = COLUMNS - 1) -> str:
         """The state in one line of at most ``width`` characters."""

@@ -1,13 +1,9 @@
 """What a pool does, as Ray's metrics (Prometheus), reported by the driver: any dashboard of the cluster shows them."""
 
-import time
-from collections import deque
-
 from ray.util.metrics import Counter, Gauge
 
 from ray_diffsynth.preprocess.monitor import Counts
-
-_WINDOW_SECONDS = 60.0
+from ray_diffsynth.progress import RateWindow
 
 
 class PoolMetrics:
@@ -20,7 +16,7 @@ class PoolMetrics:
     def __init__(self, group: str, total: int) -> None:
         self._total = total
         self._before = Counts()
-        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        self._window = RateWindow()
         tags = {"group": group}
         self._encoded = Counter("ray_diffsynth_encoded_samples", "Samples written to the cache", ("group",))
         self._failed = Counter("ray_diffsynth_quarantined_samples", "Samples that could not be encoded", ("group",))
@@ -38,12 +34,8 @@ class PoolMetrics:
             if now > before:
                 metric.inc(now - before)
         self._before = counts
-        done, at = counts.written + counts.failed, time.monotonic()
-        self._marks.append((at, done))
-        while len(self._marks) > 2 and at - self._marks[1][0] > _WINDOW_SECONDS:
-            self._marks.popleft()
-        (first, start), (last, end) = self._marks[0], self._marks[-1]
-        rate = (end - start) / (last - first) if last > first else 0.0
-        self._rate.set(rate)
+        done = counts.written + counts.failed
+        self._window.add(done)
+        self._rate.set(self._window.rate)
         self._remaining.set(max(self._total - done, 0))
-        return rate
+        return self._window.rate
