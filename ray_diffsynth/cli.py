@@ -103,12 +103,12 @@ def main(
         return 130
     except Exception as error:
         user_error = find_user_error(error)
-        told = explain(error) if user_error is None else str(user_error)
-        if config.verbose or told is None:
+        message = explain(error) if user_error is None else str(user_error)
+        if config.verbose or message is None:
             traceback.print_exc()
-        if told is None:
+        if message is None:
             return 1
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         for note in dict.fromkeys(note for each in (user_error, error) for note in getattr(each, "__notes__", ())):
             print(note, file=sys.stderr)
         return 2 if isinstance(user_error, ConfigError) else 1

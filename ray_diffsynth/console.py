@@ -15,7 +15,7 @@ _GONE = (errno.EPIPE, errno.EIO)
 
 
 def prepare_process() -> None:
-    """To be called once, first of all, by whoever owns the process (`main` of a command line).
+    """To be called once, first of all, by the owner of the process (`main` of a command line).
 
     Where Python would take another encoding than UTF-8 for file names (an ASCII locale without Python's own remedies,
     Latin-1), the process starts over in UTF-8 mode, which the processes that it starts inherit. A closed stdin, stdout

@@ -103,7 +103,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second over about the last minute; 0 before there is a tenth of a second to tell it from."""
+        """Units a second over about the last minute; 0 within the first tenth of a second."""
         return self._window.rate
 
     def line(self, width: int = COLUMNS - 1) -> str:

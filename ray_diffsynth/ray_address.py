@@ -28,8 +28,8 @@ def no_cluster(address: str, given: bool, reason: object) -> ClusterError:
     """The error about a cluster that cannot be joined; `given`: by --ray_address, else by the variable RAY_ADDRESS."""
     whose = "" if given else " (from the variable RAY_ADDRESS)"
     fix = "leave --ray_address out" if given else "unset RAY_ADDRESS"
-    told = " ".join(str(reason).split())
-    return ClusterError(f"no Ray cluster at {address}{whose}: {told}; start one, or {fix} for a local one")
+    detail = " ".join(str(reason).split())
+    return ClusterError(f"no Ray cluster at {address}{whose}: {detail}; start one, or {fix} for a local one")
 
 
 def check_answers(address: str, given: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 DATA_ERRORS_LOGGER = "ray.data._internal.execution.streaming_executor_state"
-"""Logger to which Ray Data tells, with the exception, why it ignores a block that failed (`max_errored_blocks`)."""
+"""Logger by which Ray Data reports, with the exception, that it ignores a block that failed (`max_errored_blocks`)."""
 
 
 def init_local(temporary_folder: str | None, options: Mapping[str, Any]) -> None:
@@ -20,7 +20,7 @@ def init_local(temporary_folder: str | None, options: Mapping[str, Any]) -> None
 
 
 def available_resources() -> dict[str, dict[str, float]]:
-    """What nobody holds of the resources of each live node, by the node's id."""
+    """The resources of each live node that are not in use, by the node's id."""
     found: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
     return found
 

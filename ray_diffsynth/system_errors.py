@@ -42,15 +42,15 @@ def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def explain(error: BaseException | None) -> str | None:
-    """What to tell of an error that the machine or an object store caused, through causes and Ray's wrappers.
+    """The message for an error that the machine or an object store caused, through causes and Ray's wrappers.
 
     None for any other: that is one of the program, and has a traceback.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if told := _one(error):
-            return told
+        if message := _one(error):
+            return message
         error = remote_cause(error) or error.__cause__
     return None
 

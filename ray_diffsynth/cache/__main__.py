@@ -120,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return commands[options.command](options)
     except Exception as error:
-        told = str(error) if isinstance(error, UserError) else explain(error)
-        if told is None:
+        message = str(error) if isinstance(error, UserError) else explain(error)
+        if message is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 1
 
 

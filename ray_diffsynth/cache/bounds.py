@@ -1,4 +1,4 @@
-"""What a stored value takes in memory, told from its shape and the head of its bytes before any memory is taken.
+"""Memory that a stored value takes, from its shape and the head of its bytes, before any memory is taken.
 
 A cell may come from anywhere: 3 bytes may claim to be a tensor of gigabytes. A claim that the bytes cannot keep, or
 that is beyond MAX_VALUE_BYTES, is refused.
@@ -39,21 +39,23 @@ def check_zstd(data: memoryview, size: int) -> None:
     Source: RFC 8878, sections 3.1.1.1 and 3.1.1.2.
     """
     check_limit(size)
-    at = most = told = 0
-    all_tell = True
+    at = most = stated = 0
+    all_stated = True
     while at < len(data):
         at, content, blocks = _frame(data, at)
         if content is not None and content > blocks:
             raise ValueError(f"a zstd frame claims {content:,} bytes, its blocks can give {blocks:,}")
-        all_tell &= content is not None
-        told += content or 0
+        all_stated &= content is not None
+        stated += content or 0
         most += blocks
-    if size > most or (all_tell and size != told):
-        raise ValueError(f"its {len(data)} bytes of zstd give {told if all_tell else most:,} bytes, its shape {size:,}")
+    if size > most or (all_stated and size != stated):
+        raise ValueError(
+            f"its {len(data)} bytes of zstd give {stated if all_stated else most:,} bytes, its shape {size:,}"
+        )
 
 
 def _frame(data: memoryview, at: int) -> tuple[int, int | None, int]:
-    """The end of the frame that begins at `at`, the size that its header tells, and the most that its blocks give."""
+    """The end of the frame that begins at `at`, the size that its header states, and the most that its blocks give."""
 
     def number(size: int) -> int:
         nonlocal at

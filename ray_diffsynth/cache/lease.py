@@ -73,8 +73,8 @@ def _is_zombie(pid: int) -> bool:
 
 
 def _stated_time(lease: Mapping[str, Any]) -> float:
-    told = lease.get("time")
-    return float(told) if isinstance(told, int | float) else 0.0
+    stated = lease.get("time")
+    return float(stated) if isinstance(stated, int | float) else 0.0
 
 
 def _boot_id() -> str:

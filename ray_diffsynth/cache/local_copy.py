@@ -34,7 +34,7 @@ class LocalCopies:
     def open(self, path: str) -> pa.NativeFile:
         """A seekable file with the content of `path`. Raises OSError.
 
-        A local path is opened where it is, and so is one whose store does not tell whether the file has changed.
+        A local path is opened where it is, and so is one whose store has no version of the file to compare.
         """
         stamp = storage.stamp(path) if storage.is_remote(path) else ""
         if not stamp:

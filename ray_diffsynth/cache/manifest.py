@@ -38,7 +38,7 @@ DTYPES = ("bfloat16", "float32", "float16")
 """In which encoders run."""
 
 QUARANTINE_SCHEMA = pa.schema([(n, pa.string()) for n in ("sample_id", "source", "error", "message", "group", "key")])
-"""`group` and `key` tell what could not be encoded; null for a row that failed before that."""
+"""`group` and `key`: of what could not be encoded; null for a row that failed before that."""
 
 
 @dataclass(frozen=True, kw_only=True)

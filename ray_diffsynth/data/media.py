@@ -283,7 +283,7 @@ def load_image(path: str, data: bytes | None = None, *, max_bytes: int = MAX_DEC
         shown = to_srgb(image, stored)
         plain = shown if turn is None or turns_itself else shown.transpose(turn)
         plain = plain.copy() if plain is image else plain
-    # Without what the file says about itself: nothing is applied again by whoever gets it.
+    # Without the file's metadata (profile, orientation), so that nothing is applied twice.
     plain.info.clear()
     return plain
 

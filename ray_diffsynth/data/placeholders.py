@@ -1,4 +1,4 @@
-"""What lies in the place of a file's content when a download went wrong, told by its first bytes. No imports."""
+"""Recognises, by a file's first bytes, what failed downloads leave in place of its content. No imports."""
 
 from __future__ import annotations
 

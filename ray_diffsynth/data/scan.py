@@ -11,7 +11,7 @@ from ray_diffsynth.data.video_stream import is_video
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """Facts of one source file. `stamp` (size and modification time or ETag) tells whether it must be read again.
+    """Facts of one source file. `stamp`: size and modification time, or ETag; while it is the same, so is the content.
 
     `num_frames` and `fps` are those of a video; an image has one frame. `decode_bytes` is the memory that decoding
     takes, by the header; `note` says what of the file is left aside, or nothing.

@@ -20,7 +20,7 @@ class SampleSpec:
     `columns` maps an input parameter to its metadata column (`{"input_image": "image", "prompt": "prompt"}`);
     `file_params` are those whose column holds a file path, or a list of them. Of a model that makes videos
     (`size.video`), `video_params` are given as frames (an image as one), `image_params` as an image (of a video its
-    first frame), and any other as the file's name tells. `parsers`: column -> what reads its value (see
+    first frame), and any other by the ending of the file's name. `parsers`: column -> what reads its value (see
     `read_metadata`).
     """
 

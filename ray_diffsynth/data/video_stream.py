@@ -130,7 +130,7 @@ def _converter() -> Any:
 
 
 def _conversion(frame: Any) -> dict[str, Any]:
-    """What the converter to RGB is to be told of a frame's colours."""
+    """The converter's options for a frame's colours: matrix and range, and curve and primaries of HDR."""
     options: dict[str, Any] = {}
     if not frame.format.is_rgb and frame.colorspace == _UNSPECIFIED:
         # What players take where the file does not say: BT.709 from high definition on.

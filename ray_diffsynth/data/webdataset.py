@@ -86,7 +86,7 @@ def _read_tar(path: str, name: str, file_column: str, text_column: str) -> tuple
 
 
 def _wrong_content(path: str) -> str | None:
-    """What a file that is no tar is instead, if that can be told."""
+    """What a file that is no tar is instead; None if unknown."""
     try:
         with storage.open_input(path) as file:
             return wrong_content(file.read(HEAD))

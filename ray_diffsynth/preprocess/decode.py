@@ -45,7 +45,7 @@ class Decoder:
         for item in json.loads(shard["rows"]):
             size = Bucket.parse(item["size"])
             try:
-                with collecting() as told:
+                with collecting() as collected:
                     found = load_inputs(
                         item["row"], size, self.spec.sample, only=self.spec.inputs, digests=item["digests"]
                     )
@@ -59,7 +59,7 @@ class Decoder:
             else:
                 keys.append(item["key"])
                 rows.append(found)
-                if told:
-                    warnings[item["key"]] = [(warning.kind, warning.detail) for warning in told]
+                if collected:
+                    warnings[item["key"]] = [(warning.kind, warning.detail) for warning in collected]
         more = {"failed": json.dumps(failed), "transient": json.dumps(transient), "warnings": json.dumps(warnings)}
         return {**shard, "inputs": pack(keys, rows, self.spec.inputs), **more}

@@ -27,8 +27,8 @@ def dry_run(
 ) -> dict[str, Any]:
     """Print the plan; returns its figures: samples, quarantined, buckets, warnings, per group rows, reasons and bytes.
 
-    `warnings`: of what metadata and headers tell, to which that of rows in the cache is added; what the encoders would
-    find in others is not known. retry: rows that failed in an earlier run are tried again.
+    `warnings`: of metadata and headers, to which those of rows in the cache are added; those that encoding other
+    rows would give are not known. retry: rows that failed in an earlier run are tried again.
     """
     samples, rejected, total = rows.samples, rows.rejected, rows.total
     buckets = Counter(sample.bucket.name for sample in samples)

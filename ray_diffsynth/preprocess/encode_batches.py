@@ -43,8 +43,8 @@ def encode(
     """Parameters of each sample, or why it failed; and the batch size that fits, for the next call.
 
     Out of memory halves the batch size; at 1 it is the sample's own failure. A batch that fails otherwise is cut into
-    halves until the sample that is to blame stands alone. `on_batch` is told of each batch before it is encoded: the
-    place of its first sample, and that after its last. Raises DeviceError, and what is the run's own mistake.
+    halves until the sample that is to blame stands alone. `on_batch` is called before each batch with the
+    positions of its first sample and after its last. Raises DeviceError, and what is the run's own mistake.
     """
     results: list[dict[str, Any] | Failure] = []
     fits = 1

@@ -48,7 +48,7 @@ class Encoder:
         try:
             self._load()
         except Exception as error:
-            # Of an actor that Ray starts again nobody else would hear it: Ray Data would wait for ever.
+            # Ray starts the actor again without reporting the error, and Ray Data would wait for it for ever.
             if monitor is not None:
                 reason = f"the encoder of {spec.group} cannot be loaded: {described(error)}"
                 ray.get(monitor.give_up.remote(reason))
@@ -101,7 +101,7 @@ class Encoder:
             if attempt is not None:
                 self.monitor.begin_batch.remote(attempt, [key for key, _ in rows[start:end]])
 
-        with collecting() as told:
+        with collecting() as collected:
             results, self.batch_sizes[shard["bucket"]] = encode(
                 self.pipe, self.group, self.spec.settings, inputs, size, on_batch
             )
@@ -113,20 +113,20 @@ class Encoder:
             else:
                 good[key] = result
         packed = pack(list(good), list(good.values()), self.group.parameters)
-        warnings = json.dumps(_by_key(told, rows, json.loads(shard["warnings"])))
+        warnings = json.dumps(_by_key(collected, rows, json.loads(shard["warnings"])))
         return {**shard, "inputs": packed, "failed": json.dumps(failed), "warnings": warnings}
 
 
 def _by_key(
-    told: DataWarnings, rows: Sequence[tuple[str, Mapping[str, Any]]], known: Mapping[str, Sequence[Sequence[str]]]
+    collected: DataWarnings, rows: Sequence[tuple[str, Mapping[str, Any]]], known: Mapping[str, Sequence[Sequence[str]]]
 ) -> dict[str, list[tuple[str, str]]]:
     """`known` and the warnings of the units, by row (units name it by its caption); those of no row have the key ""."""
     found = {key: [(kind, detail) for kind, detail in pairs] for key, pairs in known.items()}
     of_text: dict[str, list[str]] = {}
-    for key, values in rows if told else ():
+    for key, values in rows if collected else ():
         for text in {value for value in values.values() if isinstance(value, str) and value}:
             of_text.setdefault(text, []).append(key)
-    for warning in told:
+    for warning in collected:
         keys = of_text.get(warning.sample_id)
         detail = warning.detail if keys or not warning.sample_id else f"{warning.sample_id}: {warning.detail}"
         for key in keys or [""]:

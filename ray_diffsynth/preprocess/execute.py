@@ -68,7 +68,7 @@ def _side_by_side(runs: Sequence[GroupRun], contexts: Sequence[PassContext], sto
             errors.append((run.name, error))
             stop.set()
 
-    # Daemons, joined in small waits: an interrupt is heard at once, not after the last shard.
+    # Daemons, joined in small waits: an interrupt ends the run at once, not after the last shard.
     threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in zip(runs, contexts, strict=True)]
     for thread in threads:
         thread.start()
@@ -109,7 +109,7 @@ def encode_group(run: GroupRun, context: PassContext) -> None:
         try:
             results, deaths = run_pass(context, shards, retries=retries, in_flight=in_flight)
         except Exception as error:
-            # What a task told the monitor is nearer to the cause than how Ray reports its end.
+            # The reason that a task reported is nearer to the cause than what Ray reports.
             raise_if_given_up(context.monitor, error)
             raise
         run.add_results(results)
@@ -143,7 +143,7 @@ def encode_group(run: GroupRun, context: PassContext) -> None:
 
 
 def raise_if_given_up(monitor: Any, cause: Exception | None = None) -> None:
-    """Raise EncoderError with the reason that a task told the monitor, if one did."""
+    """Raise EncoderError with the reason that a task reported to the monitor, if one did."""
     if reason := ray.get(monitor.get.remote()).fatal:
         raise EncoderError(reason) from cause
 

@@ -18,7 +18,7 @@ from ray_diffsynth.resources import EncoderPool
 class GroupRun:
     """A group of stage-1 units while it is planned, encoded and committed.
 
-    plan: the address space of its rows. pool: what its actors and tasks take. encoder: what its actors are told.
+    plan: the address space of its rows. pool: what its actors and tasks take. encoder: its specification.
     keys: of each sample's row, in the order of the samples; computed once. empty_key: of the row of the empty caption;
     None in a group that no caption alone flows into.
     catalog: what is known of its rows. shards: what is to be encoded. reused: wanted rows that the cache held before.

@@ -44,7 +44,7 @@ def shard_row(shard: ShardPlan) -> dict[str, Any]:
     that cannot be encoded, by key: error class and message. Those of `failed` are remembered; what is in `transient` is
     not the sample's own fault and is tried again by the next run. `warnings` are those of a row, by key: pairs of
     kind and detail; those of the key "" are of no single row and are not stored. `given_up`: a task could not go on and
-    told the monitor why; the next tasks pass the shard on as it is.
+    reported why to the monitor; the next tasks pass the shard on as it is.
     """
     rows = [
         {

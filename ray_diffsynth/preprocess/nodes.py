@@ -25,7 +25,7 @@ def _answer() -> None:
 def living(nodes: Iterable[str], seconds: float = SETTLE_SECONDS) -> set[str]:
     """Those of the machines (ids) that live: each is waited for until it answers or Ray declares it dead.
 
-    One that does neither within `seconds` does not count as living; a warning tells.
+    One that does neither within `seconds` does not count as living, with a warning.
     """
     own = ray.get_runtime_context().get_node_id()
     unknown = set(nodes)

@@ -32,7 +32,7 @@ MAX_PENDING_TASKS = 512
 
 @dataclass(frozen=True, slots=True)
 class Unchecked:
-    """A file as it was at the last scan, since its storage does not tell now whether it has changed, and why not."""
+    """A file as it was at the last scan, since its storage cannot be asked now whether it has changed, and why not."""
 
     file: SourceFile
     reason: str

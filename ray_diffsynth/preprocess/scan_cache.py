@@ -66,7 +66,7 @@ def _write(path: str, files: Iterable[SourceFile]) -> None:
     text = io.BytesIO()
     text.write(json.dumps({"version": VERSION}).encode())
     for file in files:
-        if file.stamp:  # else nothing tells whether the file has changed
+        if file.stamp:  # without one a change could not be noticed
             text.write(b"\n" + json.dumps(astuple(file)).encode())
     write_bytes_atomic(path, text.getbuffer())
 

@@ -1,4 +1,4 @@
-"""Reading files: whole or in parts, and the stamp that tells whether one has changed."""
+"""Reading files: whole or in parts, and the stamp that changes with the content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _VERSIONS = ("ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "updated")
-"""Keys under which file systems tell the version of a file; the first that is there counts."""
+"""Keys under which file systems give the version of a file; the first that is there counts."""
 
 
 def exists(path: str) -> bool:
@@ -69,10 +69,10 @@ def open_input(path: str, *, block_size: int | None = None) -> pa.NativeFile:
 
 
 def stamp(path: str) -> str:
-    """What tells this content of a file from any other: equal stamps mean that it need not be read again.
+    """The version of a file's content: equal stamps mean that it need not be read again.
 
     Size, times and inode (`cp -p` and `touch` can give new bytes an old time of modification); size and ETag or the
-    like of a remote file, and nothing ("") where its store tells no version. Raises OSError or ValueError for a file
+    like of a remote file, and nothing ("") where its store has no version. Raises OSError or ValueError for a file
     that is absent or cannot be asked.
     """
     if member := member_of(path):

@@ -1,4 +1,4 @@
-"""Names of files that are being written: hidden, and told from those of other processes."""
+"""Names of files that are being written: hidden, and different for each process."""
 
 from __future__ import annotations
 
