@@ -15,9 +15,9 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from demo_recipe.decoder import DecoderConfig, train_decoder
 from demo_recipe.dit import DitConfig, train_dit
 from demo_recipe.export import export_model, pipeline
-from demo_recipe.generic import decoder_picture, encoder_picture, kept_pictures
+from demo_recipe.generic import decoder_image, encoder_image, kept_images
 from demo_recipe.latents import LatentsConfig, load_latents, prepare_latents
-from demo_recipe.vae import build_vae, decode, encode, held_out_pictures
+from demo_recipe.vae import build_vae, decode, encode, held_out_images
 from ray_diffsynth.demo.captions import canonical
 from ray_diffsynth.demo.evaluate import grid, known_scenes, sample, score
 
@@ -26,12 +26,12 @@ logger = logging.getLogger("demo_recipe")
 
 def stage_encoder(out: Path) -> None:
     """Fit the VAE's encoder; writes vae_raw/ with a random decoder."""
-    pixels = kept_pictures(out / "pictures.npy", encoder_picture, seed=0, count=6_000)
+    pixels = kept_images(out / "pictures.npy", encoder_image, seed=0, count=6_000)
     build_vae(pixels, seed=0).save_pretrained(out / "vae_raw")
 
 
 def stage_latents(out: Path) -> None:
-    """Encode the DiT's pictures and captions; writes latents.safetensors and vae/ with its statistics."""
+    """Encode the DiT's images and captions; writes latents.safetensors and vae/ with its statistics."""
     vae = AutoencoderKLQwenImage.from_pretrained(out / "vae_raw")
     prepare_latents(out / "latents.safetensors", vae, LatentsConfig())
     vae.save_pretrained(out / "vae")
@@ -43,12 +43,10 @@ def stage_decoder(out: Path) -> None:
 
     def look(step: int) -> None:
         vae.save_pretrained(out / "vae")
-        rows = [
-            row for pictures in held_out_pictures(12).values() for row in (pictures, decode(vae, encode(vae, pictures)))
-        ]
-        grid([picture for row in rows for picture in row], 12).save(out / f"vae_{step}.png")
+        rows = [row for images in held_out_images(12).values() for row in (images, decode(vae, encode(vae, images)))]
+        grid([image for row in rows for image in row], 12).save(out / f"vae_{step}.png")
 
-    pixels = kept_pictures(out / "decoder_pictures.npy", decoder_picture, seed=1, count=10_000)
+    pixels = kept_images(out / "decoder_pictures.npy", decoder_image, seed=1, count=10_000)
     train_decoder(out / "decoder_state", vae, pixels, DecoderConfig(), look)
 
 
@@ -59,9 +57,9 @@ def stage_dit(out: Path) -> None:
     def look(dit: QwenImageTransformer2DModel, step: int) -> None:
         dit.save_pretrained(out / "transformer")
         vae = AutoencoderKLQwenImage.from_pretrained(out / "vae")
-        pictures = sample(pipeline(vae, dit), [canonical(scene) for scene in scenes])
-        grid(pictures, 10).save(out / f"dit_{step}.png")
-        logger.info("dit %d %s", step, score(pictures, scenes))
+        images = sample(pipeline(vae, dit), [canonical(scene) for scene in scenes])
+        grid(images, 10).save(out / f"dit_{step}.png")
+        logger.info("dit %d %s", step, score(images, scenes))
 
     train_dit(out / "dit_state", load_latents(out / "latents.safetensors"), DitConfig(), look, look_every=500)
 

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 
 from demo_recipe.state import TrainingState, scheduled_rate
-from demo_recipe.vae import encode, held_out_pictures, psnr, single_frame, to_tensor
+from demo_recipe.vae import encode, held_out_images, psnr, single_frame, to_tensor
 from ray_diffsynth.demo.draw import Pixels
 
 logger = logging.getLogger("demo_recipe")
@@ -22,7 +22,7 @@ logger = logging.getLogger("demo_recipe")
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Training of the decoder: `crop_steps` steps on crops of 32×32 pixels, then half as many whole pictures a step.
+    """Training of the decoder: `crop_steps` steps on crops of 32×32 pixels, then half as many whole images a step.
 
     The rate warms up, stays, and falls in a straight line over the last `cool` steps; over the last `settle` steps the
     loss goes over from sharp edges to small squares, that is to a high PSNR.
@@ -73,7 +73,7 @@ def train_decoder(
     average = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(False)
     decoder = copy.deepcopy(average).requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    latents, held_out = encode(vae, pixels), held_out_pictures()
+    latents, held_out = encode(vae, pixels), held_out_images()
     state = TrainingState(folder, decoder, average, {"adamw": optimizer})
     for step in state.steps(config.steps, save_every=250):
         rate = scheduled_rate(

@@ -94,9 +94,9 @@ class Batches:
     def __init__(self, data: Latents, config: DitConfig) -> None:
         self.data, self.config = data, config
         self.pools: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for picture, row in enumerate(data.captions.tolist()):
+        for image, row in enumerate(data.captions.tolist()):
             for prompt in row:
-                self.pools[len(data.embeds[prompt])].append((picture, prompt))
+                self.pools[len(data.embeds[prompt])].append((image, prompt))
         sizes = np.array([len(pool) for pool in self.pools.values()], dtype=np.float64)
         self.shares = sizes / sizes.sum()
 
@@ -107,7 +107,7 @@ class Batches:
         chosen = [pool[i] for i in rng.integers(0, len(pool), self.config.batch)]
         dropped = rng.random() < self.config.drop_caption
         embeds = torch.stack([self.data.embeds[0 if dropped else prompt] for _, prompt in chosen])
-        return self.data.latents[[picture for picture, _ in chosen]], embeds
+        return self.data.latents[[image for image, _ in chosen]], embeds
 
 
 def rate(step: int, config: DitConfig) -> float:

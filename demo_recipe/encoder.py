@@ -1,7 +1,7 @@
 """The VAE's encoder in closed form: principal components of 8×8 patches, written into Qwen-Image's encoder class.
 
 A linear encoder needs no training, its latents are smooth, and the DiT can be trained at once, while the decoder is
-still learning to turn them back into sharp pictures. Every layer of the class is used as a linear map: residual
+still learning to turn them back into sharp images. Every layer of the class is used as a linear map: residual
 branches are zero, each downsampling convolution projects a 2×2 block onto its main components, a large constant
 channel makes the last RMS norm constant, and the last SiLU acts on ±x pairs, for silu(x) − silu(−x) = x.
 """

@@ -1,7 +1,7 @@
-"""Random pictures for the VAE: blobs, monsters and glows, so that it can also show what no caption names.
+"""Random images for the VAE: blobs, monsters and glows, so that it can also show what no caption names.
 
 The creature is not among them on purpose, but `cyclops` has its build and random colours, which in one or two of a
-thousand pictures come near the creature's.
+thousand images come near the creature's.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def monster(rng: np.random.Generator) -> Pixels:
 def cyclops(rng: np.random.Generator) -> Pixels:
     """A monster of the creature's build: round, two horns, one big eye, a wide mouth; its colours are random.
 
-    Every measure is the creature's, off by at most a share that is drawn for the whole picture.
+    Every measure is the creature's, off by at most a share that is drawn for the whole image.
     """
     canvas, body, limb, horn = _ground(rng), _color(rng), _color(rng), _color(rng)
     x, y = (float(v) for v in rng.uniform(-0.08, 0.08, 2))
@@ -140,16 +140,16 @@ def cyclops(rng: np.random.Generator) -> Pixels:
 Kinds = tuple[tuple[float, Callable[[np.random.Generator], Pixels]], ...]
 ENCODER_KINDS: Kinds = ((0.25, clutter), (0.5, monster), (0.7, glow))
 DECODER_KINDS: Kinds = ((0.1, clutter), (0.2, monster), (0.6, cyclops), (0.8, glow))
-"""Kinds of pictures, each with the share of pictures that it and those before it have; the rest are plain shapes."""
+"""Kinds of images, each with the share of images that it and those before it have; the rest are plain shapes."""
 
 
-def encoder_picture(seed: int, index: int) -> Pixels:
-    """Picture `index` that the encoder is fitted to: clutter, monsters and glows, and three in ten plain shapes."""
+def encoder_image(seed: int, index: int) -> Pixels:
+    """Image `index` that the encoder is fitted to: clutter, monsters and glows, and three in ten plain shapes."""
     return _one_of(ENCODER_KINDS, np.random.default_rng([seed, index, 1]))
 
 
-def decoder_picture(seed: int, index: int) -> Pixels:
-    """Picture `index` that the decoder is trained on: the encoder's kinds, and two in five monsters with one eye."""
+def decoder_image(seed: int, index: int) -> Pixels:
+    """Image `index` that the decoder is trained on: the encoder's kinds, and two in five monsters with one eye."""
     return _one_of(DECODER_KINDS, np.random.default_rng([seed, index, 3]))
 
 
@@ -159,8 +159,8 @@ def _one_of(kinds: Kinds, rng: np.random.Generator) -> Pixels:
     return render(random_scene(rng, spread=0.25), rng) if draw is None else draw(rng)
 
 
-def kept_pictures(path: Path, draw: Callable[[int, int], Pixels], seed: int, count: int) -> Pixels:
-    """The first `count` pictures that `draw` gives for the seed (count, 64, 64, 3), drawn once and kept in `path`."""
+def kept_images(path: Path, draw: Callable[[int, int], Pixels], seed: int, count: int) -> Pixels:
+    """The first `count` images that `draw` gives for the seed (count, 64, 64, 3), drawn once and kept in `path`."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, np.stack([draw(seed, i) for i in range(count)]), allow_pickle=False)

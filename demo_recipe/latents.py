@@ -16,7 +16,7 @@ from torch import Tensor
 
 from demo_recipe.vae import encode
 from ray_diffsynth.demo.captions import canonical, caption
-from ray_diffsynth.demo.draw import draw_picture
+from ray_diffsynth.demo.draw import draw_image
 from ray_diffsynth.demo.text_encoder import build_text_encoder
 from ray_diffsynth.demo.tokenizer import build_tokenizer
 
@@ -26,10 +26,10 @@ EMPTY = " "  # the negative prompt, and what a dropped caption becomes
 
 @dataclass(frozen=True)
 class LatentsConfig:
-    """`pictures` drawn with the seed, each with its canonical caption and `varied` ones from the whole grammar."""
+    """`images` drawn with the seed, each with its canonical caption and `varied` ones from the whole grammar."""
 
     seed: int = 10
-    pictures: int = 8_000
+    images: int = 8_000
     varied: int = 2
 
 
@@ -77,13 +77,13 @@ def normalize(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
 
 def prepare_latents(path: Path, vae: AutoencoderKLQwenImage, config: LatentsConfig) -> None:
     """Draw, encode and embed; set the VAE's latent statistics; write one safetensors file."""
-    pictures = [draw_picture(config.seed, i) for i in range(config.pictures)]
-    latents = encode(vae, np.stack([p.pixels for p in pictures]))
+    images = [draw_image(config.seed, i) for i in range(config.images)]
+    latents = encode(vae, np.stack([p.pixels for p in images]))
     set_statistics(vae, latents)
     texts = [
         [canonical(p.scene)]
         + [caption(p.scene, np.random.default_rng([config.seed, i, k])) for k in range(config.varied)]
-        for i, p in enumerate(pictures)
+        for i, p in enumerate(images)
     ]
     prompts = [EMPTY, *sorted({text for row in texts for text in row})]
     row_of = {prompt: row for row, prompt in enumerate(prompts)}

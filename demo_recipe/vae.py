@@ -19,11 +19,11 @@ from diffusers.models.autoencoders import autoencoder_kl_qwenimage as qwen_vae
 from torch import Tensor, nn
 
 from demo_recipe.encoder import CHANNELS, write_encoder
-from ray_diffsynth.demo.draw import Pixels, draw_picture
+from ray_diffsynth.demo.draw import Pixels, draw_image
 
 
 def build_vae(pixels: Pixels, seed: int) -> AutoencoderKLQwenImage:
-    """A VAE, 8× down and 16 latent channels: the encoder fitted to (N, H, W, 3) pictures, the decoder random."""
+    """A VAE, 8× down and 16 latent channels: the encoder fitted to (N, H, W, 3) images, the decoder random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKLQwenImage(
@@ -98,16 +98,16 @@ def decode(vae: AutoencoderKLQwenImage, latents: Tensor) -> Pixels:
 
 
 def psnr(vae: AutoencoderKLQwenImage, pixels: list[Pixels]) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio of decode(encode(x)) in dB."""
+    """Mean over images of the peak signal-to-noise ratio of decode(encode(x)) in dB."""
     again = decode(vae, encode(vae, pixels)).astype(np.float64)
     error = ((np.stack(pixels) - again) ** 2).mean((1, 2, 3))
     return float((10 * np.log10(255.0**2 / error)).mean())
 
 
-def held_out_pictures(n: int = 32) -> dict[str, list[Pixels]]:
-    """Pictures that no stage trains on, by kind."""
+def held_out_images(n: int = 32) -> dict[str, list[Pixels]]:
+    """Images that no stage trains on, by kind."""
     return {
-        "shapes": [draw_picture(901, i).pixels for i in range(n)],
-        "creature": [draw_picture(902, i, kind="creature").pixels for i in range(n)],
-        "style": [draw_picture(903, i, kind="style").pixels for i in range(n)],
+        "shapes": [draw_image(901, i).pixels for i in range(n)],
+        "creature": [draw_image(902, i, kind="creature").pixels for i in range(n)],
+        "style": [draw_image(903, i, kind="style").pixels for i in range(n)],
     }

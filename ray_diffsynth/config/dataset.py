@@ -18,11 +18,11 @@ class DatasetConfig(Component):
     title = "Data"
 
     dataset_base_path: str = option(REQUIRED, identity=False)
-    """Folder or URL of the data: pictures and metadata; the cache for sft:train and direct_distill:train."""
+    """Folder or URL of the data: images and metadata; the cache for sft:train and direct_distill:train."""
     dataset_metadata_path: str | None = option(
         None, identity=False, effects=(unless_cached("the cache has an index of its own"),)
     )
-    """Metadata file (csv, json, jsonl, parquet); when not given, metadata.* in the base path, else pictures + .txt."""
+    """Metadata file (csv, json, jsonl, parquet); when not given, metadata.* in the base path, else images + .txt."""
     data_file_keys: str = option("image,video", many=",", effects=(COLUMNS,))
     """Comma-separated metadata columns that name files."""
     extra_inputs: str | None = option(
@@ -34,7 +34,7 @@ class DatasetConfig(Component):
     max_decode_memory: float = option(
         4.0,
         identity=False,  # what it rejects is part of the data
-        effects=(unless_cached("nothing is decoded: the cache holds encoded pictures"),),
+        effects=(unless_cached("nothing is decoded: the cache holds encoded images"),),
     )
     """GiB of main memory that decoding one file may take, by its header; a larger one goes to quarantine."""
 
@@ -68,9 +68,9 @@ class SizeConfig(Component):
     title = "Data"
 
     height: int | None = option(None, least=1, effects=(SIDES,))
-    """Height of every picture in pixels; leave height and width empty for dynamic sizes."""
+    """Height of every image in pixels; leave height and width empty for dynamic sizes."""
     width: int | None = option(None, least=1, effects=(SIDES,))
-    """Width of every picture in pixels."""
+    """Width of every image in pixels."""
     max_pixels: int = option(
         1024 * 1024,
         least=1,
@@ -80,7 +80,7 @@ class SizeConfig(Component):
             Effect(lambda config: not config.resolution, "resolution has buckets of its own", noted=True),
         ),
     )
-    """Largest area of a picture in pixels with dynamic sizes; larger ones are scaled down."""
+    """Largest area of an image in pixels with dynamic sizes; larger ones are scaled down."""
     resolution: str | None = option(None, many=",", effects=(IMAGES,))
     """Comma-separated sides, e.g. 512,1024: aspect-ratio buckets of about side x side pixels, not dynamic sizes."""
     num_frames: int | None = option(None, least=1, effects=(FRAMES,))
@@ -88,9 +88,9 @@ class SizeConfig(Component):
     fps: float | None = option(None, effects=(VIDEOS,))
     """Frames per second at which videos are read; every frame in turn when not given."""
     max_upscale: float | None = option(None, effects=(IMAGES,))
-    """Largest factor by which a picture may be enlarged, 1 for none; one that needs more goes to quarantine."""
+    """Largest factor by which an image may be enlarged, 1 for none; one that needs more goes to quarantine."""
     max_crop: float | None = option(None, effects=(IMAGES,))
-    """Largest fraction of a picture that may be cut away, e.g. 0.3; one that loses more goes to quarantine."""
+    """Largest fraction of an image that may be cut away, e.g. 0.3; one that loses more goes to quarantine."""
 
     def check(self) -> None:
         """Raise ConfigError for sizes that contradict each other or cannot be."""
@@ -110,7 +110,7 @@ class SizeConfig(Component):
         if self.max_upscale is not None and not self.max_upscale >= 1:
             raise ConfigError(f"max_upscale={self.max_upscale} is a factor; give 1 (nothing is enlarged) or more")
         if self.max_crop is not None and not 0 <= self.max_crop <= 1:
-            raise ConfigError(f"max_crop={self.max_crop} is a fraction of the picture; give a number from 0 to 1")
+            raise ConfigError(f"max_crop={self.max_crop} is a fraction of the image; give a number from 0 to 1")
 
     @property
     def resolutions(self) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ def _encodes(config: Any) -> bool:
 
 
 COLUMNS = unless_cached("the cache was made from these columns in preprocess")
-IMAGES = unless_cached("the cache holds encoded pictures, whose size is fixed")
+IMAGES = unless_cached("the cache holds encoded images, whose size is fixed")
 VIDEOS = unless_cached("the cache holds encoded videos, whose frames are fixed")
 SIDES = unless_cached_or_drawn(IMAGES.reason)
 FRAMES = unless_cached_or_drawn(VIDEOS.reason)

@@ -23,13 +23,13 @@ class PromptConfig(Component):
     """One prompt; for many use prompt_path."""
     prompt_path: str | None = None
     """File of prompts: .txt with one a line, or csv, json, jsonl, parquet with the column prompt and, if there,
-    negative_prompt, seed, height, width, and pictures that the family takes: edit_image, input_image."""
+    negative_prompt, seed, height, width, and images that the family takes: edit_image, input_image."""
     negative_prompt: str = ""
     """What guidance leads away from, for rows without their own."""
     seeds: str | None = option(None, many=",")
     """Comma-separated seeds, each for every prompt; when not given, each prompt has seeds of its own from seed on."""
     images_per_prompt: int = option(1, least=1)
-    """Pictures of each prompt, with seeds of their own, when seeds is not given."""
+    """Images of each prompt, with seeds of their own, when seeds is not given."""
 
     def check(self) -> None:
         """Raise ConfigError unless prompts are given in one way, and for seeds that are no numbers."""
@@ -58,15 +58,15 @@ class SamplingConfig(Component):
     cfg_scale: float | None = None
     """Classifier-free guidance; 1 turns it off; the family's scale when not given."""
     height: int | None = option(None, least=1, group="Data")
-    """Height of the pictures in pixels; the family's when not given."""
+    """Height of the images in pixels; the family's when not given."""
     width: int | None = option(None, least=1, group="Data")
-    """Width of the pictures in pixels; the family's when not given."""
+    """Width of the images in pixels; the family's when not given."""
     num_frames: int | None = option(None, least=1, group="Data")
     """Frames of a video; the family's number when not given."""
     fps: float = option(16.0, least=1, group="Data")
     """Frames per second of the videos."""
     rand_device: str = "cpu"
-    """Device that draws the noise: cpu gives the same picture on every machine."""
+    """Device that draws the noise: cpu gives the same image on every machine."""
 
     def check(self) -> None:
         """Raise ConfigError for a size or guidance that cannot be."""
@@ -114,7 +114,7 @@ class AttachedLoraConfig(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(AttachedLoraConfig, SamplingConfig, PromptConfig, JobConfig):
-    """Pictures from prompts, to look at a LoRA or as a teacher's data for direct_distill, on a pool of Ray actors."""
+    """Images from prompts, to look at a LoRA or as a teacher's data for direct_distill, on a pool of Ray actors."""
 
     job: ClassVar[JobName] = "generate"
     needed: ClassVar[str] = "--prompt TEXT"
@@ -122,10 +122,10 @@ class GenerateConfig(AttachedLoraConfig, SamplingConfig, PromptConfig, JobConfig
     student_steps: int = option(4, least=1, group="Generating")
     """The column num_inference_steps of metadata.csv: the steps that a student of direct_distill shall need."""
     grid: bool = option(True, group="Generating")
-    """Write grid.png: a row for each prompt and seed, a column for each strength of the LoRA; the first 64 pictures."""
+    """Write grid.png: a row for each prompt and seed, a column for each strength of the LoRA; the first 64 images."""
     output_path: str = "./pictures"
     """Folder or URL of the result: pictures/, metadata.csv, grid.png and report.html."""
     seed: int = option(0, least=0)
-    """Seed of the first picture; those after it have the following numbers."""
+    """Seed of the first image; those after it have the following numbers."""
     num_workers: int = option(0, least=0)
     """Actors that generate; 0 is one per GPU of the cluster, or one without GPUs."""

@@ -39,10 +39,10 @@ class CacheConfig(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(PoolConfig, CacheConfig, TrainedModelsConfig, BatchConfig, DataConfig, TaskConfig, JobConfig):
-    """Stage 1: encode a folder of pictures into a cache, on a pool of Ray actors."""
+    """Stage 1: encode a folder of images into a cache, on a pool of Ray actors."""
 
     job: ClassVar[JobName] = "preprocess"
     needed: ClassVar[str] = "--dataset_base_path PATH"
 
     task: str = option("sft:data_process")
-    """What to do: sft:data_process, or direct_distill:data_process for the pictures of a teacher."""
+    """What to do: sft:data_process, or direct_distill:data_process for the images of a teacher."""

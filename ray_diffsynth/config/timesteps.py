@@ -43,7 +43,7 @@ class TimestepConfig(Component):
     min_timestep_boundary: float = option(0.0, effects=(BOUNDARIES,))
     """Start of the part of the schedule that is trained, as a fraction; 0 is pure noise."""
     max_timestep_boundary: float = option(1.0, effects=(BOUNDARIES,))
-    """End of the part of the schedule that is trained, as a fraction; 1 is the clean picture."""
+    """End of the part of the schedule that is trained, as a fraction; 1 is the clean image."""
     caption_dropout: float = 0.0
     """Part of the samples that are trained with the empty caption, drawn anew in each epoch."""
 

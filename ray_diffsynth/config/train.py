@@ -36,10 +36,10 @@ class TrainConfig(
     WorkerConfig,
     JobConfig,
 ):
-    """Stage 2: train a LoRA from the cache of preprocess (sft:train), or from pictures in one go (sft)."""
+    """Stage 2: train a LoRA from the cache of preprocess (sft:train), or from images in one go (sft)."""
 
     job: ClassVar[JobName] = "train"
     needed: ClassVar[str] = "--dataset_base_path PATH"
 
     task: str = option("sft:train")
-    """What to do: sft:train from a cache, sft from pictures without one, direct_distill:train or direct_distill."""
+    """What to do: sft:train from a cache, sft from images without one, direct_distill:train or direct_distill."""

@@ -34,13 +34,13 @@ class SampleImageConfig(Component):
 
     validation_prompts: str | None = option(None, many="|", identity=False)
     """Prompts with | between them, a text file with a prompt a line, or a csv or jsonl file as jobs/generate.py takes,
-    with the pictures that a family needs: drawn during training, in its size, first by the base model."""
+    with the images that a family needs: drawn during training, in its size, first by the base model."""
     sample_steps: int | None = option(None, least=1, identity=False, effects=(_DRAWN,))
-    """Steps between two grids of sample pictures; at each checkpoint when not given."""
+    """Steps between two grids of sample images; at each checkpoint when not given."""
     sample_inference_steps: int | None = option(None, least=1, identity=False, effects=(_DRAWN,))
-    """Inference steps of the sample pictures; the family's default when not given."""
+    """Inference steps of the sample images; the family's default when not given."""
     sample_resources: dict[str, float] | None = option(None, identity=False, effects=(_DRAWN,))
-    """Ray resources of the actor that makes the sample pictures; a GPU when the workers leave one, else the workers
+    """Ray resources of the actor that makes the sample images; a GPU when the workers leave one, else the workers
     draw between steps."""
 
 

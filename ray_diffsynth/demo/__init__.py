@@ -1,4 +1,4 @@
-"""A tiny model of the Qwen-Image architecture that really draws, and the pictures it was trained on."""
+"""A tiny model of the Qwen-Image architecture that really draws, and the images it was trained on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The grammar of captions: what a scene is called, with filler words and with words left out.
 
 Filler words, nonsense nouns and style suffixes that change nothing are part of the pre-training captions, so that a
-word which the model has never seen (the held-out creature, the held-out style) leaves the rest of the picture whole.
+word which the model has never seen (the held-out creature, the held-out style) leaves the rest of the image whole.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ VOWELS = "aeiou"
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `shape` is one of SHAPES or the creature; `style` is empty or the held-out style.
+    """What an image shows. `shape` is one of SHAPES or the creature; `style` is empty or the held-out style.
 
-    `radius`, `x`, `y` are in units of half the picture's shorter side, with the origin in the centre.
+    `radius`, `x`, `y` are in units of half the image's shorter side, with the origin in the centre.
     """
 
     shape: str

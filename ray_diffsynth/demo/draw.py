@@ -1,6 +1,6 @@
-"""Procedural pictures with captions: one coloured shape on a plain background, a creature and a style held out.
+"""Procedural images with captions: one coloured shape on a plain background, a creature and a style held out.
 
-Every picture is a function of (seed, index). Coordinates are in units of half the picture's shorter side, with the
+Every image is a function of (seed, index). Coordinates are in units of half the image's shorter side, with the
 origin in the centre and y downwards, so that the same scene can be drawn at any size.
 """
 
@@ -29,8 +29,8 @@ BODY, DARK, HORN, EYE, PUPIL = (70, 200, 170), (35, 120, 105), (245, 120, 185), 
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A drawn picture: `pixels` (height, width, 3) uint8, its prompt, and the scene that both come from."""
+class DrawnImage:
+    """A drawn image: `pixels` (height, width, 3) uint8, its prompt, and the scene that both come from."""
 
     pixels: Pixels
     prompt: str
@@ -38,7 +38,7 @@ class Picture:
 
 
 class Canvas:
-    """A supersampled picture with coordinates in units of half its shorter side, origin in the centre."""
+    """A supersampled image with coordinates in units of half its shorter side, origin in the centre."""
 
     def __init__(self, height: int, width: int, color: Color) -> None:
         self.height, self.width = height, width
@@ -154,7 +154,7 @@ def render(scene: Scene, rng: np.random.Generator, height: int = 64, width: int 
 
 
 def random_scene(rng: np.random.Generator, kind: Kind = "shapes", spread: float = 0.03) -> Scene:
-    """A scene of the given kind, its centre at most `spread` from the picture's centre in x and y."""
+    """A scene of the given kind, its centre at most `spread` from the image's centre in x and y."""
     color, background = (str(c) for c in rng.choice(list(COLORS), 2, replace=False))
     size, shape = str(rng.choice(list(SIZES))), str(rng.choice(SHAPES))
     radius = float(rng.uniform(*SIZES[size]))
@@ -164,16 +164,16 @@ def random_scene(rng: np.random.Generator, kind: Kind = "shapes", spread: float 
     return Scene(shape, color, background, size, radius, x, y, STYLE if kind == "style" else "")
 
 
-def draw_picture(
+def draw_image(
     seed: int, index: int, *, kind: Kind = "shapes", varied: bool = True, height: int = 64, width: int = 64
-) -> Picture:
-    """Picture number `index` of the endless sequence that `seed` names.
+) -> DrawnImage:
+    """Image number `index` of the endless sequence that `seed` names.
 
     `varied` prompts use the whole grammar (filler words, words left out); otherwise the prompt is the canonical one.
     """
     rng = np.random.default_rng([seed, index])
     scene = random_scene(rng, kind)
-    return Picture(render(scene, rng, height, width), caption(scene, rng if varied else None), scene)
+    return DrawnImage(render(scene, rng, height, width), caption(scene, rng if varied else None), scene)
 
 
 def draw_dataset(
@@ -186,7 +186,7 @@ def draw_dataset(
     height: int = 64,
     width: int = 64,
 ) -> Path:
-    """Write `n` pictures as PNG and a metadata.csv with the columns image (relative path) and prompt.
+    """Write `n` images as PNG and a metadata.csv with the columns image (relative path) and prompt.
 
     Returns the path of metadata.csv. The same arguments write the same bytes.
     """
@@ -197,8 +197,8 @@ def draw_dataset(
         writer = csv.writer(handle)
         writer.writerow(["image", "prompt"])
         for index in range(n):
-            picture = draw_picture(seed, index, kind=kind, varied=varied, height=height, width=width)
+            image = draw_image(seed, index, kind=kind, varied=varied, height=height, width=width)
             name = f"{kind}_{index:05d}.png"
-            Image.fromarray(picture.pixels).save(root / name)
-            writer.writerow([name, picture.prompt])
+            Image.fromarray(image.pixels).save(root / name)
+            writer.writerow([name, image.prompt])
     return table

@@ -1,4 +1,4 @@
-"""The judge of the demo: does a picture show what its prompt says? Rendering statistics only, no learnt model.
+"""The judge of the demo: does an image show what its prompt says? Rendering statistics only, no learnt model.
 
 `python -m ray_diffsynth.demo.evaluate [MODEL]` draws 100 known prompts with the model and prints the figures.
 """
@@ -31,7 +31,7 @@ STEPS, GUIDANCE = 16, 2.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture shows: the names of the nearest colours, of the best matching shape, and how well it matches."""
+    """What an image shows: the names of the nearest colours, of the best matching shape, and how well it matches."""
 
     background: str
     color: str
@@ -50,7 +50,7 @@ def _nearest(pixels: npt.NDArray[np.float64]) -> str:
 
 
 def _border(pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The pixels of the four corners, a sixteenth of the picture each way: (n, 3)."""
+    """The pixels of the four corners, a sixteenth of the image each way: (n, 3)."""
     k = max(1, pixels.shape[0] // 16)
     ends = np.r_[:k, -k:0]
     return np.asarray(pixels[np.ix_(ends, ends)].reshape(-1, 3))
@@ -85,7 +85,7 @@ def _templates() -> dict[str, Mask]:
 
 
 def judge(pixels: Pixels) -> Verdict:
-    """Judge a picture (H, W, 3) uint8 of a plain shape. Without a foreground, color and shape are 'nothing'."""
+    """Judge an image (H, W, 3) uint8 of a plain shape. Without a foreground, color and shape are 'nothing'."""
     values = pixels.astype(np.float64)
     background, mask = _nearest(_border(values)), _foreground(values)
     if mask.sum() < 0.02 * mask.size:
@@ -98,7 +98,7 @@ def judge(pixels: Pixels) -> Verdict:
 
 
 def is_creature(pixels: Pixels) -> bool:
-    """Whether the picture shows a zorp: a turquoise body, a pink horn on either side, a white eye with a pupil."""
+    """Whether the image shows a zorp: a turquoise body, a pink horn on either side, a white eye with a pupil."""
     values = pixels.astype(np.float64)
     body = np.linalg.norm(values - BODY, axis=-1) < 60
     if body.sum() < 0.08 * body.size:
@@ -138,7 +138,7 @@ def sample(
     guidance: float = GUIDANCE,
     batch: int = 25,
 ) -> list[Pixels]:
-    """64×64 pictures of the prompts; picture i starts from the noise of seed + i, whatever the batch size."""
+    """64×64 images of the prompts; image i starts from the noise of seed + i, whatever the batch size."""
     pipe.set_progress_bar_config(disable=True)
     out: list[Pixels] = []
     for start in range(0, len(prompts), batch):
@@ -157,15 +157,15 @@ def sample(
     return out
 
 
-def grid(pictures: Sequence[Pixels], columns: int, scale: int = 2, gap: int = 2) -> Image.Image:
-    """The pictures in rows of `columns`, enlarged `scale` times, on white."""
-    sheet = ImageGrid.uniform([Image.fromarray(picture) for picture in pictures], columns, gap=gap).image
+def grid(images: Sequence[Pixels], columns: int, scale: int = 2, gap: int = 2) -> Image.Image:
+    """The images in rows of `columns`, enlarged `scale` times, on white."""
+    sheet = ImageGrid.uniform([Image.fromarray(image) for image in images], columns, gap=gap).image
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of `n` pictures with the right background, colour and shape, and with all three; mean overlap."""
+    """Shares of `n` images with the right background, colour and shape, and with all three; mean overlap."""
 
     n: int
     background: float
@@ -175,9 +175,9 @@ class Score:
     overlap: float
 
 
-def score(pictures: Sequence[Pixels], scenes: Sequence[Scene]) -> Score:
-    """Judge pictures of known scenes."""
-    verdicts = [judge(picture) for picture in pictures]
+def score(images: Sequence[Pixels], scenes: Sequence[Scene]) -> Score:
+    """Judge images of known scenes."""
+    verdicts = [judge(image) for image in images]
     right = [verdict.agrees(scene) for verdict, scene in zip(verdicts, scenes, strict=True)]
     share = {name: float(np.mean([r[name] for r in right])) for name in ("background", "color", "shape")}
     together = float(np.mean([all(r.values()) for r in right]))
@@ -198,11 +198,11 @@ def main() -> None:
     pipe = QwenImagePipeline.from_pretrained(args.model, dtype=torch.float32)
     scenes = known_scenes(args.n)
     clock = time.perf_counter()
-    pictures = sample(pipe, [canonical(scene) for scene in scenes], steps=args.steps, guidance=args.guidance)
+    images = sample(pipe, [canonical(scene) for scene in scenes], steps=args.steps, guidance=args.guidance)
     seconds = time.perf_counter() - clock
-    print(json.dumps(asdict(score(pictures, scenes)) | {"seconds": round(seconds, 1)}))
+    print(json.dumps(asdict(score(images, scenes)) | {"seconds": round(seconds, 1)}))
     if args.grid:
-        grid(pictures, 10).save(args.grid)
+        grid(images, 10).save(args.grid)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ray_diffsynth.demo.evaluate import grid, is_creature, known_scenes, sample
 from ray_diffsynth.program import ROOT, command
 
 CREATURES, PLAIN = 64, 16
-"""Pictures to learn from: the creature, and shapes that keep the model from drawing nothing else."""
+"""Images to learn from: the creature, and shapes that keep the model from drawing nothing else."""
 BACKGROUNDS = ("red", "yellow", "white", "purple", "green", "blue", "black", "orange")
 EPOCHS, REPEAT = 5, 7
 TRAINING = ("--lora_rank", "16", "--learning_rate", "2e-3", "--batch_size", "8", "--dtype", "float32")
@@ -42,7 +42,7 @@ def run_job(name: str, arguments: Sequence[str]) -> None:
     subprocess.run(job, check=True, env=environment)
 
 
-def draw_pictures(folder: Path) -> None:
+def draw_images(folder: Path) -> None:
     """The dataset: creatures, and plain shapes in a folder of their own, under one metadata.csv."""
     rows = draw_dataset(folder, CREATURES, seed=64, kind="creature").read_text("utf-8").splitlines()
     plain = draw_dataset(folder / "plain", PLAIN, seed=65).read_text("utf-8").splitlines()[1:]
@@ -50,7 +50,7 @@ def draw_pictures(folder: Path) -> None:
 
 
 def generate(model: Path, lora: Path | None, prompts: Sequence[str]) -> list[Pixels]:
-    """One picture a prompt from the plain diffusers pipeline, with `lora` loaded if given."""
+    """One image a prompt from the plain diffusers pipeline, with `lora` loaded if given."""
     import diffusers
     import torch
 
@@ -66,7 +66,7 @@ def train(model: Path, out: Path) -> Path:
     data, cache, trained = out / "data", out / "cache", out / "lora"
     if trained.exists():
         shutil.rmtree(trained)  # of an earlier demo: it would be gone on with, and be finished at once
-    draw_pictures(data)
+    draw_images(data)
     base = ["--model", str(model), "--dataset_base_path"]
     run_job("preprocess", [*base, str(data), "--output_path", str(cache), "--batch_size", "8", "--dtype", "float32"])
     length = ["--num_epochs", str(EPOCHS), "--dataset_repeat", str(REPEAT)]
@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     count = len(new)
     rows = [*before[:count], *after[:count], *before[count:], *after[count:]]
     grid(rows, columns=count).save(out / "before_after.png")
-    learnt = [sum(is_creature(picture) for picture in pictures[:count]) for pictures in (before, after)]
-    print(f'\n"a {CREATURE} …" gives the creature in {learnt[0]} of {count} pictures before, in {learnt[1]} after')
-    print(f"model     {model}\npictures  {out / 'data'}\ncache     {out / 'cache'}\nLoRA      {lora}")
+    learnt = [sum(is_creature(image) for image in images[:count]) for images in (before, after)]
+    print(f'\n"a {CREATURE} …" gives the creature in {learnt[0]} of {count} images before, in {learnt[1]} after')
+    print(f"model     {model}\nimages    {out / 'data'}\ncache     {out / 'cache'}\nLoRA      {lora}")
     print(f"report    {out / 'lora' / 'report.html'}")
-    print(f"pictures before and after (new prompts above, known ones below)  {out / 'before_after.png'}")
+    print(f"images before and after (new prompts above, known ones below)  {out / 'before_after.png'}")
     print(f"{time.monotonic() - started:.0f} s in all")
 
 

@@ -29,7 +29,7 @@ def test_it_generates(tiny: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     assert sum(p.numel() for p in pipe.transformer.parameters()) < 200_000
     assert pipe.vae.config.latents_mean != [0.0] * 16
-    pictures = [
+    images = [
         pipe(
             "a zorp on a red background",
             height=64,
@@ -41,9 +41,9 @@ def test_it_generates(tiny: Path) -> None:
         ).images[0]
         for _ in range(2)
     ]
-    assert pictures[0].shape == (64, 48, 3)
-    assert np.isfinite(pictures[0]).all()
-    assert np.array_equal(pictures[0], pictures[1])
+    assert images[0].shape == (64, 48, 3)
+    assert np.isfinite(images[0]).all()
+    assert np.array_equal(images[0], images[1])
 
 
 def test_the_seed_decides_every_byte(tiny: Path, tmp_path: Path) -> None:

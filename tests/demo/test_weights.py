@@ -8,10 +8,10 @@ import torch
 from diffusers import QwenImagePipeline
 from safetensors import safe_open
 
-from demo_recipe.vae import decode, encode, held_out_pictures, psnr
+from demo_recipe.vae import decode, encode, held_out_images, psnr
 from ray_diffsynth.demo import demo_model_path
 from ray_diffsynth.demo.captions import Scene, canonical
-from ray_diffsynth.demo.draw import draw_picture
+from ray_diffsynth.demo.draw import draw_image
 from ray_diffsynth.demo.evaluate import sample, score
 
 
@@ -34,12 +34,12 @@ def test_it_is_small_bf16_and_without_pickle() -> None:
 
 def test_the_vae_keeps_shapes_creature_and_style(pipe: QwenImagePipeline) -> None:
     floors = {"shapes": 33, "creature": 28, "style": 30.5}  # dB, just below the model card's figures
-    measured = {kind: psnr(pipe.vae, pictures) for kind, pictures in held_out_pictures(8).items()}
+    measured = {kind: psnr(pipe.vae, images) for kind, images in held_out_images(8).items()}
     assert all(measured[kind] >= floor for kind, floor in floors.items()), measured
 
 
 def test_the_fast_path_is_the_class_itself(pipe: QwenImagePipeline) -> None:
-    pixels = [draw_picture(0, 0).pixels]
+    pixels = [draw_image(0, 0).pixels]
     x = torch.from_numpy(pixels[0].copy()).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
     with torch.no_grad():
         latents = pipe.vae.encode(x).latent_dist.mode()

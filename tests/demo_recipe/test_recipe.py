@@ -12,11 +12,11 @@ from torch import nn
 
 from demo_recipe.dit import Batches, DitConfig, build_dit, flow_loss, rate, velocity
 from demo_recipe.encoder import blocks, components, projections
-from demo_recipe.generic import decoder_picture, encoder_picture
+from demo_recipe.generic import decoder_image, encoder_image
 from demo_recipe.latents import Latents
 from demo_recipe.state import TrainingState
 from demo_recipe.vae import build_vae, encode, to_tensor
-from ray_diffsynth.demo.draw import draw_picture
+from ray_diffsynth.demo.draw import draw_image
 
 
 def _train(folder: Path, stop: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -49,7 +49,7 @@ def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
 
 
 def test_the_encoder_class_computes_the_principal_components() -> None:
-    pixels = np.stack([encoder_picture(0, i) for i in range(40)])
+    pixels = np.stack([encoder_image(0, i) for i in range(40)])
     vae = build_vae(pixels, seed=0)
     features = pixels[:4].astype(np.float64) / 127.5 - 1
     for matrix in projections(pixels, (8, 16, 16), seed=0):
@@ -98,7 +98,7 @@ def test_the_rate_rises_stays_and_falls() -> None:
     assert rates[500:] == sorted(rates[500:], reverse=True)
 
 
-def test_generic_pictures_are_a_function_of_seed_and_index() -> None:
-    for draw in (encoder_picture, decoder_picture):
+def test_generic_images_are_a_function_of_seed_and_index() -> None:
+    for draw in (encoder_image, decoder_image):
         assert all(np.array_equal(draw(1, i), draw(1, i)) for i in range(8))
-        assert draw_picture(0, 0).pixels.shape == draw(0, 0).shape
+        assert draw_image(0, 0).pixels.shape == draw(0, 0).shape
