@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What builds the documentation lives apart, so that it changes nothing of what is tested.
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
 # Options for pytest, e.g. make test ARGS="tests/cache -k codec"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser demo test lint format types imports check bench clean
+.PHONY: help install browser demo test lint format types imports docs check bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -53,10 +56,20 @@ types: $(STAMP) ## Check types (mypy strict)
 imports: $(STAMP) ## Check that imports go down only
 	$(BIN)/lint-imports
 
+# No page is fetched from elsewhere, in the build or by the reader's browser.
+docs: $(DOCS_STAMP) ## Build the documentation's site into build/site; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html; with search: $(PYTHON) -m http.server -d build/site"
+
+$(DOCS_STAMP): docs_site/requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet -r docs_site/requirements.txt
+	@touch $@
+
 check: lint types imports ## All checks but the tests
 
 bench: $(STAMP) ## Run the benchmarks, one file a claim, and print one table
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(DOCS_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

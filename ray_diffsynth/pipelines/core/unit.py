@@ -39,7 +39,8 @@ class PipelineUnit:
     Args:
         input_params: names read from the shared side.
         output_params: names that the unit may write; it may return fewer.
-        input_params_posi, input_params_nega: argument name of `process` -> parameter name, per side.
+        input_params_posi: argument name of `process` -> parameter name, on the positive side.
+        input_params_nega: the same on the negative side.
         onload_model_names: models of the pipeline that the unit runs.
         seperate_cfg: DiffSynth-Studio's spelling, kept; `separate_cfg` is accepted too.
 
