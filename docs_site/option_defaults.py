@@ -1,4 +1,4 @@
-"""Options in the reference with their default alone, where the source has `option(default, …)` and all that is known."""
+"""Options in the reference: their default alone, where the source has `option(default, …)` with all that is known."""
 
 from __future__ import annotations
 
