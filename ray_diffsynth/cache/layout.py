@@ -20,7 +20,7 @@ BATCH_VALUES = 1024
 
 
 def row_bytes(table: pa.Table) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Bytes of the texts and binaries of each row."""
+    """Bytes of the texts and binaries of each row, (rows,)."""
     sizes = np.zeros(table.num_rows, np.int64)
     for column in _of_bytes(table):
         sizes += pc.fill_null(pc.binary_length(column), 0).to_numpy()

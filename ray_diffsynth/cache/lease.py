@@ -104,6 +104,7 @@ class Lease:
         return current is not None and _parse(current).get("owner") == self._mine["owner"]
 
     def check(self) -> None:
+        """Raise CacheError if another attempt has taken the cache over."""
         try:
             held = self.held()
         except OSError as error:

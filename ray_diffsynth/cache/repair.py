@@ -55,6 +55,7 @@ class Repair:
     """False: the cache must be completed by stage 1 before it can be trained on."""
 
     def remove(self, paths: Iterable[tuple[str, str]]) -> None:
+        """Remove files, given as (path, reason), and remember those that were there."""
         self.removed += [(path, reason) for path, reason in paths if storage.remove(path)]
 
 

@@ -27,6 +27,7 @@ class SizeFit:
 
     @classmethod
     def of(cls, file: SourceFile, size: Bucket) -> SizeFit:
+        """How a file fits the size that it is cut to: scaled to cover it, the rest cut away."""
         scale = max(size.width / file.width, size.height / file.height)
         kept = size.width * size.height / (file.width * file.height * scale * scale)
         return cls(file, size, scale, max(1 - kept, 0.0))
@@ -46,10 +47,12 @@ class SizeFit:
 
     @property
     def enlarged(self) -> str:
+        """By how much the file is enlarged, for a message."""
         return f"{self._sizes} enlarges it {self.upscale:.1f} times"
 
     @property
     def cropped(self) -> str:
+        """How much of the file is cut away, for a message."""
         return f"{self._sizes} cuts {self.crop:.0%} of it away"
 
     @property

@@ -75,6 +75,7 @@ class ShownFrame:
 
     @property
     def pts(self) -> int | None:
+        """Presentation time in units of the stream (`VideoStream.unit`); None where the file has none."""
         return self.frame.pts  # type: ignore[no-any-return]
 
     @property

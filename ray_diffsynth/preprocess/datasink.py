@@ -37,6 +37,7 @@ class ShardSink(Datasink[list[dict[str, Any]]]):
         self.results: list[dict[str, Any]] = []
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> list[dict[str, Any]]:
+        """Write the shards of the blocks, in a task; the result of each that was not given up."""
         written: list[dict[str, Any]] = []
         for block in blocks:
             for item in BlockAccessor.for_block(block).iter_rows(public_row_format=False):
@@ -80,8 +81,10 @@ class ShardSink(Datasink[list[dict[str, Any]]]):
         return {"shard": shard.to_dict() if shard is not None else None, "transient": transient, "warnings": of_the_run}
 
     def on_write_complete(self, write_result: WriteResult[list[dict[str, Any]]]) -> None:
+        """Collect the results of all tasks, on the driver."""
         self.results = [item for part in write_result.write_returns for item in part]
 
     @property
     def supports_distributed_writes(self) -> bool:
+        """True: tasks on any machine write, each its own files."""
         return True

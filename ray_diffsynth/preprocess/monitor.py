@@ -81,11 +81,13 @@ class Monitor:
         self.fatal = self.fatal or reason
 
     def add(self, written: int, failed: int, nbytes: int) -> None:
+        """Rows that were written and that failed, and bytes of the file."""
         self.written += written
         self.failed += failed
         self.nbytes += nbytes
 
     def get(self) -> Counts:
+        """The state as of now."""
         return Counts(self.written, self.failed, self.nbytes, self.encoders, self.fatal)
 
 

@@ -44,6 +44,7 @@ class Reports(logging.Handler):
         self._token: Token[Reports | None] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep the error of a record that the pass's own execution logged."""
         if record.threadName in self.threads and record.exc_info and record.exc_info[1] is not None:
             self.errors.append(record.exc_info[1])
 
@@ -76,14 +77,18 @@ class PassCallback:
         self.reports: Reports | None = None
 
     def before_execution_starts(self, executor: Any) -> None:
+        """Tie the execution to the pass of this thread, if there is one."""
         self.reports = _current.get()
         if self.reports is not None:
             self.reports.threads.add(executor.name)  # a thread, named by its dataset
 
     def on_execution_step(self, executor: Any) -> None:
+        """Raise Stopped once the pass is to end."""
         if self.reports is not None and self.reports.stop.is_set():
             raise Stopped("stopped on request")
 
-    def after_execution_succeeds(self, executor: Any) -> None: ...
+    def after_execution_succeeds(self, executor: Any) -> None:
+        """Nothing."""
 
-    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+    def after_execution_fails(self, executor: Any, error: Exception) -> None:
+        """Nothing: `run_pass` gets the error."""

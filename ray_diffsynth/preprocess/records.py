@@ -28,6 +28,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
+        """The class and the message of an error."""
         return cls(type(error).__name__, str(error))
 
 
