@@ -60,7 +60,7 @@ def train_in_turn(config: Any, turns: Turns, member: str, after: str | None = No
 
     class Worker(in_turn(LocalContext, turns.port, member, steps)):  # type: ignore[misc]
         def report(self, metrics: Mapping[str, Any]) -> None:
-            if metrics["step"] == metrics["steps"]:  # the others need accelerate's state, which this one's end undoes
+            if metrics["step"] == metrics["steps"]:
                 self.turn.next()
 
     if after is not None:

@@ -1,16 +1,12 @@
-"""accelerate underneath: device, autocast, DDP, gradient scaling, and the few collectives that the loop needs."""
+"""Several workers: how they meet, DDP, and the few collectives that the loop needs."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,38 +14,21 @@ from ray_diffsynth.training.runtime import Context
 
 T = TypeVar("T")
 
-MIXED_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 
-
-@contextmanager
-def accelerator(context: Context, dtype: str) -> Iterator[Accelerator]:
-    """An Accelerator for one run. Its process-wide state is undone at the end, so that several runs fit a process."""
-    on_cpu = context.device.type == "cpu"
-    before = os.environ.get("ACCELERATE_TORCH_DEVICE")
-    if not on_cpu:  # accelerate would take cuda:LOCAL_RANK, which need not be the device that Ray assigned
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(context.device)
+def connect(context: Context) -> None:
+    """Choose the worker's GPU, and meet the other workers if that has not been done for it (torchrun)."""
+    on_gpu = context.device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(context.device)
-    _reset()
-    try:
-        yield Accelerator(cpu=on_cpu, mixed_precision=MIXED_PRECISION[dtype])
-    finally:
-        _reset()
-        if before is None:
-            os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-        else:
-            os.environ["ACCELERATE_TORCH_DEVICE"] = before
-
-
-def _reset() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    if context.world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
 
 
 def distribute(module: nn.Module, world_size: int) -> nn.Module:
     """`module` in DDP when there are several workers; frozen weights and buffers, which all have read, are left out.
 
-    Not by accelerate, which takes a worker's number on its machine for the number of its GPU: they differ when workers
-    share a GPU or have several. DDP takes the device that the module lies on, and leaves the inputs where they are.
+    DDP takes the device that the module lies on, and leaves the inputs where they are: a worker's number on its machine
+    is not the number of its GPU when workers share one or have several.
     """
     if world_size == 1:
         return module

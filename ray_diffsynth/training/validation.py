@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 
 from ray_diffsynth.diffusion.randomness import SampleKey, permutation
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.training.data.source import SampleSource, prefetch
 from ray_diffsynth.training.module import DiffusionTrainingModule
+from ray_diffsynth.training.precision import Precision
 from ray_diffsynth.training.shard import check_equal_work
 
 EPOCH = -1
@@ -38,7 +38,7 @@ def choose_rows(count: int, total: int, seed: int) -> Rows:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationLoss:
     """The validation loss: mean over the held-out samples, each at one fixed timestep with one fixed noise."""
 
     source: SampleSource
@@ -49,7 +49,7 @@ class HeldOut:
     """Whether the workers share a model out, so that they must run it equally often."""
 
     @torch.no_grad()
-    def loss(self, module: DiffusionTrainingModule, engine: Accelerator, rank: int, world_size: int) -> float:
+    def loss(self, module: DiffusionTrainingModule, precision: Precision, rank: int, world_size: int) -> float:
         """The same on every worker; all must call it. The model is in eval mode meanwhile."""
         device = torch.device(module.pipe.device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses, samples
@@ -66,7 +66,7 @@ class HeldOut:
                     keys = [SampleKey(self.seed, EPOCH, 0, self.source.sample_ids[row]) for row in rows]
                     if self.sharded:
                         check_equal_work(samples, world_size, device)
-                    with engine.autocast():
+                    with precision.autocast():
                         output = module(samples, keys)
                     if index < len(batches):
                         sums[0] += output.per_sample.double().sum()

@@ -23,7 +23,9 @@ import torch
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.storage import folders
-from ray_diffsynth.training import local, trainer
+from ray_diffsynth.training import local
+from ray_diffsynth.training.optimization import Optimization
+from ray_diffsynth.training.trainer import Trainer
 
 # What a run would import by itself, again in each child.
 LAZY = (
@@ -56,14 +58,14 @@ def _dying_at(call: Callable[..., Any], number: int) -> Callable[..., Any]:
 
 def _arm(kill: dict[str, int]) -> None:
     if "step" in kill:
-        clip, last = trainer._Run._clip, kill["step"]
+        clip, last = Optimization.clip, kill["step"]
         steps = _dying_at(lambda: None, last)
 
         def dying(self: Any) -> float:
             steps()
             return clip(self)
 
-        trainer._Run._clip = dying  # type: ignore[method-assign]
+        Optimization.clip = dying  # type: ignore[method-assign]
     if "fsync" in kill:
         # Only of folders, which are the checkpoints: other files are synced too.
         sync = _dying_at(lambda call, place: call(place), kill["fsync"])
@@ -87,7 +89,7 @@ def _run(order: dict[str, Any]) -> None:
     if order["kill"]:
         _arm(order["kill"])
     if order.get("term"):
-        step, clip = order["term"], trainer._Run._clip
+        step, clip = order["term"], Optimization.clip
 
         def asked(self: Any) -> float:
             nonlocal step
@@ -96,7 +98,7 @@ def _run(order: dict[str, Any]) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return clip(self)
 
-        trainer._Run._clip = asked  # type: ignore[method-assign]
+        Optimization.clip = asked  # type: ignore[method-assign]
     local.run(TrainConfig(**order["config"]))
 
 
@@ -104,16 +106,15 @@ def _worker(order: dict[str, Any], rank: int) -> None:
     """One of several."""
     meet, workers = order["meet"], order["workers"]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # accelerate wants to see them; the group is there
     torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=workers)
-    after = trainer._Run._after
+    after = Trainer._after
 
     def measured(self: Any, *others: Any) -> None:
         with open(f"{meet}-{rank}.json", "w") as file:
-            json.dump(self._footprint().base, file)
+            json.dump(self.reporting.footprint().base, file)
         after(self, *others)
 
-    trainer._Run._after = measured  # type: ignore[method-assign]
+    Trainer._after = measured  # type: ignore[method-assign]
     _run(order)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ import torch
 from torch import nn
 
 from ray_diffsynth.models.lora import add_lora, leave_casts_to_autocast
-from ray_diffsynth.training import trainer
 from ray_diffsynth.training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint
 from ray_diffsynth.training.data.loader import Feed
 from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.ema import Ema
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.optim import OptimizerError
+from ray_diffsynth.training.optimization import Optimization
+from ray_diffsynth.training.precision import Precision
 from ray_diffsynth.training.report import memory
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.result import TrainResult
@@ -38,8 +38,8 @@ def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
 
 
 def poisoned(step: int) -> Callable[[Any], float]:
-    """`_Run._clip` that finds an infinite gradient in the `step`-th step."""
-    clip, count = trainer._Run._clip, 0
+    """`Optimization.clip` that finds an infinite gradient in the `step`-th step."""
+    clip, count = Optimization.clip, 0
 
     def poison(self: Any) -> float:
         nonlocal count
@@ -66,7 +66,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(
     options: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 1, "num_epochs": 9}
     run(tiny_qwen, make_cache(), tmp_path / "undisturbed", **options)
     with monkeypatch.context() as patched:
-        patched.setattr(trainer._Run, "_clip", poisoned(3))
+        patched.setattr(Optimization, "clip", poisoned(3))
         last = tmp_path / "out/step-2.safetensors"
         with pytest.raises(
             TrainingError,
@@ -91,13 +91,13 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(
 def test_weights_that_are_not_finite_are_never_written(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clip = trainer._Run._clip
+    clip = Optimization.clip
 
     def overflow(self: Any) -> float:
         next(iter(self.state.parameters.values())).data[0] = float("inf")
         return clip(self)
 
-    monkeypatch.setattr(trainer._Run, "_clip", overflow)
+    monkeypatch.setattr(Optimization, "clip", overflow)
     with pytest.raises(TrainingError, match="step 1: the trained weights are not finite; no file was written"):
         run(tiny_qwen, make_cache(), tmp_path, save_steps=1)
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -107,25 +107,16 @@ def test_a_gradient_scaler_leaves_such_a_step_out_and_its_state_goes_on(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with float16 on a GPU, by a scaler that works on the CPU: weights and average stay, the scale is halved."""
-    accelerator = trainer.accelerator
+    made = Precision.__init__
 
-    @contextmanager
-    def scaling(*arguments: Any) -> Iterator[Any]:
-        with accelerator(*arguments) as engine:
-            engine.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-            unscaled = engine.clip_grad_norm_
+    def scaling(self: Precision, device: torch.device, dtype: str) -> None:
+        made(self, device, dtype)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
-            def clip(parameters: Any, limit: float) -> Any:
-                engine.scaler.unscale_(engine._optimizers[-1].optimizer)
-                return unscaled(parameters, limit)
-
-            engine.clip_grad_norm_ = clip
-            yield engine
-
-    monkeypatch.setattr(trainer, "accelerator", scaling)
+    monkeypatch.setattr(Precision, "__init__", scaling)
     options: dict[str, Any] = {"save_steps": 1, "keep_checkpoints": 9, "ema_decay": 0.5, "max_steps": 4}
     with monkeypatch.context() as patched:
-        patched.setattr(trainer._Run, "_clip", poisoned(2))
+        patched.setattr(Optimization, "clip", poisoned(2))
         run(tiny_qwen, make_cache(), tmp_path / "out", **options)
     first, second, third = (
         safetensors.torch.load_file(tmp_path / f"out/checkpoints/step-0000000{step}/tensors.safetensors")
@@ -275,9 +266,9 @@ def full(*_: Any, **__: Any) -> Any:
     ("where", "options"),
     [
         ("ray_diffsynth.training.build.add_lora", {}),
-        ("ray_diffsynth.training.trainer.make_optimizer", {}),
-        ("ray_diffsynth.training.trainer.distribute", {}),
-        ("ray_diffsynth.training.trainer.HeldOut.loss", {"validation_samples": 1, "validation_steps": 1}),
+        ("ray_diffsynth.training.optimization.make_optimizer", {}),
+        ("ray_diffsynth.training.optimization.distribute", {}),
+        ("ray_diffsynth.training.validation.ValidationLoss.loss", {"validation_samples": 1, "validation_steps": 1}),
     ],
 )
 def test_out_of_memory_is_explained_wherever_it_comes(

@@ -293,7 +293,7 @@ def test_out_of_memory_says_what_to_try_with_numbers(
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("ray_diffsynth.training.distributed.Accelerator.backward", full)
+    monkeypatch.setattr("ray_diffsynth.training.precision.Precision.backward", full)
     with pytest.raises(
         memory.OutOfMemory, match=r"Tried to allocate 2.00 GiB.*frozen weights 0\.4 MB.*--fp8_base 0\.\d MB"
     ):

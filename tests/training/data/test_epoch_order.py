@@ -21,7 +21,7 @@ from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.training.data.epoch_order import Plan, epoch_plan, lanes_of, steps_per_epoch
 from ray_diffsynth.training.data.loader import Feed
 from ray_diffsynth.training.data.source import CacheSource, shard_sizes
-from ray_diffsynth.training.validation import HeldOut
+from ray_diffsynth.training.validation import ValidationLoss
 from tests.shard_names import stem
 
 SETTINGS = settings(max_examples=80)
@@ -219,7 +219,7 @@ def test_what_is_held_out_costs_no_time() -> None:
 
     def batches() -> None:
         assert steps_per_epoch(buckets, without=held_out, **options) == -(-(300_000 - 100) // 8)
-        validated = HeldOut(None, held_out, 0, 7)._microbatches(buckets)  # type: ignore[arg-type]
+        validated = ValidationLoss(None, held_out, 0, 7)._microbatches(buckets)  # type: ignore[arg-type]
         assert [row for rows in validated for row in rows] == held_out.tolist()
 
     assert lines_run(batches) < 1000  # a few per batch and row that is held out

@@ -1,0 +1,114 @@
+"""What a run goes on from and what it leaves to go on from: which checkpoint, what is saved when, the LoRA files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.training.checkpoint import (
+    CheckpointError,
+    checkpoints_folder,
+    list_checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from ray_diffsynth.training.distributed import same_everywhere
+from ray_diffsynth.training.export import Trained, export_trained, newest_file
+from ray_diffsynth.training.identity import check_identity
+from ray_diffsynth.training.optimization import Optimization
+from ray_diffsynth.training.runtime import Context
+from ray_diffsynth.training.setup import Setup, TrainingError
+from ray_diffsynth.training.start import mark_going_on
+
+
+class Checkpointing:
+    """The checkpoints and weight files of one attempt.
+
+    found: the checkpoint that it goes on from, until `forget`; start: its step, 0 in a new run. files: what was
+    exported; saved: folder of the newest checkpoint that was written.
+    """
+
+    def __init__(self, setup: Setup, context: Context) -> None:
+        """Raises CheckpointError, and TrainingError if the workers see different checkpoints."""
+        self._setup, self._config, self._context = setup, setup.config, context
+        self.found = newest_checkpoint(setup.output_path)
+        self.start = self.found.step if self.found else 0
+        self.files: list[str] = []
+        self.saved: str | None = None
+        if not same_everywhere(self.start, context.world_size, context.device):
+            raise TrainingError(
+                f"the workers see different checkpoints in {setup.output_path}; all nodes must share --output_path"
+            )
+
+    def position(self, name: str, otherwise: Any) -> Any:
+        """What the checkpoint says of the run's position, `otherwise` in a new run or if it does not say."""
+        return self.found.position.get(name, otherwise) if self.found else otherwise
+
+    def begin(self, identity: dict[str, Any], counts: dict[str, Any], *, steps_per_epoch: int, total: int) -> None:
+        """Fix what the checkpoints of this run are compared by, and compare the one that it goes on from.
+
+        counts: what a message says of two runs that differ. Raises CheckpointError for one of another run, or beyond
+        the run's `total` steps.
+        """
+        self._identity, self._counts = identity, counts
+        self._steps_per_epoch, self._total = steps_per_epoch, total
+        found = self.found
+        if found is None:
+            return
+        where = f"{checkpoints_folder(self._setup.output_path)}/{found.name}"
+        defaults = self._setup.identity_defaults()
+        check_identity(found.identity, identity, where, defaults, positions=(found.position, counts))
+        if found.step > total:
+            raise CheckpointError(
+                f"the checkpoint {where} is beyond the {total} steps that this command asks for; raise max_steps or "
+                "num_epochs, go back with --resume <an earlier checkpoint>, or start anew with another --output_path"
+            )
+        if self._context.world_rank == 0:
+            mark_going_on(self._config)
+
+    def forget(self) -> None:
+        """Let go of the checkpoint's tensors: they are in the model."""
+        self.found = None
+
+    def is_due(self, done: int) -> bool:
+        """Whether a checkpoint and weights are written after `done` steps."""
+        every = self._config.save_steps or self._steps_per_epoch
+        return done == self._total or done % every == 0
+
+    def save(
+        self,
+        done: int,
+        optimization: Optimization,
+        pipe: BasePipeline,
+        trained: Trained,
+        *,
+        export: bool,
+        position: dict[str, Any],
+    ) -> None:
+        """LoRA file first, then the checkpoint: a kill in between costs the steps since the last one, never a file.
+
+        position: JSON values beside the step, see `Checkpoint`. Called by rank 0.
+        """
+        if export:
+            by_epoch = self._config.save_steps is None and done % self._steps_per_epoch == 0
+            name = f"epoch-{done // self._steps_per_epoch - 1}" if by_epoch else f"step-{done}"
+            with optimization.evaluated():
+                self._export(pipe, trained, name)
+            if optimization.ema is not None:
+                with optimization.ema.applied():
+                    self._export(pipe, trained, f"{name}.ema")
+        position = {"epoch": done // self._steps_per_epoch, **self._counts, **position}
+        checkpoint = optimization.state.checkpoint(done, self._identity, position)
+        self.saved = save_checkpoint(self._setup.output_path, checkpoint, self._config.keep_checkpoints)
+
+    def _export(self, pipe: BasePipeline, trained: Trained, name: str) -> None:
+        self.files += export_trained(pipe, trained, self._setup.output_path, name, layout=self._config.lora_format)
+
+    def restart_advice(self) -> str:
+        """How to go on with other options, which a checkpoint refuses; nothing before there is one."""
+        output_path = self._setup.output_path
+        if not list_checkpoints(output_path):
+            return ""
+        file = newest_file(output_path, self._steps_per_epoch, self._total) if self._config.lora_models else None
+        weights = f" and --lora_checkpoint {file}" if file else ""
+        return f". Other options make another run: start it with another --output_path{weights}"
