@@ -21,6 +21,9 @@ from ray_diffsynth.console import prepare_process
 from ray_diffsynth.errors import ConfigError, did_you_mean, find_user_error
 from ray_diffsynth.program import NAME, ROOT, in_checkout
 from ray_diffsynth.system_errors import explain
+from ray_diffsynth.version import __version__
+
+SUMMARY = "Two-stage LoRA training of diffusion transformers on a Ray cluster: encode once, then train from the cache."
 
 
 class Command(NamedTuple):
@@ -45,15 +48,11 @@ def run_program(argv: Sequence[str] | None = None) -> int:
     """`ray-diffsynth COMMAND …`. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        from ray_diffsynth import __doc__ as summary
-
         listed = "\n".join(f"  {name:12}{command.help}" for name, command in COMMANDS.items())
-        usage = f"usage: {NAME} COMMAND [options]\n\n{summary}\n\n{listed}\n\n{NAME} COMMAND --help tells its options."
+        usage = f"usage: {NAME} COMMAND [options]\n\n{SUMMARY}\n\n{listed}\n\n{NAME} COMMAND --help tells its options."
         print(usage, file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     if words[0] == "--version":
-        from ray_diffsynth import __version__
-
         print(f"{NAME} {__version__}")
         return 0
     if words[0] not in COMMANDS:

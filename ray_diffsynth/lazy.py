@@ -8,11 +8,15 @@ from typing import Any
 
 
 def importer(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of `package`. homes: exported name -> the module below `package` that has it."""
+    """The `__getattr__` of `package`.
+
+    homes: exported name -> the module below `package` that has it; ``module:name`` where it has another name there.
+    """
 
     def find(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
+        module, _, inner = homes[name].partition(":")
+        return getattr(import_module(f"{package}.{module}"), inner or name)
 
     return find

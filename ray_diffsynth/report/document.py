@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-from ray_diffsynth import __version__, storage
+from ray_diffsynth import storage
 from ray_diffsynth.config import JobConfig
+from ray_diffsynth.version import __version__
 
 LIBRARIES = ("torch", "ray", "diffusers", "transformers", "peft", "accelerate", "pyarrow")
 

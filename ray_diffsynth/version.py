@@ -1,0 +1,3 @@
+"""The version, where everything may import it: the package itself names all of its public API."""
+
+__version__ = "0.1.0"
