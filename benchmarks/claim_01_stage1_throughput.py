@@ -19,22 +19,23 @@ def measure() -> list[Row]:
     from ray_diffsynth.data.buckets import Bucket
     from ray_diffsynth.data.samples import load_inputs
     from ray_diffsynth.demo.tiny import build_tiny_model
+    from ray_diffsynth.plan.run_plan import RunPlan
     from ray_diffsynth.preprocess.encode_batches import encode
     from ray_diffsynth.preprocess.encoder import Encoder
-    from ray_diffsynth.preprocess.job import Job
+    from ray_diffsynth.preprocess.messages import EncoderSpec
 
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="claim-01-"))
     model, data = build_tiny_model(root / "model"), draw(root / "data", IMAGES, SOURCE, captions=4, suffix="jpg")
     options = {"height": SIDE, "width": SIDE, "batch_size": BATCH, "num_workers": 1, "dtype": "float32"}
-    job = Job.of(
+    plan = RunPlan.resolve(
         PreprocessConfig(model=str(model), dataset_base_path=str(data), output_path=str(root / "x"), **options)
     )
-    group = next(group for group in job.groups if group.name == "vae")
-    encoder = Encoder(job.encoder(group, BATCH))
+    group = plan.group("vae")
+    encoder = Encoder(EncoderSpec(plan, group, BATCH))
     bucket = Bucket(SIDE, SIDE)
     rows = [{"image": f"{number:05d}.jpg"} for number in range(64)]
-    decoded = [load_inputs(row, bucket, job.sample, only=group.inputs) for row in rows]
+    decoded = [load_inputs(row, bucket, plan.sample, only=group.inputs) for row in rows]
 
     def bare() -> float:
         spent = seconds(lambda: encode(encoder.pipe, encoder.group, group.settings, decoded, BATCH))
@@ -42,7 +43,7 @@ def measure() -> list[Row]:
 
     def serial() -> float:
         def run() -> None:
-            inputs = [load_inputs(row, bucket, job.sample, only=group.inputs) for row in rows]
+            inputs = [load_inputs(row, bucket, plan.sample, only=group.inputs) for row in rows]
             results, _ = encode(encoder.pipe, encoder.group, group.settings, inputs, BATCH)
             found = [GroupRow(str(at), result) for at, result in enumerate(results) if isinstance(result, dict)]
             write_shard(str(root / "serial"), "vae", shard_name(["shard"]), bucket.name, found, codec="planes-zstd")

@@ -18,6 +18,7 @@ from ray_diffsynth.console import open_stream
 from ray_diffsynth.ray_address import ClusterError as ClusterError
 from ray_diffsynth.ray_address import check_answers, no_cluster, temporary_folder
 from ray_diffsynth.ray_compat import init_local
+from ray_diffsynth.resources import Cluster
 from ray_diffsynth.system_errors import explain
 
 LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
@@ -159,6 +160,11 @@ def own_device() -> str:
 def on_this_node() -> NodeAffinitySchedulingStrategy:
     """For an actor that must live as long as the driver: on its node, not on one that may be lost."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def joined_cluster() -> Cluster:
+    """The cluster that this process is connected to."""
+    return Cluster(alive_nodes())
 
 
 def alive_nodes() -> dict[str, dict[str, float]]:

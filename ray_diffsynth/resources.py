@@ -1,27 +1,34 @@
-"""How much of the cluster the actors of stage 1 and of generating take: pure functions of options and cluster."""
+"""How much of a cluster the actors and workers of the jobs take: pure functions of options and cluster."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.errors import ConfigError, did_you_mean
-from ray_diffsynth.ray_session import ClusterError, alive_nodes, cluster_devices
+from ray_diffsynth.ray_address import ClusterError
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """CPUs and GPUs of all machines that are alive, and how many machines these are."""
+    """The machines of a cluster that are alive. nodes: id -> its Ray resources, `CPU` and `GPU` among them."""
 
-    cpus: float
-    gpus: float
-    machines: int = 1
+    nodes: Mapping[str, Mapping[str, float]]
 
-    @classmethod
-    def connected(cls) -> Self:
-        """The cluster that this process is connected to."""
-        cpus, gpus = cluster_devices()
-        return cls(cpus, gpus, len(alive_nodes()))
+    def total(self, resource: str) -> float:
+        """What all machines have of a resource."""
+        return sum(node.get(resource, 0.0) for node in self.nodes.values())
+
+    @property
+    def cpus(self) -> float:
+        return self.total("CPU")
+
+    @property
+    def gpus(self) -> float:
+        return self.total("GPU")
+
+    @property
+    def machines(self) -> int:
+        return len(self.nodes)
 
 
 @dataclass(frozen=True)

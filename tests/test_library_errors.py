@@ -17,12 +17,12 @@ from ray_diffsynth.config.flags import parse
 from ray_diffsynth.data.formats import DatasetError, read_json, read_jsonl
 from ray_diffsynth.data.spec import file_list
 from ray_diffsynth.data.webdataset import read_tars
-from ray_diffsynth.generate.prompts import read_prompts
 from ray_diffsynth.models import folder, hub
 from ray_diffsynth.models.fingerprint import file_digest
 from ray_diffsynth.models.folder import ModelFolderError
 from ray_diffsynth.models.locate import ModelSource, locate_model
 from ray_diffsynth.pipelines.registry import FamilyError, family_of
+from ray_diffsynth.plan.prompts import read_prompts
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.report.sample_grids import Shown, encode, shown_by
 from ray_diffsynth.training.report.trackers import TrackerError, _import

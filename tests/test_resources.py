@@ -14,9 +14,14 @@ from ray_diffsynth.resources import Cluster, EncoderPool, GeneratorPool, check_p
 GROUPS = ("vae", "text_encoder")
 
 
+def machines(cpus: float, gpus: float, count: int = 1) -> Cluster:
+    """Equal ones, with so many CPUs and GPUs in all."""
+    return Cluster({f"node{number}": {"CPU": cpus / count, "GPU": gpus / count} for number in range(count)})
+
+
 def sizes(cpus: float, gpus: float, nodes: int = 1, **options: Any) -> dict[str, EncoderPool]:
     config = PreprocessConfig(model="m", dataset_base_path="d", **options)
-    return encoder_pools(config, GROUPS, Cluster(cpus, gpus, nodes))
+    return encoder_pools(config, GROUPS, machines(cpus, gpus, nodes))
 
 
 def reserved(found: dict[str, EncoderPool]) -> tuple[float, float]:
@@ -104,10 +109,10 @@ def test_how_many_actors_generate(
     items: int,
     expected: GeneratorPool,
 ) -> None:
-    assert generator_pool(workers, resources, items, Cluster(*cluster)) == expected
+    assert generator_pool(workers, resources, items, machines(*cluster)) == expected
 
 
 @pytest.mark.parametrize(("workers", "resources"), [(5, None), (1, {"GPU": 5}), (3, {"CPU": 3}), (9, {"GPU": 0})])
 def test_generators_that_do_not_fit_are_refused(workers: int, resources: dict[str, float] | None) -> None:
     with pytest.raises(ClusterError, match="do not fit a cluster of 8 CPU and 4 GPU"):
-        generator_pool(workers, resources, 9, Cluster(8, 4))
+        generator_pool(workers, resources, 9, machines(8, 4))

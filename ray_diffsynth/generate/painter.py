@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,46 +11,32 @@ import torch
 from PIL import Image
 
 from ray_diffsynth.data.media import load_image
+from ray_diffsynth.generate.items import GenerateError, Item
 from ray_diffsynth.generate.lora import attach_loras, set_lora_scale
-from ray_diffsynth.generate.plan import GenerateError, Item
-from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.registry import get_pipeline_class
+from ray_diffsynth.plan.run_plan import GeneratePlan
 from ray_diffsynth.ray_session import own_device
 from ray_diffsynth.storage import join, write_bytes_atomic
-
-
-@dataclass(frozen=True)
-class PainterSpec:
-    """All that a process needs to know: names and paths, never weights. `fps` is that of videos."""
-
-    family: str
-    source: ModelSource
-    dtype: str
-    loras: tuple[str, ...]
-    output_path: str
-    fps: float
 
 
 class Painter:
     """A loaded model. Raises UserErrors of the model's files and of the LoRA's."""
 
-    def __init__(self, spec: PainterSpec) -> None:
-        self.spec = spec
+    def __init__(self, plan: GeneratePlan) -> None:
+        self.plan = plan = plan.on_this_machine()
         device = own_device()
-        dtype: torch.dtype = getattr(torch, spec.dtype)
+        dtype: torch.dtype = getattr(torch, plan.config.dtype)
         if dtype is torch.float16 and device == "cpu":
             raise GenerateError("--dtype float16 needs a GPU; use bfloat16 or float32")
-        pipeline = get_pipeline_class(spec.family)
-        self.pipe: Any = pipeline.from_pretrained(spec.source, device=device, torch_dtype=dtype)
-        attach_loras(self.pipe, spec.loras)
+        self.pipe: Any = plan.pipeline.from_pretrained(plan.source, device=device, torch_dtype=dtype)
+        attach_loras(self.pipe, plan.loras)
 
     def __call__(self, item: Item) -> str:
         """Make the picture and write its file, whole or not at all; returns `item.file`."""
         set_lora_scale(self.pipe, item.lora_scale)
         pictures = {name: _opened(paths) for name, paths in item.pictures}
         result = self.pipe(item.prompt, seed=item.seed, **dict(item.arguments), **pictures)
-        data = png(result) if isinstance(result, Image.Image) else mp4(result, self.spec.fps)
-        write_bytes_atomic(join(self.spec.output_path, item.file), data)
+        data = png(result) if isinstance(result, Image.Image) else mp4(result, self.plan.config.fps)
+        write_bytes_atomic(join(self.plan.output_path, item.file), data)
         return item.file
 
 

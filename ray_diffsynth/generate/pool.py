@@ -14,8 +14,9 @@ import ray
 import torch
 
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.generate.painter import Painter, PainterSpec
-from ray_diffsynth.generate.plan import Item
+from ray_diffsynth.generate.items import Item
+from ray_diffsynth.generate.painter import Painter
+from ray_diffsynth.plan.run_plan import GeneratePlan
 from ray_diffsynth.ray_session import ClusterError
 from ray_diffsynth.resources import GeneratorPool
 
@@ -38,13 +39,13 @@ class Painted:
 class PainterActor:
     """`Painter` in an actor. The model is loaded by the first call, so that its errors are those of a call."""
 
-    def __init__(self, spec: PainterSpec) -> None:
-        self.spec = spec
+    def __init__(self, plan: GeneratePlan) -> None:
+        self.plan = plan
         self._painter: Painter | None = None
 
     def load(self) -> None:
         if self._painter is None:
-            self._painter = Painter(self.spec)
+            self._painter = Painter(self.plan)
 
     def paint(self, item: Item) -> str:
         self.load()
@@ -57,13 +58,13 @@ class PainterActor:
 
 
 def paint_all(
-    items: Sequence[Item], spec: PainterSpec, size: GeneratorPool, on_done: Callable[[int], None] = lambda count: None
+    items: Sequence[Item], plan: GeneratePlan, size: GeneratorPool, on_done: Callable[[int], None] = lambda count: None
 ) -> Painted:
     """Make the pictures of all items; one that fails does not end it, a UserError does.
 
     on_done is called with 1 for each item that is over.
     """
-    return _Pool(items, spec, size, on_done).paint()
+    return _Pool(items, plan, size, on_done).paint()
 
 
 class _Pool:
@@ -75,14 +76,14 @@ class _Pool:
     """
 
     def __init__(
-        self, items: Sequence[Item], spec: PainterSpec, size: GeneratorPool, on_done: Callable[[int], None]
+        self, items: Sequence[Item], plan: GeneratePlan, size: GeneratorPool, on_done: Callable[[int], None]
     ) -> None:
         self._waiting = deque(items)
         self._on_done = on_done
         self._failures: dict[str, str] = {}
         self._deaths: Counter[str] = Counter()
         remote = ray.remote(num_cpus=size.cpus, num_gpus=size.gpus, resources=size.others or None)(PainterActor)
-        self._start: Callable[[], Any] = lambda: remote.remote(spec)
+        self._start: Callable[[], Any] = lambda: remote.remote(plan)
         self._actors = [self._start() for _ in range(min(size.actors, len(items)))]
         self._given: list[dict[Any, Item]] = [{} for _ in self._actors]
 

@@ -14,8 +14,8 @@ from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.data.media import load_image
 from ray_diffsynth.data.video import load_first_frame
 from ray_diffsynth.generate.grid import LIMIT, columns_of, draw_grid
+from ray_diffsynth.generate.items import Family, Item, describe, family_defaults, metadata_rows
 from ray_diffsynth.generate.painter import png
-from ray_diffsynth.generate.plan import Family, Item, describe, family_defaults, metadata_rows
 from ray_diffsynth.report import PageImage, make_report, thumbnail, write_json, write_page
 from ray_diffsynth.storage import file_size, join, write_bytes_atomic
 

@@ -188,7 +188,7 @@ def _group_spec(cache: str, run: GroupRun, keys: set[str]) -> GroupSpec:
         )
     return GroupSpec(
         name=group.name,
-        parameters=group.group.parameters,
+        parameters=group.parameters,
         fingerprint=group.fingerprint,
         parts=dict(group.parts),
         rows=len(keys),

@@ -33,7 +33,7 @@ class Decoder:
             except Exception as error:
                 # Whatever is raised here would only make Ray Data drop the shard.
                 logger.exception("shard %s cannot be decoded", shard["name"])
-                why = f"the inputs of {self.spec.group} cannot be read: {described(error)}"
+                why = f"the inputs of {self.spec.group.name} cannot be read: {described(error)}"
                 return give_up(shard, self.monitor, why)
 
     def _decode(self, shard: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Decoder:
             try:
                 with collecting() as collected:
                     found = load_inputs(
-                        item["row"], size, self.spec.sample, only=self.spec.inputs, digests=item["digests"]
+                        item["row"], size, self.spec.plan.sample, only=self.spec.group.inputs, digests=item["digests"]
                     )
             except MACHINE_ERRORS:
                 raise
@@ -62,4 +62,4 @@ class Decoder:
                 if collected:
                     warnings[item["key"]] = [(warning.kind, warning.detail) for warning in collected]
         more = {"failed": json.dumps(failed), "transient": json.dumps(transient), "warnings": json.dumps(warnings)}
-        return {**shard, "inputs": pack(keys, rows, self.spec.inputs), **more}
+        return {**shard, "inputs": pack(keys, rows, self.spec.group.inputs), **more}

@@ -9,7 +9,7 @@ from ray_diffsynth.cache.inspection import histogram
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.models.fingerprint import SKETCH
-from ray_diffsynth.preprocess.cache_keys import GroupPlan
+from ray_diffsynth.plan.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.commit import add_row_warnings
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.pending import Committed, plan_pending

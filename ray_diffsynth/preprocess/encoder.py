@@ -9,8 +9,6 @@ import ray
 import torch
 
 from ray_diffsynth.data.warnings import DataWarnings, collecting
-from ray_diffsynth.pipelines.core.stages import plan_stages
-from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.preprocess.attempts import Attempt
 from ray_diffsynth.preprocess.encode_batches import DeviceError, encode
 from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec, described, give_up, pack, unpack
@@ -18,7 +16,6 @@ from ray_diffsynth.preprocess.monitor import attempt_at, end_this_process
 from ray_diffsynth.preprocess.nodes import living
 from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.ray_session import own_device
-from ray_diffsynth.tasks import get_task
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +47,7 @@ class Encoder:
         except Exception as error:
             # Ray starts the actor again without reporting the error, and Ray Data would wait for it for ever.
             if monitor is not None:
-                reason = f"the encoder of {spec.group} cannot be loaded: {described(error)}"
+                reason = f"the encoder of {spec.group.name} cannot be loaded: {described(error)}"
                 ray.get(monitor.give_up.remote(reason))
             raise
 
@@ -64,16 +61,13 @@ class Encoder:
                     "its process died each time while it loaded its models; the machine may lack memory for them (see "
                     "Ray's logs, or run with --verbose), or lower the number of actors"
                 )
-        pipeline = get_pipeline_class(spec.family)
-        device = own_device()
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        task = get_task(spec.task)
-        planned = plan_stages(pipeline.configured(spec.source), task, spec.trainable, spec.sample.inputs)
-        models = next(group.models for group in planned.groups if group.name == spec.group)
-        self.pipe = pipeline.from_pretrained(spec.source, models=models, device=device, torch_dtype=dtype)
+        name = spec.group.name
+        models = spec.plan.split.group(name).models
+        plan = spec.plan.on_this_machine(models)
+        dtype: torch.dtype = getattr(torch, plan.config.dtype)
+        self.pipe = plan.pipeline.from_pretrained(plan.source, models=models, device=own_device(), torch_dtype=dtype)
         self.pipe.scheduler.set_timesteps(1000, training=True)
-        stages = plan_stages(self.pipe, task, spec.trainable, spec.sample.inputs)
-        self.group = next(group for group in stages.groups if group.name == spec.group)
+        self.group = next(group for group in plan.split.stages(self.pipe).groups if group.name == name)
         if self.monitor is not None:
             context = ray.get_runtime_context()
             self.monitor.loaded.remote(context.get_actor_id(), context.current_actor)
@@ -91,7 +85,7 @@ class Encoder:
             except Exception as error:
                 # Whatever is raised here would only make Ray Data drop the shard.
                 logger.exception("shard %s cannot be encoded", shard["name"])
-                return give_up(shard, self.monitor, f"{self.spec.group} could not be encoded: {described(error)}")
+                return give_up(shard, self.monitor, f"{self.spec.group.name} could not be encoded: {described(error)}")
 
     def _encode(self, shard: dict[str, Any], attempt: Attempt | None) -> dict[str, Any]:
         rows = unpack(shard["inputs"])
@@ -103,7 +97,7 @@ class Encoder:
 
         with collecting() as collected:
             results, self.batch_sizes[shard["bucket"]] = encode(
-                self.pipe, self.group, self.spec.settings, inputs, size, on_batch
+                self.pipe, self.group, self.spec.group.settings, inputs, size, on_batch
             )
         failed: dict[str, list[str]] = json.loads(shard["failed"])
         good: dict[str, dict[str, Any]] = {}

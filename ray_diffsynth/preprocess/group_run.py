@@ -6,7 +6,7 @@ from typing import Any
 
 from ray_diffsynth.cache.store import Shard
 from ray_diffsynth.data.media import SourceChanged
-from ray_diffsynth.preprocess.cache_keys import GroupPlan
+from ray_diffsynth.plan.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
 from ray_diffsynth.preprocess.messages import EncoderSpec
 from ray_diffsynth.preprocess.records import Failure, Sample
@@ -73,8 +73,8 @@ class GroupRun:
 
     def changed_sources(self) -> set[str]:
         """Paths of the files of rows that could not be encoded since a file was not the one that was scanned."""
-        spec = self.encoder.sample
+        spec = self.encoder.plan.sample
         changed = {key for key, reason in self.catalog.transient.items() if reason.error == SourceChanged.__name__}
         rows = [row.row for shard in self.shards if changed for row in shard.rows if row.key in changed]
-        params = [param for param in spec.file_params if param in self.encoder.inputs]
+        params = [param for param in spec.file_params if param in self.plan.inputs]
         return {path for row in rows for param in params for path in spec.paths(row, param)}

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from ray_diffsynth.cache.inspection import histogram
@@ -13,12 +12,8 @@ from ray_diffsynth.cache.lease import lease
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import Metadata, read_metadata
-from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.warnings import DataWarnings, collecting
-from ray_diffsynth.models.locate import ModelSource, locate_configured
-from ray_diffsynth.pipelines.core.stages import Stages, check_columns, dataset_spec, plan_stages, settings_of
-from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
-from ray_diffsynth.preprocess.cache_keys import GroupPlan, plan_group
+from ray_diffsynth.plan.run_plan import PreprocessPlan, RunPlan
 from ray_diffsynth.preprocess.commit import add_row_warnings, check_quarantine, check_same_dataset, commit_cache
 from ray_diffsynth.preprocess.dry_run import dry_run
 from ray_diffsynth.preprocess.execute import encode_all
@@ -30,92 +25,33 @@ from ray_diffsynth.preprocess.scan import scan_dataset
 from ray_diffsynth.preprocess.scan_cache import forget
 from ray_diffsynth.preprocess.summary import write_reports
 from ray_diffsynth.progress import Progress
-from ray_diffsynth.ray_session import ray_session
-from ray_diffsynth.resources import Cluster, check_pools, encoder_pools
-from ray_diffsynth.storage import absolute
-from ray_diffsynth.tasks import get_task
-
-
-@dataclass(frozen=True)
-class Job:
-    """What follows from the configuration alone: the model, the split, and the address space of each group."""
-
-    config: PreprocessConfig
-    cache: str
-    family: str
-    source: ModelSource
-    sample: SampleSpec
-    stages: Stages
-    groups: tuple[GroupPlan, ...]
-
-    @classmethod
-    def of(cls, config: PreprocessConfig) -> "Job":
-        """Resolve model, family and split. Every error of configuration is raised here, before Ray starts."""
-        source = locate_configured(config, wanted=())
-        family = choose_family(config.family, source)
-        pipe = get_pipeline_class(family).configured(source)
-        task = get_task(config.task)
-        check_columns(pipe, task, config)
-        settings = settings_of(pipe, task, config.pipeline_settings)
-        sample = dataset_spec(pipe, config, task.columns, keep_size=task.as_sampled)
-        stages = plan_stages(pipe, task, config.trained, sample.inputs)
-        source = locate_configured(config, wanted=[pipe.parts[name].subfolder for name in stages.stage1_models()])
-        pipe.check_files(source, stages.stage1_models())  # before their weights are hashed
-        groups = tuple(
-            plan_group(
-                pipe,
-                source,
-                group,
-                sample_inputs=sample.inputs,
-                file_params=sample.file_params,
-                dtype=config.dtype,
-                settings=settings,
-            )
-            for group in stages.groups
-        )
-        check_pools(config, [group.name for group in groups])
-        return cls(config, absolute(config.output_path), family, source, sample, stages, groups)
-
-    def encoder(self, group: GroupPlan, batch_size: int) -> EncoderSpec:
-        """What the actors of `group` need to know."""
-        return EncoderSpec(
-            family=self.family,
-            source=self.source,
-            task=self.config.task,
-            trainable=self.config.trained,
-            group=group.name,
-            parameters=group.group.parameters,
-            inputs=group.inputs,
-            settings=dict(group.settings),
-            sample=self.sample,
-            dtype=self.config.dtype,
-            batch_size=batch_size,
-        )
+from ray_diffsynth.ray_session import joined_cluster, ray_session
+from ray_diffsynth.resources import encoder_pools
 
 
 def run(config: PreprocessConfig) -> dict[str, Any]:
     """Encode the dataset into `config.output_path`; returns the counts that report.json there holds too."""
-    job = Job.of(config)
+    plan = RunPlan.resolve(config)  # every error of configuration is raised here, before Ray starts
     with collecting() as warnings:
-        return _run(job, warnings)
+        return _run(plan, warnings)
 
 
-def _run(job: Job, warnings: DataWarnings) -> dict[str, Any]:
+def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
     """`warnings` takes in what happens to the data while it runs."""
-    started, config = time.monotonic(), job.config
-    metadata = _read_metadata(job)
+    started, config, cache = time.monotonic(), plan.config, plan.output_path
+    metadata = _read_metadata(plan)
     # A dry run writes nothing, no lease either.
-    holding = nullcontext() if config.dry_run else lease(job.cache)
+    holding = nullcontext() if config.dry_run else lease(cache)
     with holding as held, ray_session(config.ray_address, verbose=config.verbose):
         # Not before: an attempt that had the cache until now may just have committed.
-        committed = Committed.of(job.cache)
+        committed = Committed.of(cache)
         ids = metadata.table["sample_id"]
-        check_same_dataset(job.cache, committed.manifest, committed.index, job.family, ids)
-        pools = encoder_pools(config, [group.name for group in job.groups], Cluster.connected())
-        rows = _scan(job, metadata, num_cpus=min(pool.decode_cpus for pool in pools.values()))
+        check_same_dataset(cache, committed.manifest, committed.index, plan.family, ids)
+        pools = encoder_pools(config, [group.name for group in plan.groups], joined_cluster())
+        rows = _scan(plan, metadata, num_cpus=min(pool.decode_cpus for pool in pools.values()))
         runs = [
-            GroupRun.begin(group, pool, job.encoder(group, pool.batch_size), rows.samples)
-            for group, pool in ((group, pools[group.name]) for group in job.groups)
+            GroupRun.begin(group, pool, EncoderSpec(plan, group, pool.batch_size), rows.samples)
+            for group, pool in ((group, pools[group.name]) for group in plan.groups)
         ]
         if config.dry_run:
             return dry_run(committed, rows, runs, warnings, retry=config.retry_quarantined)
@@ -129,37 +65,37 @@ def _run(job: Job, warnings: DataWarnings) -> dict[str, Any]:
             retry=config.retry_quarantined,
         )
         for turn in turns:
-            _encode(turn, job.cache, config.cache_codec)
+            _encode(turn, cache, config.cache_codec)
             check_quarantine(rows, runs, config.max_quarantine)
         if held is not None:
             held.check()
-        outcome = commit_cache(job.cache, _draft(job), rows, runs, caption=job.sample.columns.get("prompt"))
+        outcome = commit_cache(cache, _draft(plan), rows, runs, caption=plan.sample.columns.get("prompt"))
         add_row_warnings(warnings, rows.samples, runs)
     seconds = time.monotonic() - started
-    return write_reports(config, job.cache, job.sample, outcome, rows, runs, warnings, seconds)
+    return write_reports(config, cache, plan.sample, outcome, rows, runs, warnings, seconds)
 
 
-def _read_metadata(job: Job) -> Metadata:
-    config, columns = job.config, job.sample.columns
+def _read_metadata(plan: PreprocessPlan) -> Metadata:
+    config, columns = plan.config, plan.sample.columns
     return read_metadata(
         config.dataset_base_path,
         config.dataset_metadata_path,
-        file_columns=[columns[param] for param in job.sample.file_params],
+        file_columns=[columns[param] for param in plan.sample.file_params],
         text_columns=[column for param, column in columns.items() if param == "prompt"],
         required=list(columns.values()),
-        parsers=job.sample.parsers,
+        parsers=plan.sample.parsers,
     )
 
 
-def _scan(job: Job, metadata: Metadata, *, num_cpus: float) -> ScannedRows:
+def _scan(plan: PreprocessPlan, metadata: Metadata, *, num_cpus: float) -> ScannedRows:
     """The rows by bucket, in dataset order within each, and those that cannot be used."""
     with Progress("scan", total=len(metadata.table), unit="files") as progress:
         samples, bad = scan_dataset(
             metadata,
-            job.sample,
-            job.cache,
+            plan.sample,
+            plan.output_path,
             num_cpus=num_cpus,
-            remember=not job.config.dry_run,
+            remember=not plan.config.dry_run,
             on_progress=progress.advance,
         )
     samples.sort(key=lambda sample: sample.bucket.sort_key)  # stable
@@ -179,16 +115,16 @@ def _encode(turn: Sequence[GroupRun], cache: str, codec: str) -> None:
         run.shards = ()  # each holds its rows: of a large dataset much memory, while the next group is planned
 
 
-def _draft(job: Job) -> Manifest:
+def _draft(plan: PreprocessPlan) -> Manifest:
     """The manifest as far as it follows from the configuration."""
     return Manifest(
-        family=job.family,
-        task=job.config.task,
-        trainable=job.config.trained,
-        parameters=job.stages.parameters,
+        family=plan.family,
+        task=plan.config.task,
+        trainable=plan.config.trained,
+        parameters=plan.split.parameters,
         groups=(),
         buckets={},
         counts={},
-        codec=job.config.cache_codec,
-        dtype=job.config.dtype,
+        codec=plan.config.cache_codec,
+        dtype=plan.config.dtype,
     )

@@ -10,9 +10,9 @@ import ray
 
 from ray_diffsynth.cache.schema import rows_from_table, table_from_rows
 from ray_diffsynth.data.samples import digests_of
-from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.models.locate import ModelSource
+from ray_diffsynth.plan.cache_keys import GroupPlan
+from ray_diffsynth.plan.run_plan import PreprocessPlan
 from ray_diffsynth.preprocess.shards import ShardPlan
 
 
@@ -24,16 +24,8 @@ class EncoderError(UserError):
 class EncoderSpec:
     """All that an actor needs to rebuild its group: names and paths, never weights (Ray's store would hold them)."""
 
-    family: str
-    source: ModelSource
-    task: str
-    trainable: tuple[str, ...]
-    group: str
-    parameters: tuple[str, ...]
-    inputs: tuple[str, ...]
-    settings: Mapping[str, Any]
-    sample: SampleSpec
-    dtype: str
+    plan: PreprocessPlan
+    group: GroupPlan
     batch_size: int
 
 

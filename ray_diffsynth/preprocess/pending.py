@@ -42,7 +42,7 @@ def plan_pending(
             if not any(other.failure(number) for other in failing):
                 yield pair
 
-    spec: SampleSpec = run.encoder.sample
+    spec: SampleSpec = run.encoder.plan.sample
     run.catalog = committed_rows(committed.cache, committed.manifest, committed.index, run.name, retry=retry)
     wanted = not_known(wanted_rows(run.plan, alive(), spec, run.empty_key), run.catalog.known())
     run.shards = recover(committed.cache, run.name, plan_shards(wanted), run.catalog, retry=retry)

@@ -42,7 +42,7 @@ def run_pass(
     whatever Ray raises.
     """
     spec, size, monitor = context.spec, context.size, context.monitor
-    sink = ShardSink(context.cache, spec.group, spec.parameters, context.codec, monitor)
+    sink = ShardSink(context.cache, spec.group.name, spec.group.parameters, context.codec, monitor)
     # Rows of the dataset are whole shards, so a block never tears one apart.
     dataset = ray.data.from_items([shard_row(shard) for shard in shards], override_num_blocks=len(shards))
     options = dataset.context  # its own copy, which the steps below inherit
@@ -78,4 +78,4 @@ def run_pass(
             encoded.write_datasink(sink, ray_remote_args={"num_cpus": size.write_cpus, "max_retries": retries})
         finally:
             ray.get(monitor.end_encoders.remote())
-    return sink.results, reports.deaths(spec.group)
+    return sink.results, reports.deaths(spec.group.name)

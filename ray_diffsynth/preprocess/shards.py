@@ -11,7 +11,7 @@ from typing import Any
 from ray_diffsynth.cache.store import shard_name
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 from ray_diffsynth.data.spec import SampleSpec
-from ray_diffsynth.preprocess.cache_keys import GroupPlan
+from ray_diffsynth.plan.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.records import Sample
 
 EMPTY_CAPTION = "(the empty caption)"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ray_diffsynth.cache.local_copy import LocalCopies
-from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.config.options import defaults_of, identity_of
@@ -17,26 +16,17 @@ from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import part_sketch
-from ray_diffsynth.models.locate import ModelSource, locate_configured
+from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.models.lora_file import lora_digest
-from ray_diffsynth.pipelines.core.stages import (
-    check_caption_dropout,
-    check_columns,
-    dataset_spec,
-    plan_stages,
-    settings_of,
-)
-from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
+from ray_diffsynth.pipelines.registry import get_pipeline_class
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.storage import absolute
-from ray_diffsynth.tasks import Task, get_task, task_family
+from ray_diffsynth.tasks import Task, task_family
 from ray_diffsynth.training.checkpoint import Checkpoint
 from ray_diffsynth.training.data.source import (
     CacheSource,
     DatasetSource,
     SampleSource,
-    check_encoders,
-    check_manifest,
-    check_settings,
     read_rows,
 )
 from ray_diffsynth.training.identity import check_identity
@@ -65,47 +55,8 @@ class Setup:
     @classmethod
     def of(cls, config: TrainConfig) -> Setup:
         """Raises UserErrors for a model that is not found, a cache of something else, an impossible dtype, …"""
-        source = locate_configured(config, wanted=())
-        family = choose_family(config.family, source)
-        task = get_task(
-            config.task,
-            weighting=config.loss_weighting,
-            min_timestep_boundary=config.min_timestep_boundary,
-            max_timestep_boundary=config.max_timestep_boundary,
-            timestep_sampling=config.timestep_sampling,
-            **_given(config, "logit_mean", "logit_std", "mode_scale", "timestep_shift"),
-        )
-        pipe = get_pipeline_class(family).configured(source)
-        settings = settings_of(pipe, task, config.pipeline_settings)
-        if not config.reads_cache:
-            check_columns(pipe, task, config)
-        sample = dataset_spec(pipe, config, task.columns, keep_size=task.as_sampled)
-        stages = plan_stages(pipe, task, config.trained, sample.inputs)
-        if config.caption_dropout:
-            check_caption_dropout(stages, sample.inputs)
-        models = stages.stage2_models(pipe)
-        if config.reads_cache:
-            where = absolute(config.dataset_base_path)
-            manifest = Manifest.load(where)
-            check_manifest(
-                manifest,
-                where,
-                family=family,
-                task=config.task,
-                trainable=config.trained,
-                parameters=stages.parameters,
-            )
-            check_encoders(manifest, where, source, get_pipeline_class(family).parts)
-            read = {name for unit in stages.stage2 for name in unit.fetch_input_params()}
-            read |= {*pipe.model_fn_params(), *task.reads, *(config.pipeline_settings or {})}
-            check_settings(manifest, where, {name: settings[name] for name in settings if name in read})
-        else:
-            models = tuple(dict.fromkeys([*stages.stage1_models(), *models]))
-        # A download too takes only these; images of --validation_prompts need the whole model.
-        wanted = None if config.validation_prompts else [pipe.parts[name].subfolder for name in models]
-        source = locate_configured(config, wanted=wanted)
-        pipe.check_files(source, pipe.parts if config.validation_prompts else models)
-        return cls(config, absolute(config.output_path), family, source, task, sample, models)
+        plan = RunPlan.resolve(config)
+        return cls(config, plan.output_path, plan.family, plan.source, plan.task, plan.sample, plan.models)
 
     def open_data(self) -> SampleSource:
         """The samples: the cache, or for the unsplit task the dataset, whose every picture is looked at."""
@@ -161,8 +112,3 @@ class Setup:
         """Which base models these are, without reading them whole."""
         parts = get_pipeline_class(self.family).parts
         return {name: part_sketch(self.source, parts[name].subfolder) for name in sorted(self.models) if name in parts}
-
-
-def _given(config: TrainConfig, *names: str) -> dict[str, Any]:
-    """Those of the options that are given, by name; the others keep the defaults of who takes them."""
-    return {name: value for name in names if (value := getattr(config, name)) is not None}

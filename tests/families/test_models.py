@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from ray_diffsynth.config import GenerateConfig
-from ray_diffsynth.generate.painter import Painter, PainterSpec
-from ray_diffsynth.generate.plan import family_defaults, plan_items
-from ray_diffsynth.generate.prompts import read_prompts
+from ray_diffsynth.config import GenerateConfig, PreprocessConfig
+from ray_diffsynth.generate.items import family_defaults, plan_items
+from ray_diffsynth.generate.painter import Painter
 from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
 from ray_diffsynth.pipelines.core.calling import picture_params
 from ray_diffsynth.pipelines.registry import get_pipeline_class
-from ray_diffsynth.preprocess.job import Job, PreprocessConfig
+from ray_diffsynth.plan.prompts import read_prompts
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.setup import Setup
 from tests.families.cases import picture
 from tests.training.helpers import make_config
@@ -61,7 +61,7 @@ def test_a_model_that_the_family_cannot_take(
     with pytest.raises(PipelineError, match=message):
         configured(family, root)
     with pytest.raises(PipelineError, match=message):  # both stages, before anything is encoded or loaded
-        Job.of(PreprocessConfig(model=str(root), family=family, dataset_base_path="d", output_path="o"))
+        RunPlan.resolve(PreprocessConfig(model=str(root), family=family, dataset_base_path="d", output_path="o"))
     with pytest.raises(PipelineError, match=message):
         Setup.of(make_config(root, tmp_path, tmp_path, task="sft", family=family))
 
@@ -98,11 +98,12 @@ def test_generating_from_a_picture(
         picture(seed=seed).save(tmp_path / f"{name}.png")
     (tmp_path / "prompts.csv").write_text(f"prompt,{column}\na cat,a.png\na cat,b.png\n")
     config = GenerateConfig(
-        model=str(root), prompt_path=str(tmp_path / "prompts.csv"), seeds="3", height=32, width=48,
+        model=str(root), prompt_path=str(tmp_path / "prompts.csv"), output_path=str(tmp_path),
+        dtype="float32", seeds="3", height=32, width=48,
         num_inference_steps=2, cfg_scale=1.0, **options,
     )  # fmt: skip
     pipe = configured(family, root)
     items = plan_items(config, read_prompts(config, picture_params(pipe)), pipe, {})
-    paint = Painter(PainterSpec(family, locate_model(str(root)), "float32", (), str(tmp_path), 16.0))
+    paint = Painter(RunPlan.resolve(config))
     one, two = ((tmp_path / paint(item)).read_bytes() for item in items)
     assert one != two, "it is made from its picture"

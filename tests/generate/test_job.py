@@ -15,11 +15,12 @@ from PIL import Image
 
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate import job, pool
-from ray_diffsynth.generate.painter import Painter, PainterSpec
-from ray_diffsynth.generate.plan import GenerateError, Item
+from ray_diffsynth.generate.items import GenerateError, Item
+from ray_diffsynth.generate.painter import Painter
 from ray_diffsynth.models.lora import add_lora, export_lora, lora_parameters, lora_state
 from ray_diffsynth.models.lora_file import LoraError
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.plan.run_plan import GeneratePlan
 from ray_diffsynth.ray_session import ClusterError
 from ray_diffsynth.training.runtime import LocalContext
 from ray_diffsynth.training.trainer import train
@@ -61,8 +62,8 @@ def test_a_killed_run_goes_on_and_makes_every_picture_once(
     out, once = tmp_path / "out", tmp_path / "once"
     given = config(tiny_qwen, out, prompt_path=prompts, images_per_prompt=2)
 
-    def interrupted(items: Sequence[Item], spec: PainterSpec, size: Any, on_done: Any) -> dict[str, str]:
-        paint = Painter(spec)
+    def interrupted(items: Sequence[Item], plan: GeneratePlan, size: Any, on_done: Any) -> dict[str, str]:
+        paint = Painter(plan)
         for item in items[:2]:
             paint(item)
         raise KeyboardInterrupt

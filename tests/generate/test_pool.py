@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate import pool
-from ray_diffsynth.generate.painter import PainterSpec
-from ray_diffsynth.generate.plan import Item
+from ray_diffsynth.generate.items import Item
 from ray_diffsynth.generate.pool import paint_all
 from ray_diffsynth.models.locate import ModelSource
+from ray_diffsynth.plan.run_plan import GeneratePlan
 from ray_diffsynth.ray_session import ClusterError
 from ray_diffsynth.resources import GeneratorPool
 
@@ -22,8 +23,9 @@ def items(count: int) -> list[Item]:
     return [Item(f"pictures/{number}.png", f"picture {number}", number, 1.0, ()) for number in range(count)]
 
 
-def spec(output: Path) -> PainterSpec:
-    return PainterSpec("qwen_image", ModelSource("", ""), "float32", (), str(output), 16.0)
+def plan(output: Path) -> GeneratePlan:
+    config = GenerateConfig(model="m", prompt="a cat", output_path=str(output))
+    return GeneratePlan(config, str(output), "qwen_image", ModelSource("", ""), {}, (), ())
 
 
 @pytest.mark.ray
@@ -39,7 +41,7 @@ def test_two_actors_share_the_work_and_one_item_that_kills_costs_no_other(
             pass
 
         def paint(self, item: Item) -> str:
-            output = Path(self.spec.output_path)
+            output = Path(self.plan.output_path)
             with open(output / f"{item.seed}.tries", "a") as file:
                 file.write(f"{os.getpid()}\n")
             tries = len((output / f"{item.seed}.tries").read_text().splitlines())
@@ -52,7 +54,7 @@ def test_two_actors_share_the_work_and_one_item_that_kills_costs_no_other(
 
     monkeypatch.setattr(pool, "PainterActor", Drawing)
     done: list[int] = []
-    painted = paint_all(items(9), spec(tmp_path), GeneratorPool(2, 1, 0, {}), done.append)
+    painted = paint_all(items(9), plan(tmp_path), GeneratorPool(2, 1, 0, {}), done.append)
     assert painted.failures == {
         "pictures/2.png": "its process died each time that it was tried",
         "pictures/6.png": "RuntimeError: no memory",
@@ -76,4 +78,4 @@ def test_a_process_that_dies_while_it_loads(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(pool, "PainterActor", Heavy)
     with pytest.raises(ClusterError, match="died while it loaded the model"):
-        paint_all(items(1), spec(tmp_path), GeneratorPool(1, 1, 0, {}))
+        paint_all(items(1), plan(tmp_path), GeneratorPool(1, 1, 0, {}))

@@ -13,9 +13,10 @@ from PIL import Image
 
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate.grid import LIMIT
-from ray_diffsynth.generate.plan import Item, plan_items, read_prompts
+from ray_diffsynth.generate.items import Item, plan_items
 from ray_diffsynth.generate.summary import Made, finish
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.plan.prompts import read_prompts
 from ray_diffsynth.report.load import load_lines
 from ray_diffsynth.report.page import lookup
 from tests.report.browser import Dom

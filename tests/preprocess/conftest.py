@@ -104,7 +104,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Stage1:
         return dict.fromkeys(groups, EncoderPool(1, 1, config.batch_size, 0.5, 0, 0.5, None, 0.25))
 
     monkeypatch.setattr(job_module, "ray_session", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(Cluster, "connected", lambda: Cluster(8, 0))
+    monkeypatch.setattr(job_module, "joined_cluster", lambda: Cluster({"here": {"CPU": 8.0}}))
     monkeypatch.setattr(job_module, "encoder_pools", size)
     monkeypatch.setattr(job_module, "encode_all", encode_inline)
     monkeypatch.setattr(scan_module, "ray", InlineRay)
@@ -135,7 +135,7 @@ class InlineRay:
 def encode_inline(runs: Sequence[GroupRun], *, cache: str, codec: str) -> None:
     """Decoder, encoder and sink, one shard after another."""
     for run in runs:
-        sink = ShardSink(cache, run.name, run.encoder.parameters, codec)
+        sink = ShardSink(cache, run.name, run.encoder.group.parameters, codec)
         encoder = Encoder(run.encoder) if run.shards else None
         for shard in run.shards:
             assert encoder is not None

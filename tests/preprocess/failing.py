@@ -12,11 +12,11 @@ import torch
 from ray_diffsynth.cache.store import shard_name
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encode_batches import encode
 from ray_diffsynth.preprocess.encoder import Encoder
-from ray_diffsynth.preprocess.job import Job
-from ray_diffsynth.preprocess.messages import shard_row
+from ray_diffsynth.preprocess.messages import EncoderSpec, shard_row
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
 from tests.preprocess import counting
 from tests.preprocess.counting import FAMILY, build_model
@@ -32,9 +32,8 @@ class Bench:
         config = PreprocessConfig(
             model=str(build_model(tmp_path / "model")), family=FAMILY, dataset_base_path=str(few), batch_size=4
         )
-        job = Job.of(config)
-        group = next(group for group in job.groups if group.name == "vae")
-        self.spec = job.encoder(group, 4)
+        plan = RunPlan.resolve(config)
+        self.spec = EncoderSpec(plan, plan.group("vae"), 4)
         size = Bucket(64, 64)
         rows = (Wanted(f"k{n}", f"{n:04d}.png", {"image": f"{n:04d}.png"}, size.name, size) for n in range(12))
         self.shard = shard_row(ShardPlan(shard_name(["k"]), size.name, tuple(rows)))

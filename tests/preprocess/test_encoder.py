@@ -14,11 +14,11 @@ from PIL import Image
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import Bucket
+from ray_diffsynth.plan.run_plan import PreprocessPlan, RunPlan
 from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encode_batches import encode
 from ray_diffsynth.preprocess.encoder import Encoder
-from ray_diffsynth.preprocess.job import Job
-from ray_diffsynth.preprocess.messages import shard_row, unpack
+from ray_diffsynth.preprocess.messages import EncoderSpec, shard_row, unpack
 from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
 from tests.preprocess import counting
@@ -26,19 +26,18 @@ from tests.preprocess.counting import FAMILY, behave, build_model, calls, digest
 
 
 @pytest.fixture
-def job(tmp_path: Path, few: Path) -> Job:
+def plan(tmp_path: Path, few: Path) -> PreprocessPlan:
     config = PreprocessConfig(
         model=str(build_model(tmp_path / "model")),
         family=FAMILY,
         dataset_base_path=str(few),
         output_path=str(tmp_path / "cache"),
     )
-    return Job.of(config)
+    return RunPlan.resolve(config)
 
 
-def encode_shard(job: Job, batch_size: int, count: int = 12) -> tuple[Encoder, dict[str, Any]]:
-    group = next(group for group in job.groups if group.name == "vae")
-    spec = job.encoder(group, batch_size)
+def encode_shard(plan: PreprocessPlan, batch_size: int, count: int = 12) -> tuple[Encoder, dict[str, Any]]:
+    spec = EncoderSpec(plan, plan.group("vae"), batch_size)
     size = Bucket(64, 64)
     rows = tuple(Wanted(f"k{n}", f"{n:04d}.png", {"image": f"{n:04d}.png"}, size.name, size) for n in range(count))
     encoder = Encoder(spec)
@@ -49,15 +48,15 @@ def pixels(few: Path, number: int) -> str:
     return digest(np.asarray(Image.open(few / f"{number:04d}.png").convert("RGB")))
 
 
-def test_every_sample_is_encoded_once(job: Job, tmp_path: Path) -> None:
-    _, shard = encode_shard(job, 5)
+def test_every_sample_is_encoded_once(plan: PreprocessPlan, tmp_path: Path) -> None:
+    _, shard = encode_shard(plan, 5)
     assert [key for key, _ in unpack(shard["inputs"])] == [f"k{n}" for n in range(12)]
     assert json.loads(shard["failed"]) == {} and len(calls(tmp_path / "model", "vae")) == 12
 
 
-def test_out_of_memory_halves_the_batch_for_good(job: Job, tmp_path: Path, few: Path) -> None:
+def test_out_of_memory_halves_the_batch_for_good(plan: PreprocessPlan, tmp_path: Path, few: Path) -> None:
     behave(tmp_path / "model", memory=3, too_big=[pixels(few, 5)])
-    encoder, shard = encode_shard(job, 8)
+    encoder, shard = encode_shard(plan, 8)
     failed = json.loads(shard["failed"])
     assert list(failed) == ["k5"] and failed["k5"][0] == "OutOfMemoryError"
     assert len(unpack(shard["inputs"])) == 11
@@ -66,9 +65,9 @@ def test_out_of_memory_halves_the_batch_for_good(job: Job, tmp_path: Path, few: 
 
 
 def test_what_is_not_finite_or_fails_is_that_samples_own(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: PreprocessPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder, _ = encode_shard(job, 4, count=1)
+    encoder, _ = encode_shard(plan, 4, count=1)
 
     def process_batch(self: Any, pipe: Any, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
         numbers = [inputs["input_image"] for inputs in batch]

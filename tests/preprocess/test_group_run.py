@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_diffsynth.preprocess.cache_keys import GroupPlan
+from ray_diffsynth.plan.cache_keys import GroupPlan
 from tests.preprocess.conftest import Stage1
 from tests.preprocess.counting import build_model, digest
 

@@ -62,7 +62,7 @@ def test_a_lost_device_ends_the_process(bench: Bench) -> None:
 
 
 def written(bench: Bench, tmp_path: Path, shard: dict[str, Any]) -> list[dict[str, Any]]:
-    sink = ShardSink(str(tmp_path / "cache"), "vae", bench.spec.parameters, "none")
+    sink = ShardSink(str(tmp_path / "cache"), "vae", bench.spec.group.parameters, "none")
     return sink.write([pa.Table.from_pylist([shard])], None)
 
 

@@ -28,8 +28,8 @@ from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenI
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
 from ray_diffsynth.pipelines.wan.pipeline import WanPipeline
-from ray_diffsynth.preprocess.cache_keys import GroupPlan, plan_group
-from ray_diffsynth.preprocess.job import Job
+from ray_diffsynth.plan.cache_keys import GroupPlan, plan_group
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.tasks import SFT, DirectDistill
 from ray_diffsynth.training.setup import Setup
 from tests.training.helpers import make_config
@@ -78,7 +78,7 @@ def test_columns_of_a_task_and_of_units_that_do_not_declare() -> None:
 def test_both_stages_refuse_it(tiny_qwen: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"extra_inputs": "blockwise_controlnet_image", "dataset_base_path": str(tmp_path)}
     with pytest.raises(PipelineError, match="nothing of the family qwen_image reads it"):
-        Job.of(PreprocessConfig(model=str(tiny_qwen), output_path=str(tmp_path / "cache"), **given))
+        RunPlan.resolve(PreprocessConfig(model=str(tiny_qwen), output_path=str(tmp_path / "cache"), **given))
     with pytest.raises(PipelineError, match="nothing of the family qwen_image reads it"):
         Setup.of(make_config(tiny_qwen, tmp_path, tmp_path, task="sft", extra_inputs="blockwise_controlnet_image"))
 
@@ -117,7 +117,7 @@ def test_a_setting_that_nobody_reads_is_refused() -> None:
 
 def groups(model: Path, tmp_path: Path, **options: Any) -> dict[str, GroupPlan]:
     values: dict[str, Any] = {"dataset_base_path": str(tmp_path), "output_path": str(tmp_path / "cache"), **options}
-    return {group.name: group for group in Job.of(PreprocessConfig(model=str(model), **values)).groups}
+    return {group.name: group for group in RunPlan.resolve(PreprocessConfig(model=str(model), **values)).groups}
 
 
 def test_settings_are_part_of_the_keys_that_they_decide(tiny_qwen: Path, tmp_path: Path) -> None:

@@ -14,10 +14,9 @@ from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.data.media import content_hash
 from ray_diffsynth.data.prompts import Prompt
 from ray_diffsynth.errors import did_you_mean
-from ray_diffsynth.generate.prompts import GenerateError as GenerateError
-from ray_diffsynth.generate.prompts import read_prompts as read_prompts
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.stages import checked_setting
+from ray_diffsynth.plan.prompts import GenerateError as GenerateError
 
 PICTURES = "pictures"
 Family: TypeAlias = BasePipeline | type[BasePipeline]

@@ -12,7 +12,7 @@ import pytest
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.models import locate
-from ray_diffsynth.preprocess.job import Job
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.data.source import SourceError
 from ray_diffsynth.training.setup import Setup
 from tests.training.conftest import CacheMaker
@@ -30,7 +30,7 @@ def test_a_stage_downloads_its_own_models(
 
     monkeypatch.setattr(locate, "find_repository", find)
     dit, encoders = ["transformer/*.safetensors"], ["text_encoder/*.safetensors", "vae/*.safetensors"]
-    Job.of(PreprocessConfig(model="a/b", dataset_base_path=str(tmp_path), output_path=str(tmp_path / "cache")))
+    RunPlan.resolve(PreprocessConfig(model="a/b", dataset_base_path=str(tmp_path), output_path=str(tmp_path / "cache")))
     Setup.of(make_config(Path("a/b"), cache, tmp_path))
     Setup.of(make_config(Path("a/b"), cache, tmp_path, validation_prompts="a cat"))
     Setup.of(make_config(Path("a/b"), tmp_path, tmp_path, task="sft"))

@@ -20,9 +20,7 @@ from ray_diffsynth.data.video import load_first_frame, probe_video
 from ray_diffsynth.diffusion.flow_match import ScheduleError
 from ray_diffsynth.errors import ConfigError, UserError
 from ray_diffsynth.generate.grid import columns_of, draw_grid
-from ray_diffsynth.generate.lora import attach_loras, joined, set_lora_scale
-from ray_diffsynth.generate.painter import mp4
-from ray_diffsynth.generate.plan import (
+from ray_diffsynth.generate.items import (
     GenerateError,
     Item,
     check_arguments,
@@ -30,8 +28,9 @@ from ray_diffsynth.generate.plan import (
     makes_videos,
     metadata_rows,
     plan_items,
-    read_prompts,
 )
+from ray_diffsynth.generate.lora import attach_loras, joined, set_lora_scale
+from ray_diffsynth.generate.painter import mp4
 from ray_diffsynth.models.lora import add_lora, export_lora, fuse_lora, lora_parameters, lora_state
 from ray_diffsynth.models.lora_file import LoraError
 from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
@@ -39,6 +38,7 @@ from ray_diffsynth.pipelines.core.calling import picture_params
 from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
+from ray_diffsynth.plan.prompts import read_prompts
 
 IDENTITY = {"weights": "a"}
 

@@ -28,20 +28,18 @@ def digest(value: Any) -> str:
 class GroupPlan:
     """One group of stage-1 units with the address space of its rows.
 
-    `inputs` are the sample inputs that flow into it, `settings` the constants that do; `parts` is the readable
-    fingerprint. `bucketed` tells whether its rows depend on the size, so that a file holds one bucket.
+    `parameters` are what its rows hold, `inputs` the sample inputs that flow into it, `settings` the constants that do;
+    `parts` is the readable fingerprint. `bucketed` tells whether its rows depend on the size, so that a file holds one
+    bucket.
     """
 
-    group: UnitGroup
+    name: str
+    parameters: tuple[str, ...]
     inputs: tuple[str, ...]
     settings: Mapping[str, Any]
     parts: Mapping[str, str]
     fingerprint: str
     bucketed: bool
-
-    @property
-    def name(self) -> str:
-        return self.group.name
 
     @property
     def caption_only(self) -> bool:
@@ -93,4 +91,4 @@ def plan_group(
     # For stage 2, which compares encoders without reading them; the keys depend on the whole weights above.
     for name in group.models:
         parts[f"{SKETCH}{name}"] = part_sketch(source, type(pipe).parts[name].subfolder) or ""
-    return GroupPlan(group, inputs, settings, parts, fingerprint, bucketed)
+    return GroupPlan(group.name, group.parameters, inputs, settings, parts, fingerprint, bucketed)

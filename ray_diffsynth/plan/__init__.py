@@ -1,0 +1,1 @@
+"""What follows from a configuration alone, worked out once, in the driver, before Ray starts."""
