@@ -1,4 +1,4 @@
-"""Pictures on one sheet: a row for each prompt and seed, a column for each strength of the LoRA."""
+"""Images on one sheet: a row for each prompt and seed, a column for each strength of the LoRA."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from PIL import Image, ImageFont
 from ray_diffsynth.report.image_grid import ImageGrid
 
 LIMIT = 64
-"""Pictures on a sheet."""
+"""Images on a sheet."""
 _SIDE, _GAP, _LINE, _FONT = 256, 8, 18, 13
 
 
-def columns_of(pictures: int, scales: int, per_prompt: int) -> int:
+def columns_of(images: int, scales: int, per_prompt: int) -> int:
     """How many stand in a row: those of one seed at all strengths, else those of one prompt, else about a square."""
     if scales > 1:
         return scales
-    return per_prompt if per_prompt > 1 else max(1, math.ceil(math.sqrt(pictures)))
+    return per_prompt if per_prompt > 1 else max(1, math.ceil(math.sqrt(images)))
 
 
 def draw_grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int) -> Image.Image:
@@ -28,10 +28,10 @@ def draw_grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int
     return ImageGrid.uniform(fitted, columns, gap=_GAP, heading=_LINE, labels=labels, font=font).image
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
-    longest = max(picture.size)
+def _fitted(image: Image.Image) -> Image.Image:
+    longest = max(image.size)
     if longest < _SIDE:
         factor = _SIDE // longest
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    size = (round(picture.width * _SIDE / longest), round(picture.height * _SIDE / longest))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    size = (round(image.width * _SIDE / longest), round(image.height * _SIDE / longest))
+    return image.resize(size, Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Which pictures are made: a pure function of the configuration and the prompts, each under a name of its own."""
+"""Which images are made: a pure function of the configuration and the prompts, each under a name of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.stages import checked_setting
 from ray_diffsynth.plan.prompts import GenerateError as GenerateError
 
-PICTURES = "pictures"
+IMAGES_FOLDER = "pictures"
 Family: TypeAlias = BasePipeline | type[BasePipeline]
 """A family, or one that knows its model's configuration (`BasePipeline.configured`)."""
 # Arguments of `__call__` that have flags of their own.
@@ -27,10 +27,10 @@ _OWN_FLAGS = ("seed", "rand_device", "cfg_scale")
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: `file` is its path below the output, the rest what `__call__` gets, and the scale of the LoRA.
+    """One image: `file` is its path below the output, the rest what `__call__` gets, and the scale of the LoRA.
 
-    `arguments` holds what is asked for; what the family leaves at its default is absent. `pictures`: parameter -> path
-    of the picture that it is made from, or several.
+    `arguments` holds what is asked for; what the family leaves at its default is absent. `images`: parameter -> path
+    of the image that it is made from, or several.
     """
 
     file: str
@@ -38,7 +38,7 @@ class Item:
     seed: int
     lora_scale: float
     arguments: tuple[tuple[str, Any], ...]
-    pictures: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+    images: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
 
 def family_defaults(pipeline: Family) -> dict[str, Any]:
@@ -60,10 +60,10 @@ def makes_videos(pipeline: Family) -> bool:
 def plan_items(
     config: GenerateConfig, prompts: Sequence[Prompt], pipeline: Family, identity: Mapping[str, Any]
 ) -> list[Item]:
-    """The pictures in order, each once: for every prompt its seeds, for every seed the scales of the LoRA.
+    """The images in order, each once: for every prompt its seeds, for every seed the scales of the LoRA.
 
     identity: JSON values that decide the pixels beside the item itself (weights, LoRA files, number format); they are
-    part of the name, so a run with anything else makes its own pictures and never takes those of this one.
+    part of the name, so a run with anything else makes its own images and never takes those of this one.
     """
     items: dict[str, Item] = {}
     for number, prompt in enumerate(prompts):
@@ -76,7 +76,7 @@ def plan_items(
 
 def check_arguments(items: Sequence[Item], pipeline: Family) -> None:
     """Raise PipelineError for a size, ScheduleError for a number of steps that the family cannot make: now, not when
-    the first picture is drawn.
+    the first image is drawn.
     """
     pipe = _instance(pipeline)
     for given in {item.arguments for item in items}:
@@ -142,17 +142,17 @@ def _item(
     decides = [prompt.prompt, seed, scale, given, config.fps if video else None, dict(identity)]
     decides += [{name: _content(paths) for name, paths in prompt.images}] if prompt.images else []
     name = _name(prompt.prompt, decides)
-    file = f"{PICTURES}/{name}.{'mp4' if video else 'png'}"
+    file = f"{IMAGES_FOLDER}/{name}.{'mp4' if video else 'png'}"
     return Item(file, prompt.prompt, seed, scale, given, prompt.images)
 
 
 def _content(paths: str | tuple[str, ...]) -> str | list[str]:
-    """Hashes of pictures. Raises MediaError for one that is not there."""
+    """Hashes of images. Raises MediaError for one that is not there."""
     return content_hash(paths) if isinstance(paths, str) else [content_hash(path) for path in paths]
 
 
 def _name(prompt: str, content: Any) -> str:
-    """A readable start and a hash of all that decides the picture."""
+    """A readable start and a hash of all that decides the image."""
     digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
     return f"{words}-{digest}" if words else digest
@@ -178,7 +178,7 @@ def metadata_rows(config: GenerateConfig, items: Sequence[Item], pipeline: Famil
                 "teacher_cfg_scale": arguments["cfg_scale"],
                 "lora_scale": item.lora_scale if config.loras else "",
                 # Lists as JSON, which the dataset's reader understands in a csv.
-                **{name: path if isinstance(path, str) else json.dumps(path) for name, path in item.pictures},
+                **{name: path if isinstance(path, str) else json.dumps(path) for name, path in item.images},
             }
         )
     return rows
@@ -186,4 +186,6 @@ def metadata_rows(config: GenerateConfig, items: Sequence[Item], pipeline: Famil
 
 def describe(item: Item) -> dict[str, Any]:
     """The item as JSON values, for the report."""
-    return {**asdict(item), "arguments": dict(item.arguments), "pictures": dict(item.pictures)}
+    values = asdict(item)
+    del values["images"]
+    return {**values, "arguments": dict(item.arguments), "pictures": dict(item.images)}

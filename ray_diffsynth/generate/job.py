@@ -1,4 +1,4 @@
-"""Prompts in; pictures, metadata.csv, a grid and a report out. A run that was ended goes on: each picture once."""
+"""Prompts in; images, metadata.csv, a grid and a report out. A run that was ended goes on: each image once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from ray_diffsynth.config import GenerateConfig
-from ray_diffsynth.generate.items import PICTURES, check_arguments, plan_items
+from ray_diffsynth.generate.items import IMAGES_FOLDER, check_arguments, plan_items
 from ray_diffsynth.generate.pool import Painted, paint_all
 from ray_diffsynth.generate.summary import Made, finish
 from ray_diffsynth.models.lora_file import LoraError, check_lora_file, lora_digest
@@ -21,7 +21,7 @@ from ray_diffsynth.storage import exists, join, list_files
 def run(config: GenerateConfig) -> dict[str, Any]:
     """Make what is not there yet; returns the counts that report.json holds too.
 
-    Raises UserErrors of the configuration before Ray starts, and GenerateError at the end if some pictures failed.
+    Raises UserErrors of the configuration before Ray starts, and GenerateError at the end if some images failed.
     """
     started = time.monotonic()
     plan = RunPlan.resolve(config)
@@ -29,21 +29,21 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     items = plan_items(config, plan.prompts, pipeline, _identity(plan))
     check_arguments(items, pipeline)
     output = plan.output_path
-    there = {f"{PICTURES}/{name}" for name in list_files(join(output, PICTURES))}
+    there = {f"{IMAGES_FOLDER}/{name}" for name in list_files(join(output, IMAGES_FOLDER))}
     missing = [item for item in items if item.file not in there]
     painted = Painted({}, 0.0)
     if missing:
         with ray_session(config.ray_address, verbose=config.verbose):
             size = generator_pool(config.num_workers, config.resources, len(missing), joined_cluster())
             done = len(items) - len(missing)
-            with Progress("generate", total=len(items), unit="pictures", initial=done) as progress:
+            with Progress("generate", total=len(items), unit="images", initial=done) as progress:
                 painted = paint_all(missing, plan, size, progress.advance)
     made = Made(plan.family, pipeline, plan.loras, items, len(missing), painted.failures, painted.seconds)
     counts = finish(config, made, output, seconds=time.monotonic() - started)
     if painted.failures:
         first = next(item for item in items if item.file in painted.failures)
         raise GenerateError(
-            f"{len(painted.failures)} of {len(items)} pictures failed, the first {first.prompt!r} with seed "
+            f"{len(painted.failures)} of {len(items)} images failed, the first {first.prompt!r} with seed "
             f"{first.seed}: {painted.failures[first.file]}; the same command tries them again"
         )
     return counts

@@ -1,4 +1,4 @@
-"""LoRA files beside a pipeline's weights, at a strength that can be changed between two pictures."""
+"""LoRA files beside a pipeline's weights, at a strength that can be changed between two images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process that makes pictures: loads a model once, then turns items into files. No Ray here."""
+"""One process that makes images: loads a model once, then turns items into files. No Ray here."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Painter:
         attach_loras(self.pipe, plan.loras)
 
     def __call__(self, item: Item) -> str:
-        """Make the picture and write its file, whole or not at all; returns `item.file`."""
+        """Make the image and write its file, whole or not at all; returns `item.file`."""
         set_lora_scale(self.pipe, item.lora_scale)
-        pictures = {name: _opened(paths) for name, paths in item.pictures}
-        result = self.pipe(item.prompt, seed=item.seed, **dict(item.arguments), **pictures)
+        images = {name: _opened(paths) for name, paths in item.images}
+        result = self.pipe(item.prompt, seed=item.seed, **dict(item.arguments), **images)
         data = png(result) if isinstance(result, Image.Image) else mp4(result, self.plan.config.fps)
         write_bytes_atomic(join(self.plan.output_path, item.file), data)
         return item.file
@@ -44,10 +44,10 @@ def _opened(paths: str | tuple[str, ...]) -> Image.Image | list[Image.Image]:
     return load_image(paths) if isinstance(paths, str) else [load_image(path) for path in paths]
 
 
-def png(picture: Image.Image) -> bytes:
-    """The picture as a PNG file."""
+def png(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -60,7 +60,7 @@ class PainterActor:
 def paint_all(
     items: Sequence[Item], plan: GeneratePlan, size: GeneratorPool, on_done: Callable[[int], None] = lambda count: None
 ) -> Painted:
-    """Make the pictures of all items; one that fails does not end it, a UserError does.
+    """Make the images of all items; one that fails does not end it, a UserError does.
 
     on_done is called with 1 for each item that is over.
     """

@@ -1,4 +1,4 @@
-"""What a run leaves beside its pictures: metadata.csv, grid.png, report.json, report.html and the last line."""
+"""What a run leaves beside its images: metadata.csv, grid.png, report.json, report.html and the last line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Made:
 
 
 def finish(config: GenerateConfig, made: Made, output: str, *, seconds: float) -> dict[str, int]:
-    """Write all files beside the pictures, print the last line, and return the counts. `seconds`: of the whole run."""
+    """Write all files beside the images, print the last line, and return the counts. `seconds`: of the whole run."""
     good, total = made.good, len(made.items)
     counts = {
         "pictures": len(good),
@@ -53,9 +53,9 @@ def finish(config: GenerateConfig, made: Made, output: str, *, seconds: float) -
     }
     _write_metadata(config, good, made.pipeline, output)
     shown = good[:LIMIT]
-    pictures = [_opened(join(output, item.file)) for item in shown]
+    images = [_opened(join(output, item.file)) for item in shown]
     if config.grid and good:
-        _write_grid(config, shown, pictures, output)
+        _write_grid(config, shown, images, output)
     report = make_report(
         counts=counts,
         seconds={"total": round(seconds, 3), "generating": round(made.seconds, 3)},
@@ -70,26 +70,26 @@ def finish(config: GenerateConfig, made: Made, output: str, *, seconds: float) -
         ],
     )
     write_json(output, report)
-    write_page(output, report, images=report_pictures(shown, pictures, several=len(config.lora_scales) > 1))
+    write_page(output, report, images=report_images(shown, images, several=len(config.lora_scales) > 1))
     print(
-        f"{counts['pictures']} pictures in {output} ({counts['made']} made, {counts['reused']} reused, "
+        f"{counts['pictures']} images in {output} ({counts['made']} made, {counts['reused']} reused, "
         f"{counts['failed']} failed; {seconds:.1f} s); see {join(output, 'report.html')}",
         flush=True,
     )
     return counts
 
 
-def report_pictures(items: Sequence[Item], pictures: Sequence[Image.Image], *, several: bool) -> list[PageImage]:
-    """The pictures of the page; with `several` strengths of the LoRA those of one prompt and seed stand together."""
+def report_images(items: Sequence[Item], images: Sequence[Image.Image], *, several: bool) -> list[PageImage]:
+    """The images of the page; with `several` strengths of the LoRA those of one prompt and seed stand together."""
     found = []
-    for item, picture in zip(items, pictures, strict=True):
+    for item, image in zip(items, images, strict=True):
         strength = f"strength {item.lora_scale:g}" if item.lora_scale else "without the LoRA"
         made_from = f"{item.prompt}, seed {item.seed}"
         if several:
-            found.append(PageImage(thumbnail(picture), strength, f"{made_from}, {strength}", group=made_from))
+            found.append(PageImage(thumbnail(image), strength, f"{made_from}, {strength}", group=made_from))
         else:
             # The seed first: of a long prompt only the start is shown.
-            found.append(PageImage(thumbnail(picture), f"seed {item.seed}: {item.prompt}", made_from))
+            found.append(PageImage(thumbnail(image), f"seed {item.seed}: {item.prompt}", made_from))
     return found
 
 
@@ -115,12 +115,12 @@ def _write_metadata(config: GenerateConfig, items: Sequence[Item], pipeline: Fam
     write_bytes_atomic(join(output, "metadata.csv"), text.getvalue().encode("utf-8"))
 
 
-def _write_grid(config: GenerateConfig, items: Sequence[Item], pictures: Sequence[Image.Image], output: str) -> None:
+def _write_grid(config: GenerateConfig, items: Sequence[Item], images: Sequence[Image.Image], output: str) -> None:
     several = len(config.lora_scales) > 1
     labels = [f"{f'×{item.lora_scale:g} ' if several else ''}seed {item.seed} {item.prompt}" for item in items]
     per_prompt = len(config.seed_list) or config.images_per_prompt
     columns = columns_of(len(items), len(config.lora_scales), per_prompt)
-    write_bytes_atomic(join(output, "grid.png"), png(draw_grid(pictures, labels, columns)))
+    write_bytes_atomic(join(output, "grid.png"), png(draw_grid(images, labels, columns)))
 
 
 def _opened(path: str) -> Image.Image:

@@ -22,7 +22,7 @@ from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.models.fingerprint import part_sketch
 from ray_diffsynth.models.locate import ModelFolderError, ModelSource, locate_configured
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.calling import picture_params
+from ray_diffsynth.pipelines.core.calling import image_params
 from ray_diffsynth.pipelines.core.stages import (
     Stages,
     check_caption_dropout,
@@ -286,7 +286,7 @@ def lora_targets(config: LoraConfig, pipe: BasePipeline, model: str) -> str:
 def plan_generate(config: GenerateConfig) -> GeneratePlan:
     """See `RunPlan.resolve`; DatasetError or GenerateError for prompts that cannot be read."""
     _, family, pipe = _pipeline(config)
-    prompts = read_prompts(config, picture_params(pipe))
+    prompts = read_prompts(config, image_params(pipe))
     source = _with_weights(config, pipe, None)
     return GeneratePlan(
         config=config,

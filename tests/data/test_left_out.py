@@ -59,7 +59,7 @@ def test_linked_folders_are_read_once_and_without_an_end(tmp_path: Path) -> None
     assert ids(found) == ["kept/d.png", "linked/b.png", "linked/deep/c.png", "one.png", "own/a.png"]
 
 
-def test_what_looks_like_a_image_or_has_a_caption_is_read_or_named(tmp_path: Path) -> None:
+def test_what_looks_like_an_image_or_has_a_caption_is_read_or_named(tmp_path: Path) -> None:
     image(tmp_path / "a.JPE", format="JPEG")
     image(tmp_path / "b.jfif", format="JPEG")
     image(tmp_path / "c.TIF")

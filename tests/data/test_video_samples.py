@@ -89,7 +89,7 @@ def test_one_row_of_everything(spec: SampleSpec) -> None:
     assert load_inputs(values, bucket, spec, only=["prompt"]) == {"prompt": "a clip"}
 
 
-def test_a_image_is_a_video_of_one_frame(spec: SampleSpec) -> None:
+def test_an_image_is_a_video_of_one_frame(spec: SampleSpec) -> None:
     values = row("d.png")
     bucket = bucket_of(scanned(values, spec), spec)
     assert bucket == Bucket(48, 64), "the control video gives one frame too"
@@ -146,7 +146,7 @@ def test_frames_that_would_not_fit_into_memory_are_refused(spec: SampleSpec) -> 
         )
 
 
-def test_what_a_header_says_of_a_image_is_kept(tmp_path: Path) -> None:
+def test_what_a_header_says_of_an_image_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (64, 32)).save(path, icc_profile=b"no profile")
     file = scan_file(str(path))

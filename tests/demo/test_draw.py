@@ -13,7 +13,7 @@ from ray_diffsynth.demo.captions import SUFFIXES, Scene, canonical, vocabulary
 from ray_diffsynth.demo.draw import Kind, draw_dataset, draw_image
 
 
-def test_a_image_is_a_function_of_seed_and_index() -> None:
+def test_an_image_is_a_function_of_seed_and_index() -> None:
     first, again, other = draw_image(3, 5), draw_image(3, 5), draw_image(3, 6)
     assert np.array_equal(first.pixels, again.pixels)
     assert first.prompt == again.prompt

@@ -15,7 +15,7 @@ from ray_diffsynth.generate.items import family_defaults, plan_items
 from ray_diffsynth.generate.painter import Painter
 from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
-from ray_diffsynth.pipelines.core.calling import picture_params
+from ray_diffsynth.pipelines.core.calling import image_params
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.plan.prompts import read_prompts
 from ray_diffsynth.plan.run_plan import RunPlan
@@ -103,7 +103,7 @@ def test_generating_from_a_picture(
         num_inference_steps=2, cfg_scale=1.0, **options,
     )  # fmt: skip
     pipe = configured(family, root)
-    items = plan_items(config, read_prompts(config, picture_params(pipe)), pipe, {})
+    items = plan_items(config, read_prompts(config, image_params(pipe)), pipe, {})
     paint = Painter(RunPlan.resolve(config))
     one, two = ((tmp_path / paint(item)).read_bytes() for item in items)
     assert one != two, "it is made from its picture"

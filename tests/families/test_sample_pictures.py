@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.calling import picture_params
+from ray_diffsynth.pipelines.core.calling import image_params
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.report import drawing
 from ray_diffsynth.training.report.drawing import Drawing, encode_samples
@@ -31,7 +31,7 @@ def test_they_are_those_of_generate(
     made: list[Any] = []
     keep = drawing._picture
     monkeypatch.setattr(drawing, "_picture", lambda result: keep(made.append(result) or result))
-    needed = [name for name, is_needed in picture_params(pipe).items() if is_needed]
+    needed = [name for name, is_needed in image_params(pipe).items() if is_needed]
     rows: list[dict[str, Any]] = [{"prompt": text, **dict.fromkeys(needed, f"{text}.png")} for text in ("a", "b")]
     for seed, text in enumerate("ab"):
         picture(seed=seed).save(tmp_path / f"{text}.png")

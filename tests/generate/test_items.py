@@ -1,4 +1,4 @@
-"""Which pictures are made, under which names; the sheet; and the LoRA's strength, without Ray."""
+"""Which images are made, under which names; the sheet; and the LoRA's strength, without Ray."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ray_diffsynth.generate.painter import mp4
 from ray_diffsynth.models.lora import add_lora, export_lora, fuse_lora, lora_parameters, lora_state
 from ray_diffsynth.models.lora_file import LoraError
 from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
-from ray_diffsynth.pipelines.core.calling import picture_params
+from ray_diffsynth.pipelines.core.calling import image_params
 from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
@@ -122,7 +122,7 @@ def test_what_cannot_work_is_refused(fields: dict[str, Any], message: str) -> No
         GenerateConfig(model="tiny")
 
 
-def test_each_picture_once_under_a_name_that_holds_all_that_decides_it(tmp_path: Path) -> None:
+def test_each_image_once_under_a_name_that_holds_all_that_decides_it(tmp_path: Path) -> None:
     lines = tmp_path / "p.txt"
     lines.write_text("a cat\na dog\na cat\n")
     given = {"prompt_path": str(lines), "seeds": "1,2"}
@@ -174,8 +174,8 @@ def test_an_argument_that_the_family_does_not_take_is_refused() -> None:
 
 def test_the_grid_has_a_column_for_each_strength() -> None:
     assert [columns_of(9, 3, 1), columns_of(6, 1, 2), columns_of(7, 1, 1)] == [3, 2, 3]
-    pictures = [Image.new("RGB", (64, 32), (40 * i, 0, 0)) for i in range(6)]
-    sheet = draw_grid(pictures, [f"picture {i} " * 9 for i in range(6)], 3)
+    images = [Image.new("RGB", (64, 32), (40 * i, 0, 0)) for i in range(6)]
+    sheet = draw_grid(images, [f"image {i} " * 9 for i in range(6)], 3)
     assert sheet.size == (3 * (256 + 8) + 8, 2 * (128 + 18 + 8) + 8)
     assert sheet.getpixel((8 + 264 + 5, 8 + 18 + 5)) == (40, 0, 0)
     assert sheet.getpixel((8 + 5, 8 + 18 + 128 + 8 + 18 + 5)) == (120, 0, 0)
@@ -256,19 +256,19 @@ def edits(folder: Path, rows: list[dict[str, Any]]) -> GenerateConfig:
     return config(prompt_path=str(folder / "prompts.jsonl"))
 
 
-def test_pictures_beside_the_prompts(tmp_path: Path) -> None:
+def test_images_beside_the_prompts(tmp_path: Path) -> None:
     for name, color in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (64, 32), color).save(tmp_path / f"{name}.png")
     pipe = QwenImageEditPlusPipeline.skeleton()
-    assert picture_params(pipe) == {"input_image": False, "edit_image": True}
-    assert picture_params(WanImageToVideoPipeline.skeleton()) == {"input_image": True}
-    assert picture_params(QwenImagePipeline.skeleton()) == {"input_image": False}
+    assert image_params(pipe) == {"input_image": False, "edit_image": True}
+    assert image_params(WanImageToVideoPipeline.skeleton()) == {"input_image": True}
+    assert image_params(QwenImagePipeline.skeleton()) == {"input_image": False}
     rows = [{"prompt": "paint it", "edit_image": "a.png"}, {"prompt": "mix", "edit_image": ["a.png", "b.png"]}]
     given = edits(tmp_path, rows)
-    prompts = read_prompts(given, picture_params(pipe))
+    prompts = read_prompts(given, image_params(pipe))
     one, two = plan_items(given, prompts, pipe, IDENTITY)
-    assert dict(one.pictures) == {"edit_image": str(tmp_path / "a.png")}
-    assert dict(two.pictures) == {"edit_image": (str(tmp_path / "a.png"), str(tmp_path / "b.png"))}
+    assert dict(one.images) == {"edit_image": str(tmp_path / "a.png")}
+    assert dict(two.images) == {"edit_image": (str(tmp_path / "a.png"), str(tmp_path / "b.png"))}
     found = [row["edit_image"] for row in metadata_rows(given, [one, two], pipe)]
     assert found[0] == str(tmp_path / "a.png") and file_list(found[1]) == [
         str(tmp_path / n) for n in ("a.png", "b.png")
@@ -277,14 +277,14 @@ def test_pictures_beside_the_prompts(tmp_path: Path) -> None:
     # The name follows the content, wherever the file lies.
     shutil.copy(tmp_path / "a.png", tmp_path / "c.png")
     again = edits(tmp_path, [{**rows[0], "edit_image": "c.png"}])
-    assert plan_items(again, read_prompts(again, picture_params(pipe)), pipe, IDENTITY)[0].file == one.file
+    assert plan_items(again, read_prompts(again, image_params(pipe)), pipe, IDENTITY)[0].file == one.file
     Image.new("RGB", (64, 32), "green").save(tmp_path / "c.png")
-    assert plan_items(again, read_prompts(again, picture_params(pipe)), pipe, IDENTITY)[0].file != one.file
+    assert plan_items(again, read_prompts(again, image_params(pipe)), pipe, IDENTITY)[0].file != one.file
 
 
 @pytest.mark.parametrize("family", [QwenImageEditPipeline, WanImageToVideoPipeline])
-def test_a_picture_that_is_missing_is_said_before_anything_is_loaded(family: Any, tmp_path: Path) -> None:
-    needed = picture_params(family.skeleton())
+def test_an_image_that_is_missing_is_said_before_anything_is_loaded(family: Any, tmp_path: Path) -> None:
+    needed = image_params(family.skeleton())
     name = next(name for name, is_needed in needed.items() if is_needed)
     with pytest.raises(GenerateError, match=f"has no {name}, which this family needs: give --prompt_path a csv"):
         read_prompts(config(), needed)

@@ -1,4 +1,4 @@
-"""The job on Ray: every picture once over kills and runs, the LoRA's strengths, data that direct_distill trains on."""
+"""The job on Ray: every image once over kills and runs, the LoRA's strengths, data that direct_distill trains on."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def stamps(output: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (output / "pictures").iterdir()}
 
 
-def test_a_killed_run_goes_on_and_makes_every_picture_once(
+def test_a_killed_run_goes_on_and_makes_every_image_once(
     tiny_qwen: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is interrupted after two pictures; in the next one an actor dies in the middle of its picture."""
+    """The run is interrupted after two images; in the next one an actor dies in the middle of its image."""
     out, once = tmp_path / "out", tmp_path / "once"
     given = config(tiny_qwen, out, prompt_path=prompts, images_per_prompt=2)
 
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_and_makes_every_picture_once(
     assert Image.open(out / "grid.png").size[0] > 0
     assert json.loads((out / "report.json").read_text())["counts"]["pictures"] == 6
 
-    # The same picture as the pipeline makes in this process.
+    # The same image as the pipeline makes in this process.
     pipe = QwenImagePipeline.from_pretrained(tiny_qwen, torch_dtype=torch.float32)
     size = {"height": 32, "width": 32, "num_inference_steps": 3, "cfg_scale": 2.0}
     expected = pipe(PROMPTS[0], seed=0, **size)
@@ -127,7 +127,7 @@ def test_strengths_failures_and_errors(tiny_qwen: Path, tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patched:
         patched.setattr(pool, "PainterActor", Failing)
-        with pytest.raises(GenerateError, match="1 of 3 pictures failed, .*no memory; the same command"):
+        with pytest.raises(GenerateError, match="1 of 3 images failed, .*no memory; the same command"):
             job.run(config(tiny_qwen, out, **given))
     assert [row["lora_scale"] for row in rows(out)] == ["0.0", "1.0"]
     without, with_lora = (Image.open(out / row["image"]).tobytes() for row in rows(out))

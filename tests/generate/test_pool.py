@@ -20,7 +20,7 @@ from ray_diffsynth.resources import GeneratorPool
 
 
 def items(count: int) -> list[Item]:
-    return [Item(f"pictures/{number}.png", f"picture {number}", number, 1.0, ()) for number in range(count)]
+    return [Item(f"pictures/{number}.png", f"image {number}", number, 1.0, ()) for number in range(count)]
 
 
 def plan(output: Path) -> GeneratePlan:

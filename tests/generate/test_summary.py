@@ -1,4 +1,4 @@
-"""What a run leaves beside its pictures, without Ray: report.json, the page with the same numbers, and its pictures."""
+"""What a run leaves beside its images, without Ray: report.json, the page with the same numbers, and its images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NASTY = 'a <b>cat</b> & "dog", ö'
 
 
 def made(output: Path, *, failed: int = 0, reused: int = 0, loras: tuple[str, ...] = (), **options: Any) -> Dom:
-    """The page of a run of which the last `failed` items failed; its pictures are plain colours."""
+    """The page of a run of which the last `failed` items failed; its images are plain colours."""
     config = GenerateConfig(model="org/model", prompt=NASTY, output_path=str(output), lora=",".join(loras), **options)
     items = plan_items(config, read_prompts(config), QwenImagePipeline, {})
     bad: list[Item] = items[len(items) - failed :]
@@ -101,7 +101,7 @@ def test_a_lora_on_an_object_store_is_copied_first(tmp_path: Path, monkeypatch: 
     assert 'pipe.load_lora_weights("here", weight_name="c.safetensors", adapter_name="lora_2")' in several
 
 
-def test_many_pictures_and_none(tmp_path: Path) -> None:
+def test_many_images_and_none(tmp_path: Path) -> None:
     dom = made(tmp_path / "many", images_per_prompt=LIMIT + 3, grid=False)
     assert len(dom.all("img")) == LIMIT and f"The first {LIMIT} of {LIMIT + 3}" in dom.text
     assert not (tmp_path / "many/grid.png").exists()

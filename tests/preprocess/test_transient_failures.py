@@ -173,7 +173,7 @@ def test_a_storage_that_fails_while_decoding_is_tried_again(
     assert inline(model, data, cache)["samples"] == 12
 
 
-def test_a_image_whose_pixels_are_damaged_is_remembered(tmp_path: Path, data: Path, inline: Stage1) -> None:
+def test_an_image_whose_pixels_are_damaged_is_remembered(tmp_path: Path, data: Path, inline: Stage1) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(data / "0003.png")
     (data / "0003.png").write_bytes((data / "0003.png").read_bytes()[:3000])

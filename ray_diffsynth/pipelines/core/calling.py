@@ -9,8 +9,8 @@ from ray_diffsynth.data.prompts import Prompt
 from ray_diffsynth.pipelines.core.base import BasePipeline
 
 
-def picture_params(pipe: BasePipeline) -> dict[str, bool]:
-    """Parameters of the family's `__call__` that are pictures -> whether its units cannot do without."""
+def image_params(pipe: BasePipeline) -> dict[str, bool]:
+    """Parameters of the family's `__call__` that are images -> whether its units cannot do without."""
     accepted = inspect.signature(type(pipe).__call__).parameters
     needed = {name for name, parameter in accepted.items() if parameter.default is inspect.Parameter.empty}
     written: set[str] = set()
@@ -22,14 +22,14 @@ def picture_params(pipe: BasePipeline) -> dict[str, bool]:
     return {name: name in needed for name in pipe.file_params if name in accepted and name not in pipe.video_params}
 
 
-def lacking_pictures(prompts: Iterable[Prompt], pictures: Mapping[str, bool], *, option: str) -> str | None:
-    """What to say of the first prompt without a picture that the family needs; None if there is none.
+def missing_images(prompts: Iterable[Prompt], images: Mapping[str, bool], *, option: str) -> str | None:
+    """What to say of the first prompt without an image that the family needs; None if there is none.
 
     Args:
-        pictures: see `picture_params`.
+        images: see `image_params`.
         option: the option that names the file of prompts.
     """
-    needed = [name for name, is_needed in pictures.items() if is_needed]
+    needed = [name for name, is_needed in images.items() if is_needed]
     for prompt in prompts:
         if absent := [name for name in needed if name not in dict(prompt.images)]:
             return (

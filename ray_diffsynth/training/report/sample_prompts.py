@@ -14,7 +14,7 @@ from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.formats import READERS
 from ray_diffsynth.data.prompts import Prompt, read_prompt_file
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.calling import lacking_pictures, picture_params
+from ray_diffsynth.pipelines.core.calling import image_params, missing_images
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.storage import absolute, exists
 from ray_diffsynth.training.setup import Setup, TrainingError
@@ -44,9 +44,9 @@ def plan_samples(setup: Setup) -> list[SamplePrompt]:
         return []
     check_models(setup)
     pipe = get_pipeline_class(setup.family).configured(setup.source)
-    pictures = picture_params(pipe)
+    pictures = image_params(pipe)
     prompts = read_prompts(given, pictures)
-    if lacking := lacking_pictures(prompts, pictures, option=OPTION):
+    if lacking := missing_images(prompts, pictures, option=OPTION):
         raise TrainingError(lacking)
     if setup.config.sample_inference_steps is not None:
         pipe.scheduler.check_inference_steps(setup.config.sample_inference_steps)
@@ -57,7 +57,7 @@ def plan_samples(setup: Setup) -> list[SamplePrompt]:
 def read_prompts(given: str, pictures: Mapping[str, bool]) -> list[Prompt]:
     """The rows of the file `given`, if it is one, else the prompts between its |. Raises TrainingError, DatasetError.
 
-    pictures: see `picture_params`.
+    pictures: see `image_params`.
     """
     # os.path: unlike pathlib it takes a prompt that is too long for a file's name.
     suffix = os.path.splitext(given.strip())[1].lower()
