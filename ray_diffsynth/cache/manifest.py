@@ -31,8 +31,8 @@ from ray_diffsynth.cache.names import (
 from ray_diffsynth.cache.tables import read_table, table_bytes, table_hash
 from ray_diffsynth.program import command
 
-MANIFEST_VERSION = 2
-"""2: the rows' checksums are XXH3-64 (1: CRC-32)."""
+MANIFEST_VERSION = 3
+"""3: keys stand on stated versions, not on hashes of code; 2: the rows' checksums are XXH3-64 (1: CRC-32)."""
 MANIFEST_FILE = "manifest.json"
 DTYPES = ("bfloat16", "float32", "float16")
 """In which encoders run."""
@@ -76,7 +76,6 @@ class Manifest:
     counts: dict[str, int]
     codec: str
     dtype: str
-    settings: dict[str, Any] = field(default_factory=dict)
     index_file: str = ""
     index_hash: str = ""
     quarantine_file: str = ""
@@ -156,7 +155,7 @@ class Manifest:
 
         Where rows lie, what else the files hold and who is in quarantine does not count.
         """
-        names = ("family", "task", "trainable", "parameters", "dtype", "settings")
+        names = ("family", "task", "trainable", "parameters", "dtype")
         facts = {name: getattr(self, name) for name in names}
         groups = [(group.name, group.parameters, group.fingerprint, group.empty_key) for group in self.groups]
         whole = hashlib.blake2b(json.dumps([facts, groups], sort_keys=True).encode(), digest_size=16)

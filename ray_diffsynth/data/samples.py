@@ -20,9 +20,9 @@ from ray_diffsynth.data.sources import verified_bytes, verified_file
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.video import Frames, load_first_frame, load_frames
 
-TRANSFORM = "srgb-cover-bilinear-center/3"
-"""Name and version of how an image or frame is decoded and cut (see `load_image`, `resize_crop`); part of the cache key
-of everything encoded from pixels."""
+PIXEL_TRANSFORMS: Mapping[str, str] = {"color": "srgb/3", "resize": "bilinear/1", "crop": "cover-center/1"}
+"""How an image or frame is decoded and cut (see `load_image`, `resize_crop`): name and version of each step, which
+stand in the cache keys of everything encoded from pixels; raise a version when its step gives other pixels."""
 
 _SAME_SHAPE = 1.01
 """Ratio of two aspect ratios that are the same but for whole pixels."""

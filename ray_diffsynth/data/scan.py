@@ -1,5 +1,6 @@
 """Facts of a source file, by its header and content hash: what its bucket and its cache keys depend on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ray_diffsynth.data import media
@@ -7,6 +8,10 @@ from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.media import MAX_DECODE_BYTES, bytes_hash, content_hash, fetch, image_info
 from ray_diffsynth.data.video import VideoInfo, available_frames, probe_video
 from ray_diffsynth.data.video_stream import is_video
+
+FRAME_TRANSFORMS: Mapping[str, str] = {"frames": "by-time/1"}
+"""Which frames of a video are taken, and how they are read: name and version, part of the cache keys of what is encoded
+from videos; raise the version when that gives other frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,8 @@ class SourceFile:
 
     def image_key(self, bucket: Bucket) -> str:
         """The same for an image, or the first frame of a video."""
-        return f"{self.digest}@{replace(bucket, num_frames=1, images=1, references=()).name}"
+        taken = f"@{FRAME_TRANSFORMS['frames']}" if self.fps else ""
+        return f"{self.digest}@{replace(bucket, num_frames=1, images=1, references=()).name}{taken}"
 
 
 def reads_as_video(path: str, animations: bool) -> bool:

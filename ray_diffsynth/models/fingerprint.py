@@ -25,9 +25,9 @@ _SETTLED = 2.0  # seconds: a file changed more recently may change again within 
 def part_fingerprint(source: ModelSource, subfolder: str) -> str:
     """Hex blake2b (32 digits) of a part's config.json and the contents of its weight files.
 
-    A companion's folder (``tokenizer``, ``processor``) is hashed over all its files. The folder's place and the
-    versions that saved it do not count. Raises ModelFolderError as ``ModelSource.weight_files`` and ``companion`` do,
-    or when a file changes while it is read.
+    A folder without either is hashed over all its files; of tokenizers and processors see ``companion_meaning``. The
+    folder's place and the versions that saved it do not count. Raises ModelFolderError as ``ModelSource.weight_files``
+    and ``companion`` do, or when a file changes while it is read.
     """
     if source.has(subfolder) or (source.folder(subfolder) / "config.json").is_file():
         files = source.weight_files(subfolder)

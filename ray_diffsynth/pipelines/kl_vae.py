@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,11 +12,15 @@ from torch import Tensor
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.image import ImagePipeline
 
+TILING_VERSION = 1
+"""Of how the VAE works in tiles; raise it when that gives other latents."""
+
 
 class KLImagePipeline(ImagePipeline):
     """Encodes and decodes by `vae`; 2 x 2 of its latents are one token of the transformer."""
 
     version = 1
+    pixel_transforms: ClassVar[Mapping[str, int]] = {**ImagePipeline.pixel_transforms, "tiling": TILING_VERSION}
 
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype, height_division_factor=16, width_division_factor=16)

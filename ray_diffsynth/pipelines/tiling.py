@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+TILING_VERSION = 1
+"""Of how these VAEs work in tiles; raise it when that gives other latents."""
+
 
 @contextmanager
 def vae_tiling(vae: Any, tiled: bool, size: int, stride: int) -> Iterator[None]:

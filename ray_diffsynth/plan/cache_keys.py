@@ -1,8 +1,9 @@
 """Content addresses: what a cached row depends on, and nothing else.
 
-key = blake2b(group fingerprint, sample inputs that flow into the group), where the group fingerprint covers the code of
-the group's units and of the pipeline that they call, the weights of its models, the dtype, the transform of the
-images and the settings that the units read.
+key = blake2b(group fingerprint, sample inputs that flow into the group), where the group fingerprint covers the stated
+versions of the group's units and of the pipeline that they call, the units' attributes, the weights of its models, what
+their tokenizers and processors do, prompt templates, the dtype, the versions of the pixels' transforms and of the
+libraries that compute the values, and the settings that the units read.
 """
 
 import hashlib
@@ -11,11 +12,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray_diffsynth.data.samples import TRANSFORM
+from ray_diffsynth.data.samples import PIXEL_TRANSFORMS
+from ray_diffsynth.data.scan import FRAME_TRANSFORMS
+from ray_diffsynth.models.companion_meaning import companion_meaning
 from ray_diffsynth.models.fingerprint import SKETCH, part_fingerprint, part_sketch
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.graph import UnitGroup
+from ray_diffsynth.pipelines.core.graph import UnitGroup, model_root
+from ray_diffsynth.plan.library_versions import AGREEING, counted_version
 
 
 def digest(value: Any) -> str:
@@ -51,16 +55,38 @@ class GroupPlan:
         return digest([self.fingerprint, {name: inputs[name] for name in self.inputs}])
 
 
-def model_fingerprints(pipe: type[BasePipeline], source: ModelSource, models: Collection[str]) -> dict[str, str]:
-    """Fingerprint of each named model with its companions (a tokenizer changes embeddings too)."""
+def model_parts(pipe: type[BasePipeline], source: ModelSource, models: Collection[str]) -> dict[str, str]:
+    """`weights:<model>` of each model, and `companion:<name>` of what it is no use without (a tokenizer)."""
     found = {}
     for name in models:
         part = pipe.parts[name]
         source.weight_files(part.subfolder)  # a folder without config.json or weights: said now, not by an actor
-        found[name] = part_fingerprint(source, part.subfolder)
+        found[f"weights:{name}"] = part_fingerprint(source, part.subfolder)
         for companion in part.companions:
-            found[companion] = part_fingerprint(source, pipe.companions[companion].subfolder)
+            other = pipe.companions[companion]
+            found[f"companion:{companion}"] = companion_meaning(source, other.subfolder, other.cls)
     return found
+
+
+def library_parts(pipe: BasePipeline, models: Collection[str], *, pixels: bool, prompt: bool) -> dict[str, str]:
+    """`library:<name>` -> the version that it counts as, of the libraries that compute a group's values."""
+    parts = [pipe.parts[model_root(name)] for name in models]
+    companions = [pipe.companions[name] for part in parts for name in part.companions]
+    names = {"torch", *(part.cls.partition(":")[0].partition(".")[0] for part in (*parts, *companions))}
+    if pixels:
+        names |= {"pillow", *(["av"] if pipe.video_params else [])}
+    if prompt:
+        names |= {"tokenizers", *pipe.text_libraries}
+    return {f"library:{name}": counted_version(name) for name in sorted(names & {*AGREEING, *pipe.text_libraries})}
+
+
+def transform_parts(pipe: BasePipeline, settings: Mapping[str, Any]) -> dict[str, str]:
+    """`transform:<name>` -> version, of all that is done to pixels before a model sees them."""
+    named = {**PIXEL_TRANSFORMS, **(FRAME_TRANSFORMS if pipe.video_params else {})}
+    named |= {name: str(version) for name, version in pipe.pixel_transforms.items()}
+    if not settings.get("tiled"):
+        named.pop("tiling", None)
+    return {f"transform:{name}": value for name, value in named.items()}
 
 
 def plan_group(
@@ -73,19 +99,25 @@ def plan_group(
     dtype: str,
     settings: Mapping[str, Any],
 ) -> GroupPlan:
-    """Address space of `group` for a dataset whose rows give `sample_inputs`; `settings`: see `settings_of`."""
+    """Address space of `group` for a dataset whose rows give `sample_inputs`; `settings`: see `settings_of`.
+
+    Raises CacheKeyError: a unit or family without a version of its own, a unit's attribute without a value to compare.
+    """
     inputs = tuple(sorted(name for name in group.inputs if name in sample_inputs))
     settings = {name: value for name, value in sorted(settings.items()) if name in group.inputs}
     has_pixels = any(name in file_params for name in inputs)
     parts = {f"unit:{type(unit).__name__}": unit.code_version() for unit in group.units}
     parts["pipeline"] = pipe.code_version()
-    parts |= {f"weights:{name}": value for name, value in model_fingerprints(type(pipe), source, group.models).items()}
+    parts |= model_parts(type(pipe), source, group.models)
+    parts |= library_parts(pipe, group.models, pixels=has_pixels, prompt="prompt" in inputs)
+    if "prompt" in inputs:
+        parts |= {f"template:{name}": text for name, text in pipe.prompt_templates().items()}
     parts |= {f"setting:{name}": json.dumps(value) for name, value in settings.items()}
     parts["dtype"] = dtype
     if group.sided:  # they are stored in another form
         parts["sides"] = ", ".join(group.sided)
     if has_pixels:
-        parts["transform"] = TRANSFORM
+        parts |= transform_parts(pipe, settings)
     bucketed = has_pixels or any(name in inputs for name in ("height", "width", "num_frames"))
     fingerprint = digest(parts)
     # For stage 2, which compares encoders without reading them; the keys depend on the whole weights above.

@@ -134,7 +134,7 @@ def test_prune_drops_rows_that_no_sample_has(cache: str, sample: Sample) -> None
 
 def test_a_damaged_manifest_is_taken_away_and_a_newer_one_is_left(cache: str) -> None:
     path = Path(cache, "manifest.json")
-    newer = path.read_text().replace('"version": 2', '"version": 99')
+    newer = path.read_text().replace('"version": 3', '"version": 99')
     path.write_text(newer)
     assert main(["repair", cache]) == 1 and path.read_text() == newer
     path.write_text(newer[:40])

@@ -112,7 +112,7 @@ def test_another_version_is_named_and_left(cache: str) -> None:
     path.write_text(json.dumps({**content, "version": 1}))
     before = snapshot(cache)
     for act in (repair_cache, CacheReader, verify_cache):
-        with pytest.raises(CacheError, match="has version 1, this program reads version 2"):
+        with pytest.raises(CacheError, match="has version 1, this program reads version 3"):
             act(cache)
     assert snapshot(cache) == before
 

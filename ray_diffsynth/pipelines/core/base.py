@@ -20,9 +20,15 @@ from ray_diffsynth.models.load import load_companion, load_part
 from ray_diffsynth.models.locate import ModelSource, locate_model
 from ray_diffsynth.pipelines.core.batch import PipelineError as PipelineError
 from ray_diffsynth.pipelines.core.batch import join, pad_and_mask
-from ray_diffsynth.pipelines.core.code_hash import code_hash
 from ray_diffsynth.pipelines.core.graph import model_root
 from ray_diffsynth.pipelines.core.unit import PipelineUnit, PipelineUnitRunner, missing_input
+from ray_diffsynth.pipelines.core.versions import stated_versions
+
+LORA_AND_SAMPLING = (
+    "defaults", "default_num_frames", "family", "in_iteration_models", "lora_aliases", "lora_prefix", "lora_targets",
+    "noise_dtype", "schedule",
+)  # fmt: skip
+"""What a pipeline class may set without changing anything that is encoded."""
 
 
 class MissingModelError(PipelineError):
@@ -49,7 +55,12 @@ class BasePipeline(torch.nn.Module):
 
     family: ClassVar[str] = ""
     version: ClassVar[int] = 1
-    """Part of the cache key: raise it when what units get from it changes for a reason that its source hides."""
+    """Part of the cache key, as `PipelineUnit.version`; a class that sets nothing but LORA_AND_SAMPLING needs none."""
+    pixel_transforms: ClassVar[Mapping[str, int]] = {"preprocess_image": 1}
+    """What the pipeline does to pixels for its units -> version, part of the keys of what is encoded from pixels.
+    `tiling` counts where the VAE works in tiles."""
+    text_libraries: ClassVar[tuple[str, ...]] = ()
+    """Further packages whose code decides what a prompt becomes."""
     parts: ClassVar[Mapping[str, Part]] = {}
     companions: ClassVar[Mapping[str, Part]] = {}
     """Tokenizers and processors: no weights, loaded with the part that names them."""
@@ -108,8 +119,15 @@ class BasePipeline(torch.nn.Module):
 
     @classmethod
     def code_version(cls) -> str:
-        """Identity of the code that units call, for fingerprints; see `PipelineUnit.code_version`."""
-        return f"{cls.__module__}.{cls.__qualname__}:v{cls.version}:{code_hash(cls, BasePipeline)}"
+        """Identity of what units get from the pipeline, for cache keys: the versions of its classes.
+
+        Raises CacheKeyError for a class without a version of its own.
+        """
+        return stated_versions(cls, BasePipeline, LORA_AND_SAMPLING)
+
+    def prompt_templates(self) -> Mapping[str, str]:
+        """Texts that a library, not the tokenizer, puts around a prompt: name -> text, part of the keys of texts."""
+        return {}
 
     # ---------------------------------------------------------------- loading
 

@@ -7,15 +7,13 @@ list of units a straight-line program over named parameters, which `graph.split_
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.pipelines.core.code_hash import code_hash
+from ray_diffsynth.pipelines.core.versions import attributes_hash, stated_versions
 
 
 class MissingInputError(UserError, KeyError):
@@ -47,8 +45,9 @@ class PipelineUnit:
     An input whose argument has a Python default in `process` is optional; any other must be there.
     """
 
-    version: ClassVar[int] = 1
-    """Part of the cache key: raise it when the unit's result changes for a reason that its source does not show."""
+    version: ClassVar[int]
+    """Part of the cache key. Each class that defines more than `__init__` states its own, `version = 1`; raise it when
+    what the unit makes changes, by its own code or by that of functions that it calls."""
 
     def __init__(
         self,
@@ -98,13 +97,12 @@ class PipelineUnit:
         return tuple(dict.fromkeys(self.output_params or ()))
 
     def code_version(self) -> str:
-        """Identity of the unit's code and settings, for fingerprints: name, `version`, hash of code and attributes.
+        """Identity of what the unit does, for cache keys: the versions of its classes, its attributes by value.
 
-        Functions that the unit calls are not hashed: raise `version` when one of them changes the result.
+        Raises CacheKeyError for a class without a version of its own, and an attribute that has no value to compare.
         """
-        digest = hashlib.blake2b(code_hash(type(self), PipelineUnit).encode(), digest_size=8)
-        digest.update(json.dumps(vars(self), sort_keys=True, default=lambda value: type(value).__qualname__).encode())
-        return f"{type(self).__module__}.{type(self).__qualname__}:v{self.version}:{digest.hexdigest()}"
+        stated = stated_versions(type(self), PipelineUnit)
+        return f"{stated} {attributes_hash(type(self).__qualname__, vars(self))}"
 
 
 SIDES = ("shared", "posi", "nega")

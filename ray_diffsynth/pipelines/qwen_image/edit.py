@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -16,7 +15,7 @@ from ray_diffsynth.pipelines.core.base import Part, PipelineError
 from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState
 from ray_diffsynth.pipelines.image import image_units
 from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents
-from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline, diffusers_template
 
 Pictures: TypeAlias = Image.Image | Sequence[Image.Image]
 
@@ -68,6 +67,10 @@ class QwenImageEditPipeline(QwenImagePipeline):
         # Off: a dataset's pictures are scaled to their bucket, by their own shape.
         return {**super().training_settings(), "edit_image_auto_resize": False}
 
+    def prompt_templates(self) -> Mapping[str, str]:
+        template, dropped = diffusers_template(self.diffusers_pipeline)
+        return {"prompt": template, "dropped tokens": str(dropped), "image": self.picture_text}
+
     def pictures(self, edit_image: Pictures) -> list[Image.Image]:
         """`edit_image` as a list. Raises PipelineError for none, or more than the family takes."""
         pictures = [edit_image] if isinstance(edit_image, Image.Image) else list(edit_image)
@@ -97,7 +100,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
 
     def _vision_text(self, prompt: str, grids: Tensor) -> tuple[str, int]:
         """The templated prompt with a placeholder for each token of the pictures, and how many tokens are dropped."""
-        template, drop = _template(self.diffusers_pipeline)
+        template, drop = diffusers_template(self.diffusers_pipeline)
         before = "".join(self.picture_text.format(number) for number in range(1, len(grids) + 1))
         head, *tails = template.format(before + prompt).split(IMAGE_PAD)
         if len(tails) != len(grids):
@@ -262,13 +265,3 @@ def scaled_size(picture: Image.Image, area: int) -> tuple[int, int]:
 def resized(picture: Image.Image, area: int) -> Image.Image:
     """The picture in its `scaled_size`."""
     return picture.resize(scaled_size(picture, area), Image.Resampling.LANCZOS)
-
-
-@cache
-def _template(pipeline: str) -> tuple[str, int]:
-    """diffusers' prompt template of a pipeline, and how many tokens of its beginning are dropped."""
-    import diffusers
-
-    names = ("scheduler", "vae", "text_encoder", "tokenizer", "processor", "transformer")
-    pipe = getattr(diffusers, pipeline)(**dict.fromkeys(names))
-    return pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx

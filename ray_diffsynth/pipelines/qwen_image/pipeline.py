@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -20,13 +22,15 @@ from ray_diffsynth.pipelines.image import (
 )
 from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents
 from ray_diffsynth.pipelines.text import warn_of_cut
-from ray_diffsynth.pipelines.tiling import vae_tiling
+from ray_diffsynth.pipelines.tiling import TILING_VERSION, vae_tiling
 
 
 class QwenImagePipeline(ImagePipeline):
     """Qwen-Image. Latents are (B, C, h, w), the VAE's one frame removed; prompt embeddings (1, L, D), unpadded."""
 
     version = 1
+    pixel_transforms: ClassVar[Mapping[str, int]] = {**ImagePipeline.pixel_transforms, "tiling": TILING_VERSION}
+    text_libraries: ClassVar[tuple[str, ...]] = ("diffusers",)  # its prompt template and encoding
     family: ClassVar[str] = "qwen_image"
     schedule: ClassVar[str] = "Qwen-Image"
     defaults: SamplingDefaults = SamplingDefaults(height=1328, width=1328, cfg_scale=4.0)
@@ -61,6 +65,10 @@ class QwenImagePipeline(ImagePipeline):
             self.vae_scale_factor = 2 ** len(config.get("temperal_downsample", (False, True, True)))
         # The transformer packs 2 x 2 latents into a token.
         self.height_division_factor = self.width_division_factor = 2 * self.vae_scale_factor
+
+    def prompt_templates(self) -> Mapping[str, str]:
+        template, dropped = diffusers_template("QwenImagePipeline")
+        return {"prompt": template, "dropped tokens": str(dropped)}
 
     def encode_images(self, pixels: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
         with vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
@@ -145,3 +153,13 @@ def model_fn_qwen_image(
         return_dict=False,
     )[0]
     return unpack_latents(prediction, height, width)
+
+
+@cache
+def diffusers_template(pipeline: str) -> tuple[str, int]:
+    """diffusers' prompt template of a pipeline, and how many tokens of its beginning are dropped."""
+    import diffusers
+
+    cls = getattr(diffusers, pipeline)
+    pipe = cls(**{name: None for name in inspect.signature(cls.__init__).parameters if name != "self"})
+    return pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx

@@ -19,7 +19,7 @@ from ray_diffsynth.pipelines.core.base import BasePipeline, Part, PipelineError
 from ray_diffsynth.pipelines.core.unit import UnitState, run_units
 from ray_diffsynth.pipelines.initial_latents import FlowMatchUnit_InitialLatents
 from ray_diffsynth.pipelines.text import warn_of_cut
-from ray_diffsynth.pipelines.tiling import vae_tiling
+from ray_diffsynth.pipelines.tiling import TILING_VERSION, vae_tiling
 from ray_diffsynth.pipelines.wan.units import (
     Video,
     WanVideoUnit_InputVideoEmbedder,
@@ -55,6 +55,8 @@ class WanPipeline(BasePipeline):
     """Wan 2.1 T2V. Latents are (B, 16, frames, h, w); prompt embeddings (1, L, D), unpadded."""
 
     version = 1
+    pixel_transforms: ClassVar[Mapping[str, int]] = {**BasePipeline.pixel_transforms, "tiling": TILING_VERSION}
+    text_libraries: ClassVar[tuple[str, ...]] = ("diffusers", "ftfy")  # they clean the prompt
     family: ClassVar[str] = "wan"
     schedule: ClassVar[str] = "Wan"
     parts: ClassVar[Mapping[str, Part]] = {

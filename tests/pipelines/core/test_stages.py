@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import BucketError
-from ray_diffsynth.data.samples import bucket_of
+from ray_diffsynth.data.samples import PIXEL_TRANSFORMS, bucket_of
 from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
@@ -23,12 +23,15 @@ from ray_diffsynth.pipelines.core.stages import (
     settings_of,
 )
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
+from ray_diffsynth.pipelines.core.versions import CacheKeyError
 from ray_diffsynth.pipelines.flux import FluxPipeline
+from ray_diffsynth.pipelines.image import SamplingDefaults
 from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
 from ray_diffsynth.pipelines.wan.pipeline import WanPipeline
 from ray_diffsynth.plan.cache_keys import GroupPlan, plan_group
+from ray_diffsynth.plan.library_versions import counted_version
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.tasks import SFT, DirectDistill
 from ray_diffsynth.training.setup import Setup
@@ -139,80 +142,90 @@ def test_settings_are_part_of_a_runs_identity(tiny_qwen: Path, tmp_path: Path) -
     assert identity() != identity(pipeline_settings={"tiled": True})
 
 
-CODE = """
-class Pipe(Base):
-    def encode_prompts(self, prompts):
-        return [prompt.lower() for prompt in prompts]
-"""
-SAME = """
-class Pipe(Base):
-    '''Says more, and does the same.'''
-
-    def encode_prompts(self, prompts):
-        '''What it does.'''
-        return [  # of each
-            prompt.lower() for prompt in prompts]
-"""
-
-
-def written(name: str, code: str, folder: Path, base: str = "QwenImagePipeline") -> type[BasePipeline]:
-    """The class that a module of this code has."""
-    home = "pipeline" if base == "QwenImagePipeline" else "edit"
-    text = f"from ray_diffsynth.pipelines.qwen_image.{home} import {base} as Base\n{code}"
-    (folder / f"{name}.py").write_text(text)
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module.Pipe  # type: ignore[no-any-return]
+def parts_of(pipe: BasePipeline, model: Path, name: str, **settings: Any) -> dict[str, str]:
+    """The readable fingerprint of a group."""
+    groups = plan_stages(pipe, SFT(), ["dit"], ["input_image", "prompt"]).groups
+    plan = plan_group(
+        pipe,
+        locate_model(str(model)),
+        next(group for group in groups if group.name == name),
+        sample_inputs=["input_image", "prompt"],
+        file_params=["input_image"],
+        dtype="float32",
+        settings={**pipe.training_settings(), **settings},
+    )
+    return dict(plan.parts)
 
 
-def test_the_code_of_the_pipeline_is_part_of_the_keys(tiny_qwen: Path, tmp_path: Path) -> None:
-    """An edit of `encode_prompts` gives other rows; one of its comments and its layout does not."""
+def test_what_only_samples_is_in_no_key(tiny_qwen: Path) -> None:
+    class Quick(QwenImagePipeline):
+        defaults = SamplingDefaults(num_inference_steps=3)
+        lora_targets = ("to_q",)
 
-    def fingerprint(name: str, code: str) -> str:
-        pipe = written(name, code, tmp_path).skeleton()
-        (group,) = (
-            group
-            for group in plan_stages(pipe, SFT(), ["dit"], ["input_image", "prompt"]).groups
-            if group.name == "text_encoder"
-        )
-        plan = plan_group(
-            pipe,
-            locate_model(str(tiny_qwen)),
-            group,
-            sample_inputs=["prompt"],
-            file_params=(),
-            dtype="float32",
-            settings=pipe.training_settings(),
-        )
-        return plan.fingerprint.replace(name, "") if plan.parts["pipeline"] else ""
+    for name in ("vae", "text_encoder"):
+        assert parts_of(Quick.skeleton(), tiny_qwen, name) == parts_of(QwenImagePipeline.skeleton(), tiny_qwen, name)
 
-    def version(name: str, code: str) -> str:
-        return written(name, code, tmp_path).code_version().partition(":")[2]
 
-    assert version("one", CODE) == version("two", SAME)
-    assert version("three", CODE.replace("lower", "upper")) != version("one", CODE)
-    assert version("four", CODE + "    version = 2\n") != version("one", CODE)
-    assert fingerprint("five", CODE) != fingerprint("five", CODE.replace("lower", "upper"))
+def test_a_family_that_changes_its_base_states_its_version(tiny_qwen: Path) -> None:
+    class Lower(QwenImagePipeline):
+        def encode_prompts(self, prompts: Any, **options: Any) -> Any:
+            return super().encode_prompts([prompt.lower() for prompt in prompts], **options)
+
+    with pytest.raises(CacheKeyError, match="Lower defines encode_prompts and states no version"):
+        parts_of(Lower.skeleton(), tiny_qwen, "text_encoder")
+    Lower.version = 1
+    assert parts_of(Lower.skeleton(), tiny_qwen, "text_encoder")["pipeline"] != QwenImagePipeline.code_version()
     assert QwenImageEditPipeline.code_version() != QwenImageEditPlusPipeline.code_version()
 
 
-def test_comments_of_a_unit_do_not_count(tmp_path: Path) -> None:
-    code = "class Pipe(Base):\n    def process(self, pipe):\n        return {}\n"
-    home = "from ray_diffsynth.pipelines.core.unit import PipelineUnit as Base\n"
+def test_transforms_templates_and_libraries_are_part_of_the_keys(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = QwenImagePipeline.skeleton()
 
-    def version(name: str, text: str) -> str:
-        (tmp_path / f"{name}.py").write_text(home + text)
-        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return str(module.Pipe().code_version()).partition(":")[2]
+    def changed(name: str, **settings: Any) -> set[str]:
+        now = parts_of(pipe, tiny_qwen, name, **settings)
+        return {part for part in {*now, *before[name]} if now.get(part) != before[name].get(part)}
 
-    assert version("unit_a", code) == version("unit_b", code.replace("{}", "{}  # nothing"))
-    assert version("unit_a", code) != version("unit_c", code.replace("{}", "{'a': 1}"))
+    before = {name: parts_of(pipe, tiny_qwen, name) for name in ("vae", "text_encoder")}
+    assert changed("vae", tiled=True) == {"setting:tiled", "transform:tiling"}
+    with monkeypatch.context() as patch:
+        patch.setattr("ray_diffsynth.plan.cache_keys.PIXEL_TRANSFORMS", {**PIXEL_TRANSFORMS, "resize": "bicubic/1"})
+        assert (changed("vae"), changed("text_encoder")) == ({"transform:resize"}, set())
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            QwenImagePipeline, "prompt_templates", lambda self: {"prompt": "Paint {}", "dropped tokens": "34"}
+        )
+        assert (changed("vae"), changed("text_encoder")) == (set(), {"template:prompt"})
+    with monkeypatch.context() as patch:
+        patch.setattr("ray_diffsynth.plan.library_versions.version", lambda name: "99.1.0")
+        assert "library:diffusers" in changed("vae") and "library:transformers" in changed("text_encoder")
+        assert not any(part.startswith(("unit", "weights")) for part in changed("vae"))
+        patch.setattr("ray_diffsynth.plan.library_versions.AGREEING", {"torch": (("2.13", "99.1"),)})
+        assert counted_version("torch") == "2.13"
+
+
+def test_a_tokenizer_counts_by_what_it_does(tiny_qwen: Path, tmp_path: Path) -> None:
+    root = tmp_path / "model"
+    shutil.copytree(tiny_qwen, root)
+    pipe = QwenImagePipeline.skeleton()
+    before = parts_of(pipe, root, "text_encoder")
+    (root / "tokenizer/README.md").write_text("another text")
+    for file in (root / "tokenizer").glob("*.json"):
+        content = json.loads(file.read_text())
+        if file.name == "tokenizer_config.json":
+            content = dict(reversed([*content.items(), ("name_or_path", "elsewhere")]))
+        file.write_text(json.dumps(content, indent=7))
+    assert parts_of(pipe, root, "text_encoder") == before
+    config = root / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "{{ messages }}"}))
+    templated = parts_of(pipe, root, "text_encoder")
+    assert {name for name in before if before[name] != templated[name]} == {"companion:tokenizer"}
+    tokenizer = root / "tokenizer/tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    tokenizer.write_text(json.dumps(content))
+    assert parts_of(pipe, root, "text_encoder")["companion:tokenizer"] != templated["companion:tokenizer"]
 
 
 # ---------------------------------------------------------------- sizes

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.core.base import BasePipeline
@@ -15,9 +17,12 @@ from ray_diffsynth.pipelines.core.unit import (
     make_state,
     run_units,
 )
+from ray_diffsynth.pipelines.core.versions import CacheKeyError
 
 
 class Double(PipelineUnit):
+    version = 1
+
     def __init__(self) -> None:
         super().__init__(input_params=("x",), output_params=("y",))
 
@@ -26,6 +31,8 @@ class Double(PipelineUnit):
 
 
 class Embed(PipelineUnit):
+    version = 1
+
     def __init__(self) -> None:
         super().__init__(
             seperate_cfg=True,
@@ -223,10 +230,41 @@ def test_code_version_changes_with_code_version_and_settings() -> None:
         version = 2
 
     assert Double().code_version() == Double().code_version()
-    assert Double().code_version().split(":")[1] == "v1"
+    assert "Double:v1 " in Double().code_version()
     assert Scaled(1).code_version() != Scaled(2).code_version()
-    assert ":v2:" in Newer().code_version()
-    assert Embed().code_version().rpartition(":")[2] != Double().code_version().rpartition(":")[2]
+    assert "Newer:v2 " in Newer().code_version()
+    assert Embed().code_version() != Double().code_version()
+
+
+def test_a_class_that_changes_a_unit_states_its_version() -> None:
+    class Silent(Double):
+        def process(self, pipe: Any, x: int) -> dict[str, Any]:
+            return {"y": 3 * x}
+
+    with pytest.raises(CacheKeyError, match=r"Silent defines process and states no version .* write `version = 1`"):
+        Silent().code_version()
+    Silent.version = 1
+    assert Silent().code_version() != Double().code_version()
+    with pytest.raises(CacheKeyError, match="TakeOver defines process"):
+        TakeOver().code_version()
+
+
+def test_attributes_of_a_unit_count_by_value() -> None:
+    def version(value: Any) -> str:
+        unit = Double()
+        unit.extra = value  # type: ignore[attr-defined]
+        return unit.code_version()
+
+    values = [
+        torch.ones(2), torch.zeros(2), torch.ones(2, dtype=torch.bfloat16), np.ones(2), {"a": [1, (2, None)]},
+        {"a": [1, [2, None]]}, torch.float32, {1, 2}, "1", 1, 1.5, True,
+    ]  # fmt: skip
+    assert len({version(value) for value in values}) == len(values)
+    assert version({"a": 1, "b": torch.ones(2)}) == version({"b": torch.ones(2), "a": 1})
+    with pytest.raises(
+        CacheKeyError, match=r"Double.extra\['f'\]\[0\] is a builtins.function, .*cannot be compared by value"
+    ):
+        version({"f": [lambda: None]})
 
 
 def test_a_pipeline_has_diffsynths_runner() -> None:
