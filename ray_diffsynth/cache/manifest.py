@@ -33,6 +33,8 @@ from ray_diffsynth.program import command
 
 MANIFEST_VERSION = 3
 """3: keys stand on stated versions, not on hashes of code; 2: the rows' checksums are XXH3-64 (1: CRC-32)."""
+READABLE_VERSIONS = (2, 3)
+"""Training reads both alike; stage 1 goes on only with a cache whose keys are made as its own."""
 MANIFEST_FILE = "manifest.json"
 DTYPES = ("bfloat16", "float32", "float16")
 """In which encoders run."""
@@ -89,6 +91,8 @@ class Manifest:
     def from_dict(cls, content: Mapping[str, Any]) -> Manifest:
         """The inverse of `to_dict`. Raises TypeError or KeyError for absent or unknown fields."""
         values = dict(content)
+        if values["version"] == 2 and values.get("settings") == {}:  # nothing was ever in it
+            del values["settings"]
         groups = []
         for group in values["groups"]:
             at = group.get("empty_at")
@@ -117,10 +121,10 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise CacheError(f"{path} is damaged ({error}); {repair_advice(cache)}") from error
         version = content.get("version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version != MANIFEST_VERSION:
+        if isinstance(version, int) and version not in READABLE_VERSIONS:
             raise VersionError(path, version, MANIFEST_VERSION)
         try:
-            if version != MANIFEST_VERSION:
+            if version not in READABLE_VERSIONS:
                 raise ValueError(f"version is {version!r}")
             manifest = cls.from_dict(content)
             manifest.check_names(path)
@@ -157,6 +161,8 @@ class Manifest:
         """
         names = ("family", "task", "trainable", "parameters", "dtype")
         facts = {name: getattr(self, name) for name in names}
+        if self.version == 2:  # its runs go on: the field was always there, and empty
+            facts["settings"] = {}
         groups = [(group.name, group.parameters, group.fingerprint, group.empty_key) for group in self.groups]
         whole = hashlib.blake2b(json.dumps([facts, groups], sort_keys=True).encode(), digest_size=16)
         for name in ("sample_id", "bucket", *(f"{group.name}_key" for group in self.groups)):

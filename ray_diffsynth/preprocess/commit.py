@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_diffsynth.cache.errors import CacheError
-from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit
+from ray_diffsynth.cache.manifest import MANIFEST_VERSION, QUARANTINE_SCHEMA, GroupSpec, Manifest, commit
 from ray_diffsynth.cache.names import shard_path
 from ray_diffsynth.cache.row_warnings import RowWarnings, write_warnings
 from ray_diffsynth.data.metadata import DUPLICATE, Quarantined
@@ -35,7 +35,7 @@ class Outcome:
 def check_same_dataset(
     cache: str, manifest: Manifest | None, index: pa.Table | None, family: str, sample_ids: pa.ChunkedArray
 ) -> None:
-    """Raise CacheError if `cache` holds another dataset's or family's cache, which a commit would replace.
+    """Raise CacheError if `cache` holds another dataset's, family's or version's cache, which a commit would replace.
 
     `sample_ids`: of the metadata's rows, so that it is known before anything is read or written.
     """
@@ -45,6 +45,12 @@ def check_same_dataset(
         raise CacheError(
             f"{cache} already holds a cache of family {manifest.family}, and this model is {family}; "
             "choose another --output_path"
+        )
+    if manifest.version != MANIFEST_VERSION:
+        raise CacheError(
+            f"{cache} is a cache of version {manifest.version}, whose keys stand on hashes of code; those of version "
+            f"{MANIFEST_VERSION} stand on stated versions, so that no row of it would be found. Training still reads "
+            "it; to encode, choose another --output_path"
         )
     known = index["sample_id"]
     if len(known) and len(sample_ids) and not pc.any(pc.is_in(sample_ids, known.combine_chunks())).as_py():

@@ -117,6 +117,16 @@ def test_another_version_is_named_and_left(cache: str) -> None:
     assert snapshot(cache) == before
 
 
+def test_a_cache_of_version_2_is_read_and_stays_what_it_is(cache: str) -> None:
+    path = Path(cache, "manifest.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2, "settings": {}}))
+    before = CacheReader(cache)
+    # What that version's program gave: checkpoints of its runs hold it, and go on.
+    assert before.identity == "ba6c6653193497c01a4d556e4ada097e"
+    assert not verify_cache(cache) and repair_cache(cache, prune=True).committed
+    assert json.loads(path.read_text())["version"] == 2 and CacheReader(cache).identity == before.identity
+
+
 def test_a_named_file_of_another_version_stops_it(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "SHARD_VERSION", 3)
     before = snapshot(cache)

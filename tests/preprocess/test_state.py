@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,6 +95,16 @@ def test_what_another_attempt_commits_before_the_lease_is_seen(
     with pytest.raises(CacheError, match=r"holds the cache of another dataset \(1 samples, such as another.png"):
         inline(model, few, cache)
     assert Manifest.load(str(cache)).counts["samples"] == 1
+
+
+def test_a_cache_of_version_2_is_refused_before_anything_is_read(tmp_path: Path, few: Path, inline: Stage1) -> None:
+    model, data, cache = encoded(tmp_path, few, inline)
+    manifest = cache / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 2, "settings": {}}))
+    before, count = files(cache), len(calls(model))
+    with pytest.raises(CacheError, match=r"cache is a cache of version 2.*Training still reads it.*--output_path"):
+        inline(model, data, cache)
+    assert files(cache) == before and len(calls(model)) == count
 
 
 def test_another_dataset_leaves_the_scan_cache_as_it_is(tmp_path: Path, few: Path, inline: Stage1) -> None:
