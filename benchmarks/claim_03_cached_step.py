@@ -23,22 +23,23 @@ SAMPLES, EPOCHS = 128, 7
 def measure() -> list[Row]:
     import torch
 
-    from ray_diffsynth.training.setup import Setup
+    from ray_diffsynth.plan.run_plan import TrainPlan
+    from ray_diffsynth.training import trainer
 
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="claim-03-"))
     folder = model(root / "model")
     gaussian_cache(root / "cache", SAMPLES, side=SIDE)
-    opened, turns = Setup.open_data, Turns({"memory": 1, "cache": 1})
+    opened, turns = trainer.open_data, Turns({"memory": 1, "cache": 1})
 
-    def open_data(setup: Setup) -> Any:
-        source = opened(setup)
-        if setup.output_path.endswith("memory"):
+    def open_data(plan: TrainPlan) -> Any:
+        source = opened(plan)
+        if plan.output_path.endswith("memory"):
             samples = source.fetch(range(SAMPLES))
             source.fetch = lambda rows: [dict(samples[row]) for row in rows]  # type: ignore[method-assign]
         return source
 
-    Setup.open_data = open_data  # type: ignore[method-assign]
+    trainer.open_data = open_data
 
     def run(name: str) -> None:
         settings = config(folder, root / "cache", fresh(root / f"out-{name}"), num_epochs=EPOCHS)

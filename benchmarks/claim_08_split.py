@@ -28,8 +28,9 @@ def measure() -> list[Row]:
 
     from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
     from ray_diffsynth.demo.tiny import build_tiny_model
+    from ray_diffsynth.plan.run_plan import RunPlan
     from ray_diffsynth.training.build import build_module
-    from ray_diffsynth.training.setup import Setup
+    from ray_diffsynth.training.data.opening import open_data
     from tests.training.helpers import write_cache
 
     torch.set_num_threads(1)
@@ -37,10 +38,10 @@ def measure() -> list[Row]:
     folder, data = build_tiny_model(root / "model"), draw(root / "data", IMAGES, SIDE)
     size: dict[str, Any] = {"height": SIDE, "width": SIDE}
 
-    setup = Setup.of(config(folder, data, root / "x", task="sft", **size))
-    source = setup.open_data()
-    write_cache(setup, source, root / "cache")  # type: ignore[arg-type]
-    module, _ = build_module(setup, torch.device("cpu"))
+    plan = RunPlan.resolve(config(folder, data, root / "x", task="sft", **size))
+    source = open_data(plan)
+    write_cache(plan, source, root / "cache")  # type: ignore[arg-type]
+    module, _ = build_module(plan, torch.device("cpu"))
 
     def measured(epochs: int) -> tuple[float, float, float]:
         """Seconds of all unsplit steps, of encoding and writing, and of all steps of stage 2."""

@@ -55,6 +55,7 @@ def train_in_turn(config: Any, turns: Turns, member: str, after: str | None = No
 
     after: the member that must be ready before this one starts: transformers loads one model at a time in a process.
     """
+    from ray_diffsynth.plan.run_plan import RunPlan
     from ray_diffsynth.training.runtime import LocalContext
     from ray_diffsynth.training.trainer import train
 
@@ -66,7 +67,7 @@ def train_in_turn(config: Any, turns: Turns, member: str, after: str | None = No
     if after is not None:
         turns.wait_for(after)
     worker = Worker("cpu", progress=False)
-    train(config, worker)
+    train(RunPlan.resolve(config), worker)
     worker.turn.leave()
 
 
@@ -89,7 +90,7 @@ class Timed:
         # Asked at the start of a step, which is still done.
         return self._stop_after is not None and len(self.done) + 1 >= self._stop_after
 
-    def own_samples(self, setup: Any) -> list[Any]:
+    def own_samples(self, plan: Any) -> list[Any]:
         return []
 
     def draw_samples(self, step: int, weights: Mapping[str, Any]) -> None:

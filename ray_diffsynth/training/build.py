@@ -9,33 +9,32 @@ from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
 from ray_diffsynth.models.lora import LoraInfo, add_lora, leave_casts_to_autocast
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.lora_keys import fuse_model_lora, load_model_lora, submodule
-from ray_diffsynth.pipelines.registry import get_pipeline_class
+from ray_diffsynth.plan.run_plan import TrainPlan
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.export import Trained
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.quantize import quantize
-from ray_diffsynth.training.setup import Setup, TrainingError
 
 
 def build_module(
-    setup: Setup, device: torch.device, *, fresh: bool = True, on_cpu: bool = False
+    plan: TrainPlan, device: torch.device, *, fresh: bool = True, on_cpu: bool = False
 ) -> tuple[DiffusionTrainingModule, Trained]:
     """Load the models, add what is trained, and make the module on `device`, or leave it `on_cpu` for now.
 
     fresh: without it --lora_checkpoint is not read, as other weights take the place of its.
     """
-    config = setup.config
+    config = plan.config
     dtype: torch.dtype = getattr(torch, config.dtype)
     if dtype is torch.float16 and device.type == "cpu":
         raise TrainingError("--dtype float16 needs a GPU (gradients are scaled there); use bfloat16 or float32")
-    cls = get_pipeline_class(setup.family)
     # In 8 bits a model may fit where it does not as it comes: it is loaded on the CPU, and packed layer by layer.
     place = torch.device("cpu") if on_cpu or config.fp8_base else device
-    pipe = cls.from_pretrained(setup.source, models=setup.models, device=place, torch_dtype=dtype)
+    pipe = plan.pipeline.from_pretrained(plan.source, models=plan.models, device=place, torch_dtype=dtype)
     pipe.scheduler.set_timesteps(1000, training=True)
     if config.preset_lora_path and config.preset_lora_model:
         _submodule(pipe, config.preset_lora_model)  # raises for what is not there
         fuse_model_lora(pipe, config.preset_lora_model, config.preset_lora_path)
-    loras = tuple(_add_lora(setup, pipe, name, fresh=fresh) for name in config.lora_models)
+    loras = tuple(_add_lora(plan, pipe, name, fresh=fresh) for name in config.lora_models)
     if dtype is not torch.float32:
         leave_casts_to_autocast(pipe)
     trained = Trained(loras, split_names(config.trainable_models))
@@ -58,35 +57,24 @@ def build_module(
         pipe.to(device)
     module = DiffusionTrainingModule(
         pipe,
-        setup.task,
-        trained=config.trained,
-        inputs=setup.sample.inputs,
+        plan.task,
+        stages=plan.split.stages(pipe),
+        settings=plan.settings,
         split=config.reads_cache,
-        pipeline_settings=config.pipeline_settings,
         use_gradient_checkpointing=config.use_gradient_checkpointing,
         use_gradient_checkpointing_offload=config.use_gradient_checkpointing_offload,
     )
     return module, trained
 
 
-def _add_lora(setup: Setup, pipe: BasePipeline, name: str, *, fresh: bool) -> LoraInfo:
-    config = setup.config
-    default = ",".join(pipe.lora_targets) if name in pipe.in_iteration_models else ""
-    targets = config.lora_targets(name) or default
-    if not targets:
-        raise TrainingError(
-            f"--lora_target_modules is missing: the family {setup.family} has no default for {name!r}; "
-            'name its layers, e.g. "q_proj,k_proj,v_proj,o_proj", or "all-linear"'
-        )
-    if name in pipe.in_iteration_models and not targets.startswith("re:"):
-        known = pipe.lora_aliases
-        targets = ",".join(known.get(target, target) for target in map(str.strip, targets.split(",")))
+def _add_lora(plan: TrainPlan, pipe: BasePipeline, name: str, *, fresh: bool) -> LoraInfo:
+    config = plan.config
     model = _submodule(pipe, name)
     info = add_lora(
         model,
         rank=config.lora_rank or 0,  # never: it is resolved where there is a LoRA
         alpha=config.lora_alpha,
-        target_modules=targets,
+        target_modules=plan.lora_targets[name],
         seed=config.seed,
         name=name,
         dropout=config.lora_dropout,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.checkpoint import (
     CheckpointError,
     checkpoints_folder,
@@ -13,11 +14,11 @@ from ray_diffsynth.training.checkpoint import (
     save_checkpoint,
 )
 from ray_diffsynth.training.distributed import same_everywhere
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.export import Trained, export_trained, newest_file
-from ray_diffsynth.training.identity import check_identity
+from ray_diffsynth.training.identity import check_identity, identity_defaults
 from ray_diffsynth.training.optimization import Optimization
 from ray_diffsynth.training.runtime import Context
-from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.start import mark_going_on
 
 
@@ -28,16 +29,16 @@ class Checkpointing:
     exported; saved: folder of the newest checkpoint that was written.
     """
 
-    def __init__(self, setup: Setup, context: Context) -> None:
+    def __init__(self, plan: TrainPlan, context: Context) -> None:
         """Raises CheckpointError, and TrainingError if the workers see different checkpoints."""
-        self._setup, self._config, self._context = setup, setup.config, context
-        self.found = newest_checkpoint(setup.output_path)
+        self._plan, self._config, self._context = plan, plan.config, context
+        self.found = newest_checkpoint(plan.output_path)
         self.start = self.found.step if self.found else 0
         self.files: list[str] = []
         self.saved: str | None = None
         if not same_everywhere(self.start, context.world_size, context.device):
             raise TrainingError(
-                f"the workers see different checkpoints in {setup.output_path}; all nodes must share --output_path"
+                f"the workers see different checkpoints in {plan.output_path}; all nodes must share --output_path"
             )
 
     def position(self, name: str, otherwise: Any) -> Any:
@@ -55,8 +56,8 @@ class Checkpointing:
         found = self.found
         if found is None:
             return
-        where = f"{checkpoints_folder(self._setup.output_path)}/{found.name}"
-        defaults = self._setup.identity_defaults()
+        where = f"{checkpoints_folder(self._plan.output_path)}/{found.name}"
+        defaults = identity_defaults(self._plan)
         check_identity(found.identity, identity, where, defaults, positions=(found.position, counts))
         if found.step > total:
             raise CheckpointError(
@@ -99,14 +100,14 @@ class Checkpointing:
                     self._export(pipe, trained, f"{name}.ema")
         position = {"epoch": done // self._steps_per_epoch, **self._counts, **position}
         checkpoint = optimization.state.checkpoint(done, self._identity, position)
-        self.saved = save_checkpoint(self._setup.output_path, checkpoint, self._config.keep_checkpoints)
+        self.saved = save_checkpoint(self._plan.output_path, checkpoint, self._config.keep_checkpoints)
 
     def _export(self, pipe: BasePipeline, trained: Trained, name: str) -> None:
-        self.files += export_trained(pipe, trained, self._setup.output_path, name, layout=self._config.lora_format)
+        self.files += export_trained(pipe, trained, self._plan.output_path, name, layout=self._config.lora_format)
 
     def restart_advice(self) -> str:
         """How to go on with other options, which a checkpoint refuses; nothing before there is one."""
-        output_path = self._setup.output_path
+        output_path = self._plan.output_path
         if not list_checkpoints(output_path):
             return ""
         file = newest_file(output_path, self._steps_per_epoch, self._total) if self._config.lora_models else None

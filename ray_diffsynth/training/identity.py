@@ -7,10 +7,41 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ray_diffsynth.training.checkpoint import CheckpointError
+from ray_diffsynth.config.options import defaults_of, identity_of
+from ray_diffsynth.models.lora_file import lora_digest
+from ray_diffsynth.plan.run_plan import TrainPlan
+from ray_diffsynth.tasks import task_family
+from ray_diffsynth.training.checkpoint import Checkpoint, CheckpointError
+from ray_diffsynth.training.data.source import SampleSource
 
 SHOWN = 80
 """Characters of a value in a message."""
+
+
+def identity(plan: TrainPlan, data: SampleSource) -> dict[str, Any]:
+    """What a checkpoint and the run that goes on from it must share, as JSON values."""
+    return {**_without_data(plan), "data": data.identity}
+
+
+def identity_defaults(plan: TrainPlan) -> dict[str, Any]:
+    """What a checkpoint was made with whose version did not have an option yet."""
+    return defaults_of(type(plan.config))
+
+
+def check_chosen(plan: TrainPlan, checkpoint: Checkpoint, where: str) -> None:
+    """Raise CheckpointError if the checkpoint that --resume names is of a run with other options: before what lies in
+    the output folder is set aside for it. The workers compare the data as well.
+    """
+    check_identity(checkpoint.identity, _without_data(plan), where, identity_defaults(plan))
+
+
+def _without_data(plan: TrainPlan) -> dict[str, Any]:
+    settings = identity_of(plan.config)
+    settings["task"] = task_family(plan.config.task)
+    if preset := plan.config.preset_lora_path:  # what is in it counts, not where it lies
+        settings["preset_lora_path"] = f"content {lora_digest(preset, 8)}"
+    own: dict[str, Any] = {**settings, "family": plan.family, "weights": dict(plan.weights)}
+    return dict(json.loads(json.dumps(own)))
 
 
 def check_identity(

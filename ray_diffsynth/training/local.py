@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.plan.run_plan import RunPlan
+from ray_diffsynth.training.errors import TrainingError
+from ray_diffsynth.training.identity import check_chosen
 from ray_diffsynth.training.report.summary import finish
 from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.trainer import train
 
@@ -36,14 +38,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
             f"--resume {config.resume} does not work under torchrun, where every process starts alike; use "
             "--resume auto, and a new --output_path to start anew"
         )
+    plan = RunPlan.resolve(config)
     if context.world_rank == 0:  # the others read nothing that it moves
         start = Start.of(config)
         if start.chosen is not None:
-            Setup.of(config).check_chosen(start.chosen, start.resume)
+            check_chosen(plan, start.chosen, start.resume)
         start.begin()
     config = replace(config, resume="auto")
     try:
-        result = train(config, context)
+        result = train(replace(plan, config=config), context)
     finally:
         context.close()
     report = {}

@@ -13,7 +13,7 @@ from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.diffusion.transfer import as_stored, moved
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.sides import row_of, state_of
-from ray_diffsynth.pipelines.core.stages import plan_stages, settings_of
+from ray_diffsynth.pipelines.core.stages import Stages
 from ray_diffsynth.pipelines.core.unit import PipelineUnit, make_state, run_units
 from ray_diffsynth.tasks import LossOutput, Task
 
@@ -24,11 +24,10 @@ class DiffusionTrainingModule(nn.Module):
     Args:
         pipe: with the models of the stage loaded (`required_models`).
         task: its loss; and what it reads, which decides what stage 1 is for.
-        trained: names of the models with trainable parameters; a part of one is written `text_encoder.layers.3`.
-        inputs: parameters that a dataset row gives (`SampleSpec.inputs`).
+        stages: what each stage runs, with the units of `pipe` (see `plan_stages`).
+        settings: constants of units and `model_fn` (see `settings_of`).
         split: samples are rows of a cache. Otherwise they are decoded inputs, and stage 1 runs here, without gradients,
             one sample at a time: what stage 2 gets is the same, bit for bit.
-        pipeline_settings: see `settings_of`.
     """
 
     def __init__(
@@ -36,10 +35,9 @@ class DiffusionTrainingModule(nn.Module):
         pipe: BasePipeline,
         task: Task,
         *,
-        trained: Sequence[str],
-        inputs: Collection[str],
+        stages: Stages,
+        settings: Mapping[str, Any],
         split: bool,
-        pipeline_settings: Mapping[str, Any] | None = None,
         use_gradient_checkpointing: bool = False,
         use_gradient_checkpointing_offload: bool = False,
     ) -> None:
@@ -47,9 +45,9 @@ class DiffusionTrainingModule(nn.Module):
         self.pipe = pipe
         self.task = task
         self.split = split
-        self.stages = plan_stages(pipe, task, trained, inputs)
+        self.stages = stages
         self.settings = {
-            **settings_of(pipe, task, pipeline_settings),
+            **settings,
             "use_gradient_checkpointing": use_gradient_checkpointing,
             "use_gradient_checkpointing_offload": use_gradient_checkpointing_offload,
         }

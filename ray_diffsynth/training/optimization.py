@@ -11,6 +11,7 @@ from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.training.checkpoint import Checkpoint
 from ray_diffsynth.training.distributed import distribute, sync_gradients
 from ray_diffsynth.training.ema import Ema
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.optim import (
     OptimizerError,
@@ -22,7 +23,6 @@ from ray_diffsynth.training.optim import (
 )
 from ray_diffsynth.training.optimizer_modes import evaluated, has_modes, to_training
 from ray_diffsynth.training.precision import Precision
-from ray_diffsynth.training.setup import TrainingError
 from ray_diffsynth.training.state import TrainingState
 
 

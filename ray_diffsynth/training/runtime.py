@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.report.metrics_log import TrainingProgress
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt, plan_samples
-from ray_diffsynth.training.setup import Setup
 
 
 class Context(Protocol):
@@ -38,7 +38,7 @@ class Context(Protocol):
         """Whether this worker was asked to end; asked once a step. The run then saves a checkpoint and ends."""
         ...
 
-    def own_samples(self, setup: Setup) -> Sequence[SamplePrompt]:
+    def own_samples(self, plan: TrainPlan) -> Sequence[SamplePrompt]:
         """The sample pictures that the workers draw themselves, between steps; none where an actor does it."""
         ...
 
@@ -68,8 +68,8 @@ class LocalContext:
     def stop_requested(self) -> bool:
         return self._stop.is_set()
 
-    def own_samples(self, setup: Setup) -> Sequence[SamplePrompt]:
-        return plan_samples(setup)
+    def own_samples(self, plan: TrainPlan) -> Sequence[SamplePrompt]:
+        return plan_samples(plan)
 
     def draw_samples(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
         raise RuntimeError("without Ray there is no actor that draws")

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ray_diffsynth.training.distributed import same_everywhere
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.module import DiffusionTrainingModule
-from ray_diffsynth.training.setup import TrainingError
 
 logger = logging.getLogger(__name__)
 

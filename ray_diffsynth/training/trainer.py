@@ -12,17 +12,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.diffusion.randomness import generator
+from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.tasks import LossOutput
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.checkpointing import Checkpointing
 from ray_diffsynth.training.data.epoch_order import lanes_of
 from ray_diffsynth.training.data.loader import Feed, Microbatch
+from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import CacheSource
 from ray_diffsynth.training.distributed import connect, same_everywhere, total
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.export import describe
+from ray_diffsynth.training.identity import identity
 from ray_diffsynth.training.length import describe_length, total_steps
 from ray_diffsynth.training.lr_schedules import LR_SCHEDULES
 from ray_diffsynth.training.module import fix_unused, freeze
@@ -36,24 +39,23 @@ from ray_diffsynth.training.report.step_stats import SIGMA_BUCKETS, StepOutcome,
 from ray_diffsynth.training.report.trackers import check_trackers
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.runtime import Context
-from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.shard import check_equal_work, shard_base
 from ray_diffsynth.training.validation import ValidationLoss, choose_rows
 
 Batches = Iterator[tuple[Microbatch, Sequence[dict[str, Any]]]]
 
 
-def train(config: TrainConfig, context: Context) -> TrainResult:
-    """Train from the newest checkpoint in `config.output_path` (or from the start) to the end, or until asked to stop.
+def train(plan: TrainPlan, context: Context) -> TrainResult:
+    """Train from the newest checkpoint in `plan.output_path` (or from the start) to the end, or until asked to stop.
 
-    Raises UserErrors: what `Setup.of` checks, a checkpoint of another run, a loss that is not finite, a damaged cache,
-    too little memory.
+    Raises UserErrors: a model that this machine does not have, a checkpoint of another run, a loss that is not finite,
+    a damaged cache, too little memory.
     """
-    setup = Setup.of(config)
-    check_trackers(config)
+    plan = plan.on_this_machine()
+    check_trackers(plan.config)
     connect(context)
     with collecting() as own:
-        return Trainer(setup, context, own).run()
+        return Trainer(plan, context, own).run()
 
 
 class Trainer:
@@ -62,24 +64,24 @@ class Trainer:
     optimization: what a step changes. checkpointing: what is kept of it. reporting: what is told of it.
     """
 
-    def __init__(self, setup: Setup, context: Context, own: DataWarnings) -> None:
+    def __init__(self, plan: TrainPlan, context: Context, own: DataWarnings) -> None:
         """own: where what is said of the data on this worker is collected."""
-        self.setup, self.context, self.config = setup, context, setup.config
+        self.plan, self.context, self.config = plan, context, plan.config
         self.precision = Precision(context.device, self.config.dtype)
-        self.data = setup.open_data()
-        self.checkpointing = Checkpointing(setup, context)
+        self.data = open_data(plan)
+        self.checkpointing = Checkpointing(plan, context)
         warnings = SaidOfData(own, self.checkpointing.position("warnings", ()))
-        self.reporting = Reporting(setup, context, self.checkpointing, warnings)
+        self.reporting = Reporting(plan, context, self.checkpointing, warnings)
         self.reporting.tell_row_warnings()
         if not same_everywhere(zlib.crc32(self.data.identity.encode()), context.world_size, context.device):
             raise TrainingError(
                 f"the workers see different samples in {self.config.dataset_base_path}; all nodes must see the same "
                 "files"
             )
-        self._plan()
+        self._plan_steps()
         self._build()
 
-    def _plan(self) -> None:
+    def _plan_steps(self) -> None:
         """Fix the order of samples and the number of steps, before the model is loaded."""
         config, context = self.config, self.context
         # Fixed when the run starts, so that another number of workers trains the same batches.
@@ -108,15 +110,15 @@ class Trainer:
                 f"--lr_warmup_steps {config.lr_warmup_steps} leaves nothing of the run's {self.total} steps: the "
                 "learning rate would never be reached; warm up for fewer steps, or train longer"
             )
-        identity = self.setup.identity(self.data)
+        found = identity(self.plan, self.data)
         if LR_SCHEDULES[config.lr_scheduler].depends_on_length:
-            identity["lr_total_steps"] = self.total
+            found["lr_total_steps"] = self.total
         counts = {
             "samples": len(self.data.sample_ids),
             "num_epochs": config.num_epochs,
             "max_steps": config.max_steps,
         }
-        self.checkpointing.begin(identity, counts, steps_per_epoch=per_epoch, total=self.total)
+        self.checkpointing.begin(found, counts, steps_per_epoch=per_epoch, total=self.total)
         if isinstance(self.data, CacheSource):
             self.data.serve(len(lanes_of(context.world_rank, context.world_size, lanes)))
         self.reporting.plan(self.validation, self.loader, self.total)
@@ -127,7 +129,7 @@ class Trainer:
         checkpoint, reporting = self.checkpointing.found, self.reporting
         with reporting.explaining_memory():
             self.module, self.trained = build_module(
-                self.setup, device, fresh=checkpoint is None, on_cpu=config.shard_base
+                self.plan, device, fresh=checkpoint is None, on_cpu=config.shard_base
             )
         reporting.built(self.module)
         with reporting.explaining_memory():
@@ -149,7 +151,7 @@ class Trainer:
         if checkpoint:
             reporting.say(
                 f"going on from step {self.checkpointing.start} of {self.total}, saved in "
-                f"{self.setup.output_path}/checkpoints"
+                f"{self.plan.output_path}/checkpoints"
             )
 
     def run(self) -> TrainResult:

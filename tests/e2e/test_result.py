@@ -7,9 +7,10 @@ import torch
 
 from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.models.lora import load_lora_file
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
+from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import train_config
 
@@ -28,9 +29,9 @@ def trained(tiny_qwen: Path, fp32_cache: Path, tmp_path_factory: pytest.TempPath
 
 def test_the_loss_falls(tiny_qwen: Path, fp32_cache: Path, trained: Path, tmp_path: Path) -> None:
     """Mean loss over every sample with fixed noise, before and after."""
-    setup = Setup.of(train_config(tiny_qwen, fp32_cache, tmp_path, lora_rank=8))
-    data = setup.open_data()
-    module, loras = build_module(setup, torch.device("cpu"))
+    plan = RunPlan.resolve(train_config(tiny_qwen, fp32_cache, tmp_path, lora_rank=8))
+    data = open_data(plan)
+    module, loras = build_module(plan, torch.device("cpu"))
 
     @torch.no_grad()
     def loss() -> float:

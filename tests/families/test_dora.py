@@ -10,9 +10,9 @@ from torch import nn
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.models.lora import lora_parameters
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.export import export_trained
-from ray_diffsynth.training.setup import Setup
 
 
 def test_a_dora_loads_and_acts_in_diffusers(root: Path, theirs: Any, tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_dora_loads_and_acts_in_diffusers(root: Path, theirs: Any, tmp_path: P
         lora_alpha=2.0,
         use_dora=True,
     )
-    module, trained = build_module(Setup.of(config), torch.device("cpu"))
+    module, trained = build_module(RunPlan.resolve(config), torch.device("cpu"))
     (info,) = trained.loras
     dit: nn.Module = module.pipe.dit
     generator = torch.Generator().manual_seed(0)

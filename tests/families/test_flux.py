@@ -15,8 +15,8 @@ from ray_diffsynth.models.lora import match_targets
 from ray_diffsynth.pipelines.core.base import PipelineError
 from ray_diffsynth.pipelines.flux import FluxPipeline, model_fn_flux
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
-from ray_diffsynth.training.setup import Setup
 
 DOUBLE, SINGLE = "transformer_blocks.0", [f"single_transformer_blocks.{n}" for n in (0, 1)]
 
@@ -62,7 +62,7 @@ def test_a_run_trains_the_layers_that_diffsynths_names_mean(
         learning_rate=1e-4,
         lora_target_modules="b_to_out, proj_out",
     )
-    _, trained = build_module(Setup.of(config), torch.device("cpu"))
+    _, trained = build_module(RunPlan.resolve(config), torch.device("cpu"))
     (lora,) = trained.loras
     assert lora.targets == (f"{DOUBLE}.attn.to_add_out", *(f"{block}.proj_out" for block in SINGLE))
 

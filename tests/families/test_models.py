@@ -19,7 +19,6 @@ from ray_diffsynth.pipelines.core.calling import image_params
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.plan.prompts import read_prompts
 from ray_diffsynth.plan.run_plan import RunPlan
-from ray_diffsynth.training.setup import Setup
 from tests.families.cases import picture
 from tests.training.helpers import make_config
 
@@ -63,7 +62,7 @@ def test_a_model_that_the_family_cannot_take(
     with pytest.raises(PipelineError, match=message):  # both stages, before anything is encoded or loaded
         RunPlan.resolve(PreprocessConfig(model=str(root), family=family, dataset_base_path="d", output_path="o"))
     with pytest.raises(PipelineError, match=message):
-        Setup.of(make_config(root, tmp_path, tmp_path, task="sft", family=family))
+        RunPlan.resolve(make_config(root, tmp_path, tmp_path, task="sft", family=family))
 
 
 @pytest.mark.parametrize(("is_distilled", "steps", "scale"), [(True, 4, 1.0), (False, 50, 4.0)])
@@ -80,7 +79,9 @@ def test_caption_dropout_of_edits_is_refused_in_both_forms(
     task: str, model_folder: ModelFolder, tmp_path: Path
 ) -> None:
     with pytest.raises(PipelineError, match="--caption_dropout does not work here: .*caption and edit_image"):
-        Setup.of(make_config(model_folder("qwen_image_edit"), tmp_path, tmp_path, task=task, caption_dropout=0.1))
+        RunPlan.resolve(
+            make_config(model_folder("qwen_image_edit"), tmp_path, tmp_path, task=task, caption_dropout=0.1)
+        )
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from PIL import Image
 
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.calling import image_params
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.report import drawing
 from ray_diffsynth.training.report.drawing import Drawing, encode_samples
 from ray_diffsynth.training.report.sample_prompts import plan_samples
-from ray_diffsynth.training.setup import Setup
 from tests.families.cases import FamilyCase, picture
 from tests.training.helpers import make_config
 
@@ -42,12 +42,12 @@ def test_they_are_those_of_generate(
     if "edit_image_auto_resize" in pipe.training_settings():
         options["pipeline_settings"] = {"edit_image_auto_resize": False}
     prompts = str(tmp_path / "prompts.jsonl")
-    setup = Setup.of(make_config(root, tmp_path, tmp_path, task="sft", validation_prompts=prompts, **options))
-    samples = plan_samples(setup)
-    encoded = encode_samples(setup, samples, range(2), CPU)
-    module, _ = build_module(setup, CPU)
+    plan = RunPlan.resolve(make_config(root, tmp_path, tmp_path, task="sft", validation_prompts=prompts, **options))
+    samples = plan_samples(plan)
+    encoded = encode_samples(plan, samples, range(2), CPU)
+    module, _ = build_module(plan, CPU)
     schedule = module.pipe.scheduler.timesteps.clone()
-    draws = Drawing(setup, module, samples, encoded)
+    draws = Drawing(plan, module, samples, encoded)
     for _ in range(2):
         for number in range(2):
             draws.draw(number)

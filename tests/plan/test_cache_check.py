@@ -14,7 +14,6 @@ from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.models import locate
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.data.source import SourceError
-from ray_diffsynth.training.setup import Setup
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
 
@@ -31,9 +30,9 @@ def test_a_stage_downloads_its_own_models(
     monkeypatch.setattr(locate, "find_repository", find)
     dit, encoders = ["transformer/*.safetensors"], ["text_encoder/*.safetensors", "vae/*.safetensors"]
     RunPlan.resolve(PreprocessConfig(model="a/b", dataset_base_path=str(tmp_path), output_path=str(tmp_path / "cache")))
-    Setup.of(make_config(Path("a/b"), cache, tmp_path))
-    Setup.of(make_config(Path("a/b"), cache, tmp_path, validation_prompts="a cat"))
-    Setup.of(make_config(Path("a/b"), tmp_path, tmp_path, task="sft"))
+    RunPlan.resolve(make_config(Path("a/b"), cache, tmp_path))
+    RunPlan.resolve(make_config(Path("a/b"), cache, tmp_path, validation_prompts="a cat"))
+    RunPlan.resolve(make_config(Path("a/b"), tmp_path, tmp_path, task="sft"))
     assert asked == [[], encoders, [], dit, [], ["*/*.safetensors"], [], sorted(encoders + dit)]
 
 
@@ -43,10 +42,10 @@ def test_a_cache_of_another_setting_is_refused(tiny_qwen: Path, make_cache: Cach
     for group in manifest["groups"]:
         group["parts"] = {"setting:tiled": "true"} if group["name"] == "vae" else {}
     (cache / "manifest.json").write_text(json.dumps(manifest))
-    Setup.of(make_config(tiny_qwen, cache, tmp_path))  # stage 2 does not read it: the cache decides
-    Setup.of(make_config(tiny_qwen, cache, tmp_path, pipeline_settings={"tiled": True}))
+    RunPlan.resolve(make_config(tiny_qwen, cache, tmp_path))  # stage 2 does not read it: the cache decides
+    RunPlan.resolve(make_config(tiny_qwen, cache, tmp_path, pipeline_settings={"tiled": True}))
     with pytest.raises(SourceError, match="was made with tiled = true, this training has false; give both the same"):
-        Setup.of(make_config(tiny_qwen, cache, tmp_path, pipeline_settings={"tiled": False}))
+        RunPlan.resolve(make_config(tiny_qwen, cache, tmp_path, pipeline_settings={"tiled": False}))
 
 
 @pytest.mark.parametrize("family", ["named_by_a_cache", "named_by_a_cache:Pipe"])
@@ -61,5 +60,5 @@ def test_a_cache_names_no_code(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(SourceError, match=f"is for family '{family}', this training for 'qwen_image'"):
-        Setup.of(make_config(tiny_qwen, cache, tmp_path))
+        RunPlan.resolve(make_config(tiny_qwen, cache, tmp_path))
     assert "named_by_a_cache" not in sys.modules

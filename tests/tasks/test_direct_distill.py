@@ -18,16 +18,17 @@ from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.stages import plan_stages
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.tasks import DirectDistill, get_task
 from ray_diffsynth.tasks.direct_distill import sample
 from ray_diffsynth.tasks.registry import TaskError
 from ray_diffsynth.training.build import build_module
+from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.trainer import train
 from tests.training.helpers import make_config, write_cache
 
@@ -153,16 +154,16 @@ def teacher(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
     values: dict[str, Any] = {"task": "direct_distill:train", "learning_rate": 1e-3, **changes}
-    return train(make_config(model, base, output, **values), LocalContext("cpu", progress=False))
+    return train(RunPlan.resolve(make_config(model, base, output, **values)), LocalContext("cpu", progress=False))
 
 
 @pytest.fixture(scope="module")
 def distill_cache(tiny_qwen: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distill_cache")
-    setup = Setup.of(make_config(tiny_qwen, teacher, folder, task="direct_distill"))
-    data = setup.open_data()
+    plan = RunPlan.resolve(make_config(tiny_qwen, teacher, folder, task="direct_distill"))
+    data = open_data(plan)
     assert isinstance(data, DatasetSource)
-    return write_cache(setup, data, folder)
+    return write_cache(plan, data, folder)
 
 
 def test_the_student_samples_as_the_family_does(tiny_qwen: Path) -> None:
@@ -212,9 +213,9 @@ def test_split_equals_unsplit_bit_for_bit(
 def test_the_student_learns_and_checkpointing_changes_no_gradient(
     tiny_qwen: Path, distill_cache: Path, tmp_path: Path
 ) -> None:
-    setup = Setup.of(make_config(tiny_qwen, distill_cache, tmp_path, task="direct_distill:train"))
-    module, _ = build_module(setup, torch.device("cpu"))
-    samples = setup.open_data().fetch([0, 1])
+    plan = RunPlan.resolve(make_config(tiny_qwen, distill_cache, tmp_path, task="direct_distill:train"))
+    module, _ = build_module(plan, torch.device("cpu"))
+    samples = open_data(plan).fetch([0, 1])
 
     def gradients(module: DiffusionTrainingModule) -> tuple[float, dict[str, torch.Tensor]]:
         module.zero_grad()

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from ray_diffsynth.demo.draw import draw_dataset
+from ray_diffsynth.plan.run_plan import RunPlan
+from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import DatasetSource
-from ray_diffsynth.training.setup import Setup
 from tests.training.helpers import Runs, make_config, write_cache
 
 
@@ -37,10 +38,10 @@ def make_cache(tiny_qwen: Path, pictures: Path, tmp_path_factory: pytest.TempPat
         key = repr(sorted(changes.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("cache")
-            setup = Setup.of(make_config(tiny_qwen, pictures, folder, task="sft", **changes))
-            data = setup.open_data()
+            plan = RunPlan.resolve(make_config(tiny_qwen, pictures, folder, task="sft", **changes))
+            data = open_data(plan)
             assert isinstance(data, DatasetSource)
-            made[key] = write_cache(setup, data, folder)
+            made[key] = write_cache(plan, data, folder)
         return made[key]
 
     return make

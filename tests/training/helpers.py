@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ import torch
 from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.tasks import task_family
+from ray_diffsynth.data.spec import SampleSpec
+from ray_diffsynth.models.locate import ModelSource
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.stages import plan_stages, settings_of
+from ray_diffsynth.plan.run_plan import TrainPlan
+from ray_diffsynth.plan.split import Split
+from ray_diffsynth.tasks import SFT, Task, task_family
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.data.source import DatasetSource, shard_sizes
-from ray_diffsynth.training.setup import Setup
+from ray_diffsynth.training.module import DiffusionTrainingModule
 from tests.shard_names import stem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,10 +50,37 @@ def make_config(model: Path, base: Path, output: Path, **changes: Any) -> TrainC
     return TrainConfig(**values)
 
 
-def write_cache(setup: Setup, data: DatasetSource, cache: Path) -> Path:
+def unresolved(config: TrainConfig) -> TrainPlan:
+    """A plan for what looks at the configuration alone: its model is nowhere."""
+    split = Split((), (), (), (), (), (), (), ())
+    weights = {"dit": "of a model that is nowhere"}
+    return TrainPlan(
+        config=config,
+        output_path=config.output_path,
+        family="qwen_image",
+        source=ModelSource("/nowhere", "nowhere"),
+        weights=weights,
+        task=SFT(),
+        settings={},
+        sample=SampleSpec("", {}, ()),
+        split=split,
+        models=("dit",),
+        lora_targets={},
+    )
+
+
+def make_module(
+    pipe: BasePipeline, task: Task, *, trained: Sequence[str], inputs: Collection[str], split: bool, **flags: Any
+) -> DiffusionTrainingModule:
+    """The module that trains `trained` of a pipeline that is loaded."""
+    stages, settings = plan_stages(pipe, task, trained, inputs), settings_of(pipe, task, None)
+    return DiffusionTrainingModule(pipe, task, stages=stages, settings=settings, split=split, **flags)
+
+
+def write_cache(plan: TrainPlan, data: DatasetSource, cache: Path) -> Path:
     """Stage 1 without Ray: one row a sample in every group, shards as stage 1 cuts them."""
-    config = setup.config
-    module, _ = build_module(setup, torch.device("cpu"))
+    config = plan.config
+    module, _ = build_module(plan, torch.device("cpu"))
     stages = module.stages
     samples = [module.encode(sample) for sample in data.fetch(range(len(data.sample_ids)))]
     names = [name for name, rows in data.buckets.items() for _ in rows]
@@ -77,7 +111,7 @@ def write_cache(setup: Setup, data: DatasetSource, cache: Path) -> Path:
                         columns[f"{group.name}_{column}"].append(value)
     count = len(samples)
     manifest = Manifest(
-        family=setup.family,
+        family=plan.family,
         task=f"{task_family(config.task)}:data_process",
         trainable=config.trained,
         parameters=stages.parameters,

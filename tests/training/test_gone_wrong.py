@@ -14,10 +14,14 @@ import torch
 from torch import nn
 
 from ray_diffsynth.models.lora import add_lora, leave_casts_to_autocast
+from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
+from ray_diffsynth.training import trainer
 from ray_diffsynth.training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint
 from ray_diffsynth.training.data.loader import Feed
+from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.ema import Ema
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.optim import OptimizerError
 from ray_diffsynth.training.optimization import Optimization
@@ -26,7 +30,6 @@ from ray_diffsynth.training.report import memory
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import Runs, make_config, write_cache
@@ -34,7 +37,7 @@ from tests.training.helpers import Runs, make_config, write_cache
 
 def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
     options = {"max_steps": 3, "log_with": "none", **changes}
-    return train(make_config(model, base, output, **options), LocalContext("cpu", progress=False))
+    return train(RunPlan.resolve(make_config(model, base, output, **options)), LocalContext("cpu", progress=False))
 
 
 def poisoned(step: int) -> Callable[[Any], float]:
@@ -77,7 +80,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm(
     dump = json.loads((tmp_path / "out/nonfinite-step-3.json").read_text())
     assert dump["not_finite"] == "gradient" and len(dump["samples"]) == 4
     # The samples are written as they were read.
-    data = Setup.of(make_config(tiny_qwen, make_cache(), tmp_path)).open_data()
+    data = open_data(RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path)))
     for sample in dump["samples"]:
         (read,) = data.fetch([list(data.sample_ids).index(sample["sample_id"])])
         kept = safetensors.torch.load_file(tmp_path / "out" / sample["tensors"])
@@ -196,14 +199,14 @@ def test_an_option_that_a_checkpoint_does_not_know_had_its_default(
     def forget(name: str) -> Path:
         """A run of a version that had no option `name` yet, but one that is no more."""
         output = tmp_path / name
-        identity = Setup.identity
+        identity = trainer.identity
 
-        def older(self: Setup, data: Any) -> dict[str, Any]:
-            found = identity(self, data)
+        def older(plan: TrainPlan, data: Any) -> dict[str, Any]:
+            found = identity(plan, data)
             return {"old_option": 7, **{key: value for key, value in found.items() if key != name}}
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Setup, "identity", older)
+            patched.setattr(trainer, "identity", older)
             run(tiny_qwen, make_cache(), output, max_steps=1)
         return output
 
@@ -218,8 +221,8 @@ def test_a_sample_of_another_worker_is_named_too(
     runs: Runs, tiny_qwen: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two workers reads latents that are not numbers; both name the sample."""
-    setup = Setup.of(make_config(tiny_qwen, pictures, tmp_path, task="sft"))
-    data = setup.open_data()
+    plan = RunPlan.resolve(make_config(tiny_qwen, pictures, tmp_path, task="sft"))
+    data = open_data(plan)
     assert isinstance(data, DatasetSource)
     bad = int(Feed(data, seed=0, batch_size=1, lanes=2, repeat=1).plan(0).rows[0, 1, 0])
     encode, count = DiffusionTrainingModule.encode, iter(range(10))
@@ -230,7 +233,7 @@ def test_a_sample_of_another_worker_is_named_too(
 
     monkeypatch.setattr(DiffusionTrainingModule, "encode", encoded)
     poisoned_cache = Runs.__new__(Runs)
-    poisoned_cache.__dict__ = {**runs.__dict__, "cache": write_cache(setup, data, tmp_path / "cache")}
+    poisoned_cache.__dict__ = {**runs.__dict__, "cache": write_cache(plan, data, tmp_path / "cache")}
     assert poisoned_cache(tmp_path / "out", workers=2, log_with="none") == [1, 1]
     said = runs.messages().split("step 1: the loss is not finite for ")[1:]
     assert [text.split()[0] for text in said] == [data.sample_ids[bad]] * 2

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.errors import ConfigError
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
+from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import DatasetSource
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import LORA, make_config, write_cache
@@ -30,7 +32,7 @@ BOTH = {"lora_base_model": "text_encoder,dit", "lora_target_modules": f"dit={LOR
 
 def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
     config = make_config(model, base, output, max_steps=STEPS, learning_rate=1e-3, **changes)
-    return train(config, LocalContext("cpu", progress=False))
+    return train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
 
 
 def same_files(a: Path, b: Path) -> list[Path]:
@@ -64,8 +66,8 @@ def test_two_loras_train_together_and_export_to_two_files(
     assert all(key.startswith("diffusion_model.") for key in load_file(of_dit)) and lora_trained(of_dit)
     # Both files are a start for the next run.
     start = {"lora_checkpoint": f"{of_text},{of_dit}"}
-    setup = Setup.of(make_config(tiny_qwen, cache, tmp_path / "next", **BOTH, **start))
-    module, _ = build_module(setup, torch.device("cpu"))
+    plan = RunPlan.resolve(make_config(tiny_qwen, cache, tmp_path / "next", **BOTH, **start))
+    module, _ = build_module(plan, torch.device("cpu"))
     state = {key: value for file in (of_text, of_dit) for key, value in load_file(file).items()}
     found = {name: p for name, p in module.trainable().items() if "lora_B" in name}
     assert len(found) == sum("lora_B" in key for key in state)
@@ -135,12 +137,14 @@ def test_a_conditioner_of_ones_own(styled_model: Path, styled_pictures: Path, tm
     changes: dict[str, Any] = {"family": "tests.training.own_family", "extra_inputs": "style"}
     if trained == "styler":
         changes |= {"trainable_models": "styler", "lora_base_model": "dit"}
-    setup = Setup.of(make_config(styled_model, styled_pictures, tmp_path, task="sft", **changes))
-    data = setup.open_data()
+    plan = RunPlan.resolve(make_config(styled_model, styled_pictures, tmp_path, task="sft", **changes))
+    data = open_data(plan)
     assert isinstance(data, DatasetSource)
-    cache = write_cache(setup, data, tmp_path / "cache")
+    cache = write_cache(plan, data, tmp_path / "cache")
     assert cached(cache) == {"input_latents", "prompt_embeds", *(["style"] if trained == "styler" else [])}
-    assert ("styler" in Setup.of(make_config(styled_model, cache, tmp_path, **changes)).models) == (trained == "styler")
+    assert ("styler" in RunPlan.resolve(make_config(styled_model, cache, tmp_path, **changes)).models) == (
+        trained == "styler"
+    )
     run(styled_model, cache, tmp_path / "split", **changes)
     run(styled_model, styled_pictures, tmp_path / "whole", task="sft", **changes)
     files = same_files(tmp_path / "split", tmp_path / "whole")

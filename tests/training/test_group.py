@@ -18,10 +18,11 @@ from ray_diffsynth import ray_session
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.ray_session import ClusterError
 from ray_diffsynth.training import distributed, shard
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.ray import elastic, job, worker
 from ray_diffsynth.training.ray.elastic import Group, Watch, wait_for_room
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.setup import TrainingError
+from tests.training.helpers import unresolved
 
 Nodes = Mapping[str, Mapping[str, float]]
 TWO: Nodes = {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0, "GPU": 1.0}}
@@ -136,7 +137,7 @@ class Cluster:
 
 
 def fit(config: TrainConfig) -> tuple[TrainResult, int]:
-    return job._fit_until_done(config, Group(1, 2, {"CPU": 1.0}, 2), [], threading.Event())
+    return job._fit_until_done(unresolved(config), Group(1, 2, {"CPU": 1.0}, 2), [], threading.Event())
 
 
 def test_failures_are_counted_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +169,7 @@ def test_each_failure_comes_back_from_ray(monkeypatch: pytest.MonkeyPatch, gpu: 
 
     monkeypatch.setattr(job, "_Trainer", Trainer)
     config = TrainConfig(model="m", dataset_base_path="c")
-    job._fit({"config": config}, Group(2, 2, {"CPU": 1.0, "GPU": gpu} if gpu else {"CPU": 1.0}, 2), 2)
+    job._fit({"plan": unresolved(config)}, Group(2, 2, {"CPU": 1.0, "GPU": gpu} if gpu else {"CPU": 1.0}, 2), 2)
     limits = made[0]["run_config"].failure_config
     assert (limits.max_failures, limits.controller_failure_limit, limits.max_preemption_failures) == (0, 0, 0)
     assert made[0]["torch_config"].backend == backend
@@ -256,7 +257,7 @@ def test_a_sampler_says_at_once_what_went_wrong(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(worker.ray, "get", lambda value: value)
     monkeypatch.setattr(worker.ray, "get_gpu_ids", list)
     actor = worker.SamplerActor.__ray_metadata__.modified_class(  # type: ignore[attr-defined]
-        TrainConfig(model="/nowhere", dataset_base_path="c"), ["a cat"], False, collector
+        unresolved(TrainConfig(model="/nowhere", dataset_base_path="c")), ["a cat"], False, collector
     )
     actor.draw(4, {})
     actor.draw(8, {})

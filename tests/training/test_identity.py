@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.checkpoint import CheckpointError
-from ray_diffsynth.training.identity import check_identity
+from ray_diffsynth.training.data.opening import open_data
+from ray_diffsynth.training.identity import check_identity, identity
 from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
@@ -64,16 +65,22 @@ def test_the_words_of_a_difference(name: str, values: Any, positions: Any, said:
 def test_what_has_no_effect_is_no_part_of_it(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
     """A cache decides the sizes and the columns of its samples: a resume does not compare them."""
     given: dict[str, Any] = {"max_steps": 1, "log_with": "none"}
-    train(make_config(tiny_qwen, make_cache(), tmp_path, **given), LocalContext("cpu", progress=False))
+    train(RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path, **given)), LocalContext("cpu", progress=False))
     given |= {"max_pixels": 4096, "data_file_keys": "picture", "extra_inputs": "mask", "resolution": "64"}
     given |= {"dataset_metadata_path": "elsewhere.csv", "max_steps": 2}
-    train(make_config(tiny_qwen, make_cache(), tmp_path, **given), LocalContext("cpu", progress=False))
+    train(RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path, **given)), LocalContext("cpu", progress=False))
     with pytest.raises(CheckpointError, match=r"seed: 0 there, 7 here\)"):
-        train(make_config(tiny_qwen, make_cache(), tmp_path, **given, seed=7), LocalContext("cpu", progress=False))
+        train(
+            RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path, **given, seed=7)),
+            LocalContext("cpu", progress=False),
+        )
     with pytest.raises(CheckpointError, match=r"is beyond the 1 steps .* raise max_steps"):
-        train(make_config(tiny_qwen, make_cache(), tmp_path, max_steps=1), LocalContext("cpu", progress=False))
+        train(
+            RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path, max_steps=1)),
+            LocalContext("cpu", progress=False),
+        )
 
 
 def test_unsplit_the_sizes_are_part_of_it(tiny_qwen: Path, pictures: Path, tmp_path: Path) -> None:
-    setup = Setup.of(make_config(tiny_qwen, pictures, tmp_path, task="sft", max_pixels=4096))
-    assert setup.identity(setup.open_data())["max_pixels"] == 4096
+    plan = RunPlan.resolve(make_config(tiny_qwen, pictures, tmp_path, task="sft", max_pixels=4096))
+    assert identity(plan, open_data(plan))["max_pixels"] == 4096

@@ -12,13 +12,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
 from ray_diffsynth.training.optim import OptimizerError
 from ray_diffsynth.training.optimizer_modes import evaluated, has_modes, to_training
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import Runs, make_config
@@ -38,7 +38,7 @@ OPTIONS: dict[str, Any] = {
 
 def run(model: Path, base: Path, output: Path, context: LocalContext | None = None, **changes: Any) -> TrainResult:
     config = make_config(model, base, output, **{**OPTIONS, **changes})
-    return train(config, context or LocalContext("cpu", progress=False))
+    return train(RunPlan.resolve(config), context or LocalContext("cpu", progress=False))
 
 
 def test_switching_there_and_back_changes_no_bit() -> None:
@@ -72,7 +72,7 @@ class Drawn(LocalContext):
         super().__init__("cpu", progress=False)
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
 
-    def own_samples(self, setup: Setup) -> Sequence[SamplePrompt]:
+    def own_samples(self, plan: TrainPlan) -> Sequence[SamplePrompt]:
         return ()
 
     def draw_samples(self, step: int, weights: Any) -> None:

@@ -18,9 +18,11 @@ from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.diffusion.timestep_sampling import TimestepSampling
 from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.models.lora import read_lora
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.data.captions import drop_captions, is_dropped
 from ray_diffsynth.training.data.loader import Feed
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.optim import OptimizerError, base_learning_rate, learning_rate, make_optimizer
 from ray_diffsynth.training.quantize import ScaledLinear, quantize
 from ray_diffsynth.training.report import memory
@@ -28,7 +30,6 @@ from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.report.trackers import TrackerError
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.trainer import train
 from ray_diffsynth.training.validation import ValidationError, choose_rows
 from tests.training.conftest import CacheMaker
@@ -38,7 +39,7 @@ from tests.training.helpers import Runs, make_config
 
 def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
     options = {"max_steps": 3, "log_with": "none", **changes}
-    return train(make_config(model, base, output, **options), LocalContext("cpu", progress=False))
+    return train(RunPlan.resolve(make_config(model, base, output, **options)), LocalContext("cpu", progress=False))
 
 
 def losses(output: Path) -> list[float]:
@@ -223,7 +224,7 @@ def test_tensorboard_is_the_default(tiny_qwen: Path, make_cache: CacheMaker, tmp
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = make_config(tiny_qwen, make_cache(), tmp_path, max_steps=2)
-    train(config, LocalContext("cpu", progress=False))
+    train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
@@ -354,8 +355,8 @@ def test_two_workers_share_the_base(runs: Runs, tiny_qwen: Path, make_cache: Cac
     assert runs(tmp_path / "two", workers=2, shard_base=True, log_with="none", **options) == [0, 0], runs.messages()
     first, second = (safetensors.torch.load_file(tmp_path / name / "epoch-0.safetensors") for name in ("one", "two"))
     assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 1e-5
-    setup = Setup.of(make_config(tiny_qwen, make_cache(), tmp_path, **options))
-    whole, _ = build_module(setup, torch.device("cpu"))
+    plan = RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path, **options))
+    whole, _ = build_module(plan, torch.device("cpu"))
     frozen = sum(p.numel() * p.element_size() for p in whole.parameters() if not p.requires_grad)
     held = [json.loads((tmp_path / f"two.meet-{rank}.json").read_text()) for rank in (0, 1)]
     assert sum(held) == pytest.approx(frozen, rel=0.02) and max(held) < 0.55 * frozen

@@ -14,12 +14,13 @@ import safetensors.torch
 import torch
 
 from ray_diffsynth.models.lora import LoraError
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.checkpoint import CheckpointError
 from ray_diffsynth.training.data.source import SourceError
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.setup import TrainingError
 from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
@@ -43,7 +44,9 @@ class StopAt(LocalContext):
 
 
 def run(model: Path, base: Path, output: Path, context: LocalContext | None = None, **changes: Any) -> TrainResult:
-    return train(make_config(model, base, output, **changes), context or LocalContext(CPU, progress=False))
+    return train(
+        RunPlan.resolve(make_config(model, base, output, **changes)), context or LocalContext(CPU, progress=False)
+    )
 
 
 def losses(output: Path) -> list[float]:

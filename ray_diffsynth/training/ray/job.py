@@ -25,8 +25,9 @@ import ray.train.torch
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.errors import UserError, first_line, worker_failures
 from ray_diffsynth.models.lora_file import check_lora_file
+from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
 from ray_diffsynth.ray_session import ClusterError, alive_nodes, cluster_devices, on_this_node, ray_session
-from ray_diffsynth.storage import absolute, is_remote, join
+from ray_diffsynth.storage import absolute, join
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import (
     CheckpointError,
@@ -34,6 +35,8 @@ from ray_diffsynth.training.checkpoint import (
     list_checkpoints,
     read_state,
 )
+from ray_diffsynth.training.data.opening import check_data
+from ray_diffsynth.training.identity import check_chosen
 from ray_diffsynth.training.optim import customized
 from ray_diffsynth.training.ray.elastic import Group, Watch, fits_beside, room, wait_for_room
 from ray_diffsynth.training.ray.elastic import nodes as machines
@@ -51,7 +54,6 @@ from ray_diffsynth.training.report.sample_prompts import SamplePrompt, plan_samp
 from ray_diffsynth.training.report.summary import finish
 from ray_diffsynth.training.report.trackers import check_trackers, fallback
 from ray_diffsynth.training.result import TrainResult, merged
-from ray_diffsynth.training.setup import Setup
 from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.trainer import train
 
@@ -74,20 +76,20 @@ def run(config: TrainConfig) -> dict[str, Any]:
         return local.run(config)
     started = time.monotonic()
     config = absolute_paths(config)
-    setup = Setup.of(config)  # every error of configuration comes here, before Ray starts
-    samples = plan_samples(setup)
+    plan = RunPlan.resolve(config)  # every error of configuration comes here, before Ray starts
+    samples = plan_samples(plan)
     start = Start.of(config)
     if start.chosen is not None:
-        setup.check_chosen(start.chosen, start.resume)
+        check_chosen(plan, start.chosen, start.resume)
     check_files(config, going_on=start.goes_on or start.chosen is not None)
-    setup.check_data()
+    check_data(plan)
     start.begin()
-    config = replace(config, resume="auto")
+    plan = replace(plan, config=replace(config, resume="auto"))
     # In this order: Ray sets a handler of its own when it starts.
     with ray_session(config.ray_address, verbose=config.verbose), sigterm() as terminated:
         group = worker_group(config)
-        result, workers = _fit_until_done(config, group, samples, terminated)
-    report = finish(config, result, workers=workers, seconds=time.monotonic() - started)
+        result, workers = _fit_until_done(plan, group, samples, terminated)
+    report = finish(plan.config, result, workers=workers, seconds=time.monotonic() - started)
     if terminated.is_set() and not result.finished:
         raise SystemExit(TERMINATED)
     return report
@@ -176,14 +178,14 @@ def _lanes(output_path: str) -> int | None:
 
 
 def _fit_until_done(
-    config: TrainConfig, group: Group, samples: list[SamplePrompt], terminated: threading.Event
+    plan: TrainPlan, group: Group, samples: list[SamplePrompt], terminated: threading.Event
 ) -> tuple[TrainResult, int]:
     """Train, with another group of workers whenever one is lost or another number fits; also the last group's size."""
     environment = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
     collector = Collector.options(scheduling_strategy=on_this_node()).remote(environment)  # type: ignore[attr-defined]
-    sampler = _sampler(config, group, samples, collector)
+    sampler = _sampler(plan, group, samples, collector)
     arguments = {
-        "config": config,
+        "plan": plan,
         "collector": collector,
         "sampler": sampler,
         "samples": [] if sampler is not None else samples,
@@ -195,7 +197,7 @@ def _fit_until_done(
             workers = wait_for_room(group, terminated.is_set, ask=bool(failures or results))
             if not workers:
                 break
-            before = list_checkpoints(config.output_path)
+            before = list_checkpoints(plan.output_path)
             ray.get(collector.begin.remote())
             with Watch(collector, group, workers, terminated) as watch:
                 try:
@@ -203,7 +205,7 @@ def _fit_until_done(
                 except ray.train.TrainingFailedError as error:
                     if (told := reason(worker_failures(error))) is not None:
                         raise told from error
-                    failures = failures + 1 if list_checkpoints(config.output_path) == before else 1
+                    failures = failures + 1 if list_checkpoints(plan.output_path) == before else 1
                     if failures >= MAX_FAILURES:
                         raise
                     logger.warning("a worker was lost (%s); going on from the newest checkpoint", first_line(error))
@@ -226,8 +228,7 @@ def _fit_until_done(
 
 
 def _fit(arguments: dict[str, Any], group: Group, workers: int) -> None:
-    config: TrainConfig = arguments["config"]
-    storage = config.output_path if is_remote(config.output_path) else str(Path(config.output_path).absolute())
+    plan: TrainPlan = arguments["plan"]
     gpu = bool(group.resources.get("GPU"))
     _Trainer(
         _worker,
@@ -240,7 +241,7 @@ def _fit(arguments: dict[str, Any], group: Group, workers: int) -> None:
         # Each failure comes back here, also workers that find no room: Ray would try that group again for ever.
         run_config=ray.train.RunConfig(
             name="ray",
-            storage_path=storage,
+            storage_path=plan.output_path,
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
@@ -272,11 +273,11 @@ def sampler_resources(config: TrainConfig, group: Group) -> dict[str, float] | N
     return {"GPU": 1.0} if gpus - group.most * group.resources.get("GPU", 0.0) >= 1 else None
 
 
-def _sampler(config: TrainConfig, group: Group, samples: list[SamplePrompt], collector: Any = None) -> Any:
+def _sampler(plan: TrainPlan, group: Group, samples: list[SamplePrompt], collector: Any = None) -> Any:
     """The actor that makes sample pictures; None if there are none, or the workers draw them."""
     if not samples:
         return None
-    wanted = sampler_resources(config, group)
+    wanted = sampler_resources(plan.config, group)
     if wanted is None:
         logger.info("no GPU is left for the sample pictures: the workers draw them between steps, which takes time")
         return None
@@ -284,11 +285,11 @@ def _sampler(config: TrainConfig, group: Group, samples: list[SamplePrompt], col
     options = SamplerActor.options(  # type: ignore[attr-defined]
         num_cpus=cpu, num_gpus=gpu, resources=wanted or None
     )
-    fresh = not list_checkpoints(config.output_path)
-    start = fresh or not is_drawn(config.output_path, 0, Shown.of(config, samples, 0))
+    fresh = not list_checkpoints(plan.output_path)
+    start = fresh or not is_drawn(plan.output_path, 0, Shown.of(plan.config, samples, 0))
     if not start:  # all that it draws comes with the weights of a step
-        config = replace(config, lora_checkpoint=None)
-    actor = options.remote(config, samples, start, collector)
+        plan = replace(plan, config=replace(plan.config, lora_checkpoint=None))
+    actor = options.remote(plan, samples, start, collector)
     if start:
         actor.begin.remote()  # beside the start of the workers
     return actor
@@ -318,7 +319,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     context = RayContext(arguments["collector"], arguments["sampler"], arguments["samples"])
     try:
         with messages_to_driver(context):
-            result = train(arguments["config"], context)
+            result = train(arguments["plan"], context)
     except (UserError, ray.exceptions.RayError):
         raise
     except Exception as error:

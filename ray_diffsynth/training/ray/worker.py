@@ -13,10 +13,9 @@ import ray.train
 import ray.train.torch
 import torch
 
-from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.warnings import DataWarnings, collecting
+from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
-from ray_diffsynth.training.setup import Setup
 
 POLL_SECONDS = 0.5
 PENDING_PICTURES = 4
@@ -63,7 +62,7 @@ class RayContext:
             self._stop, self._asked = bool(ray.get(self._asked)), None
         return self._stop
 
-    def own_samples(self, setup: Setup) -> Sequence[SamplePrompt]:
+    def own_samples(self, plan: TrainPlan) -> Sequence[SamplePrompt]:
         return self._samples
 
     def draw_samples(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
@@ -181,8 +180,8 @@ class SamplerActor:
     start: make those of step 0 before all others. collector: gets the message of a failure.
     """
 
-    def __init__(self, config: TrainConfig, samples: list[SamplePrompt], start: bool, collector: Any) -> None:
-        self._config, self._samples, self._start, self._collector = config, samples, start, collector
+    def __init__(self, plan: TrainPlan, samples: list[SamplePrompt], start: bool, collector: Any) -> None:
+        self._plan, self._samples, self._start, self._collector = plan, samples, start, collector
         self._sampler: Any = None
         self._told = DataWarnings()
         self._drawn: list[str] = []
@@ -204,7 +203,7 @@ class SamplerActor:
 
         if self._sampler is None:
             device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-            sampler = Sampler(self._config, self._samples, device)
+            sampler = Sampler(self._plan, self._samples, device)
             if self._start:  # here, as calls of the driver and of a worker come in any order, and a step's weights stay
                 self._drawn.append(sampler.draw(0, {}))
             self._sampler = sampler

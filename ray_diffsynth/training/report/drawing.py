@@ -14,14 +14,13 @@ from PIL import Image
 from ray_diffsynth.data.media import load_image
 from ray_diffsynth.diffusion.transfer import moved
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.graph import model_root, split_units
+from ray_diffsynth.pipelines.core.graph import model_root
 from ray_diffsynth.pipelines.core.on_demand import on_demand, release_parts
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.lora_keys import fuse_model_lora
-from ray_diffsynth.pipelines.registry import get_pipeline_class
+from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
-from ray_diffsynth.training.setup import Setup
 
 Encoded: TypeAlias = dict[tuple[int, int], list[Any]]
 """(number of the prompt, of the unit) -> what its calls returned, on the CPU."""
@@ -41,18 +40,18 @@ class _End(PipelineUnit):
 
 @torch.no_grad()
 def encode_samples(
-    setup: Setup, samples: Sequence[SamplePrompt], numbers: Iterable[int], device: torch.device
+    plan: TrainPlan, samples: Sequence[SamplePrompt], numbers: Iterable[int], device: torch.device
 ) -> Encoded:
     """What the units that run frozen models return for these samples; the models are loaded for it, and let go.
 
     Call it before the model that is trained takes the memory.
     """
-    dtype: torch.dtype = getattr(torch, setup.config.dtype)
-    pipe = on_demand(get_pipeline_class(setup.family), setup.source, device=device, torch_dtype=dtype)
-    trained = map(model_root, setup.config.trained)
-    preset = setup.config.preset_lora_model
-    if setup.config.preset_lora_path and preset and model_root(preset) not in {*pipe.in_iteration_models, *trained}:
-        fuse_model_lora(pipe, preset, setup.config.preset_lora_path)
+    dtype: torch.dtype = getattr(torch, plan.config.dtype)
+    pipe = on_demand(plan.pipeline, plan.source, device=device, torch_dtype=dtype)
+    trained = map(model_root, plan.config.trained)
+    preset = plan.config.preset_lora_model
+    if plan.config.preset_lora_path and preset and model_root(preset) not in {*pipe.in_iteration_models, *trained}:
+        fuse_model_lora(pipe, preset, plan.config.preset_lora_path)
     encoded: Encoded = {}
     current = 0
 
@@ -65,9 +64,8 @@ def encode_samples(
 
         return call
 
-    _replace_calls(pipe, setup, record)
-    stage1, _ = split_units(pipe.units, setup.config.trained)
-    pipe.units = [*stage1, _End()]
+    _replace_calls(pipe, plan, record)
+    pipe.units = [*plan.split.stages(pipe).stage1, _End()]
     try:
         for current in dict.fromkeys(numbers):  # `record` reads it
             with suppress(_EncodedError):
@@ -87,23 +85,20 @@ class Drawing:
     """
 
     def __init__(
-        self, setup: Setup, module: DiffusionTrainingModule, samples: Sequence[SamplePrompt], encoded: Encoded
+        self, plan: TrainPlan, module: DiffusionTrainingModule, samples: Sequence[SamplePrompt], encoded: Encoded
     ) -> None:
         self.module, self.samples, self._encoded = module, samples, encoded
         trained = module.pipe
         self._dtype = trained.torch_dtype
-        self.pipe = on_demand(
-            get_pipeline_class(setup.family), setup.source, device=trained.device, torch_dtype=self._dtype
-        )
+        self.pipe = on_demand(plan.pipeline, plan.source, device=trained.device, torch_dtype=self._dtype)
         for name in (*trained.parts, *trained.companions):
             if (part := getattr(trained, name, None)) is not None:
                 setattr(self.pipe, name, part)
         self._current = 0
         self._calls: dict[int, int] = {}
-        _replace_calls(self.pipe, setup, self._replay)
+        _replace_calls(self.pipe, plan, self._replay)
         # What training computes under autocast, with weights in fp32, and nothing else: no encoder, no decoder.
-        _, stage2 = split_units(self.pipe.units, setup.config.trained)
-        for unit in stage2:
+        for unit in plan.split.stages(self.pipe).stage2:
             _wrap_calls(unit, self._under_autocast)
         self.pipe.model_fn = self._under_autocast(self.pipe.model_fn)
 
@@ -149,10 +144,10 @@ def call_pipeline(pipe: Any, sample: SamplePrompt) -> Any:
 
 
 def _replace_calls(
-    pipe: BasePipeline, setup: Setup, replace: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+    pipe: BasePipeline, plan: TrainPlan, replace: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> None:
     """Replace what the runner calls of each unit that runs frozen models alone."""
-    stage1, _ = split_units(pipe.units, setup.config.trained)
+    stage1 = plan.split.stages(pipe).stage1
     for number, unit in enumerate(pipe.units):
         if unit in stage1 and unit.onload_model_names:
             _wrap_calls(unit, partial(replace, number))

@@ -14,6 +14,7 @@ from ray_diffsynth.config.options import split_names
 from ray_diffsynth.diffusion.out_of_memory import is_out_of_memory
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.core.graph import model_root
+from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.quantize import castable_bytes
 
 GB = 1e9
@@ -33,6 +34,15 @@ class Footprint:
     linear: int
     trained: int
     peak: int
+
+    @classmethod
+    def planned(cls, plan: TrainPlan) -> Footprint:
+        """About what the models take before they are loaded: as much as their files, half of it for 8 bits."""
+        parts = plan.pipeline.parts
+        files = {name: plan.source.weight_files(parts[name].subfolder) for name in plan.models if name in parts}
+        sizes = {name: sum(file.stat().st_size for file in each) for name, each in files.items()}
+        denoising = plan.pipeline.in_iteration_models
+        return cls(sum(sizes.values()), sum(sizes.get(name, 0) for name in denoising) // 2, 0, 0)
 
     @classmethod
     def of(cls, module: nn.Module, denoising: Iterable[nn.Module], states: int, device: torch.device) -> Footprint:

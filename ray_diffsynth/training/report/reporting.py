@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.checkpointing import Checkpointing
 from ray_diffsynth.training.data.loader import Feed
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.optimization import Optimization
 from ray_diffsynth.training.precision import Precision
@@ -21,7 +23,6 @@ from ray_diffsynth.training.report.sample_images import WorkerSampler
 from ray_diffsynth.training.report.step_stats import StepOutcome, Window
 from ray_diffsynth.training.report.trackers import Trackers
 from ray_diffsynth.training.runtime import Context
-from ray_diffsynth.training.setup import Setup, TrainingError
 from ray_diffsynth.training.validation import ValidationLoss
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,10 @@ class Reporting:
     loss, validation_loss: the newest, None before there is one.
     """
 
-    def __init__(self, setup: Setup, context: Context, checkpointing: Checkpointing, row_warnings: SaidOfData) -> None:
-        self._setup, self._config, self._context = setup, setup.config, context
+    def __init__(
+        self, plan: TrainPlan, context: Context, checkpointing: Checkpointing, row_warnings: SaidOfData
+    ) -> None:
+        self._plan, self._config, self._context = plan, plan.config, context
         self._checkpointing, self.row_warnings = checkpointing, row_warnings
         self.loss: float | None = None
         self.validation_loss: float | None = None
@@ -52,14 +55,14 @@ class Reporting:
     def plan(self, validation: ValidationLoss, loader: Feed, total: int) -> None:
         """Once it is known what is trained on. Encodes the prompts of sample images, before the model takes memory."""
         self._validation, self._loader, self._total = validation, loader, total
-        samples = self._context.own_samples(self._setup)
-        self._sampler = WorkerSampler(self._setup, samples, self._context) if samples else None
+        samples = self._context.own_samples(self._plan)
+        self._sampler = WorkerSampler(self._plan, samples, self._context) if samples else None
 
     def __enter__(self) -> Self:
         if self.is_main:
             after = self._checkpointing.start
-            self._log = MetricsLog(self._setup.output_path, after=after)
-            self._trackers = self._stack.enter_context(Trackers(self._setup, after=after))
+            self._log = MetricsLog(self._plan.output_path, after=after)
+            self._trackers = self._stack.enter_context(Trackers(self._plan, after=after))
         return self
 
     def __exit__(
@@ -139,7 +142,7 @@ class Reporting:
     def footprint(self) -> memory.Footprint:
         """What the model that trains takes; before it is loaded, about what its files say."""
         if self._module is None:
-            return self._setup.footprint()
+            return memory.Footprint.planned(self._plan)
         states = 2 if self._config.customized_optimizer is None else 1
         pipe = self._module.pipe
         denoising = [getattr(pipe, name) for name in pipe.in_iteration_models]
@@ -148,7 +151,7 @@ class Reporting:
     def not_finite(self, step: int, seen: Sequence[Seen], what: Literal["loss", "gradient"]) -> TrainingError:
         """The error that ends the run, its samples written down. Every worker must call it."""
         rank, world = self._context.world_rank, self._context.world_size
-        text = dump_not_finite(self._setup.output_path, step, seen, what, rank, world)
+        text = dump_not_finite(self._plan.output_path, step, seen, what, rank, world)
         return TrainingError(text + self._checkpointing.restart_advice())
 
     def _is_due(self, done: int, every: int | None) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.storage import is_remote, join, write_bytes_atomic
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.distributed import gather
@@ -20,7 +20,6 @@ from ray_diffsynth.training.report.drawing import Drawing, encode_samples
 from ray_diffsynth.training.report.sample_grids import SAMPLES_FOLDER, Shown, encode, grid, grid_name
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 from ray_diffsynth.training.runtime import Context
-from ray_diffsynth.training.setup import Setup
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +27,11 @@ logger = logging.getLogger(__name__)
 class Sampler:
     """A model of its own with the run's LoRA, and the prompts. Made once; `draw` takes other weights each time."""
 
-    def __init__(self, config: TrainConfig, samples: Sequence[SamplePrompt], device: torch.device) -> None:
-        self.setup, self.samples = Setup.of(config), samples
-        encoded = encode_samples(self.setup, samples, range(len(samples)), device)
-        self.module, _ = build_module(self.setup, device)
-        self._drawing = Drawing(self.setup, self.module, samples, encoded)
+    def __init__(self, plan: TrainPlan, samples: Sequence[SamplePrompt], device: torch.device) -> None:
+        self.plan, self.samples = plan.on_this_machine(), samples
+        encoded = encode_samples(self.plan, samples, range(len(samples)), device)
+        self.module, _ = build_module(self.plan, device)
+        self._drawing = Drawing(self.plan, self.module, samples, encoded)
         self._parameters = dict(self.module.named_parameters())
 
     @torch.no_grad()
@@ -43,7 +42,7 @@ class Sampler:
         """
         for name, value in weights.items():
             self._parameters[name].copy_(value)
-        return write_grid(self.setup, self.samples, step, [self._drawing.draw(n) for n in range(len(self.samples))])
+        return write_grid(self.plan, self.samples, step, [self._drawing.draw(n) for n in range(len(self.samples))])
 
 
 class WorkerSampler:
@@ -54,19 +53,19 @@ class WorkerSampler:
     the workers share a model out (--shard_base) and would wait for each other.
     """
 
-    def __init__(self, setup: Setup, samples: Sequence[SamplePrompt], context: Context) -> None:
-        self.setup, self.samples, self.context = setup, samples, context
+    def __init__(self, plan: TrainPlan, samples: Sequence[SamplePrompt], context: Context) -> None:
+        self.plan, self.samples, self.context = plan, samples, context
         rank, world = context.world_rank, context.world_size
         # As many pictures on each worker: a sharded model gathers its weights in all of them at once.
         rounds = range(rank, -(-len(samples) // world) * world, world)
-        self._numbers = [number % len(samples) for number in rounds if setup.config.shard_base or number < len(samples)]
+        self._numbers = [number % len(samples) for number in rounds if plan.config.shard_base or number < len(samples)]
         self._error: str | None = None
         self._ended = False
         self._encoded: Any = {}
         self._attempt(self._encode)
 
     def _encode(self) -> None:
-        self._encoded = encode_samples(self.setup, self.samples, self._numbers, self.context.device)
+        self._encoded = encode_samples(self.plan, self.samples, self._numbers, self.context.device)
 
     def draw(self, step: int, module: DiffusionTrainingModule) -> None:
         """Write the grid after `step` steps; all workers must call it."""
@@ -84,10 +83,10 @@ class WorkerSampler:
             return
         by_number = {number: data for _, part in found for number, data in part}
         sheets = [Image.open(BytesIO(by_number[number])) for number in range(len(self.samples))]
-        write_grid(self.setup, self.samples, step, sheets)
+        write_grid(self.plan, self.samples, step, sheets)
 
     def _draw(self, module: DiffusionTrainingModule) -> list[tuple[int, bytes]]:
-        drawing = Drawing(self.setup, module, self.samples, self._encoded)
+        drawing = Drawing(self.plan, module, self.samples, self._encoded)
         try:
             return [(number, _png(drawing.draw(number))) for number in self._numbers]
         finally:
@@ -99,7 +98,7 @@ class WorkerSampler:
         try:
             work()
         except Exception as error:
-            if self.setup.config.shard_base and self.context.world_size > 1:
+            if self.plan.config.shard_base and self.context.world_size > 1:
                 raise
             # As text: the error itself holds its frames, and with them the tensors on the device.
             self._error = f"{type(error).__name__}: {error}"
@@ -107,13 +106,13 @@ class WorkerSampler:
             torch.cuda.empty_cache()
 
 
-def write_grid(setup: Setup, samples: Sequence[SamplePrompt], step: int, pictures: Sequence[Image.Image]) -> str:
+def write_grid(plan: TrainPlan, samples: Sequence[SamplePrompt], step: int, pictures: Sequence[Image.Image]) -> str:
     """Write the grid of `step`, as PNG and in TensorBoard; returns its path."""
     sheet = grid(pictures)
-    path = join(setup.output_path, SAMPLES_FOLDER, grid_name(step))
-    write_bytes_atomic(path, encode(sheet, Shown.of(setup.config, samples, step)))
-    if "tensorboard" in setup.config.trackers and not is_remote(setup.output_path):
-        _to_tensorboard(setup.output_path, step, sheet)
+    path = join(plan.output_path, SAMPLES_FOLDER, grid_name(step))
+    write_bytes_atomic(path, encode(sheet, Shown.of(plan.config, samples, step)))
+    if "tensorboard" in plan.config.trackers and not is_remote(plan.output_path):
+        _to_tensorboard(plan.output_path, step, sheet)
     return path
 
 

@@ -15,9 +15,9 @@ from ray_diffsynth.data.formats import READERS
 from ray_diffsynth.data.prompts import Prompt, read_prompt_file
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.calling import image_params, missing_images
-from ray_diffsynth.pipelines.registry import get_pipeline_class
+from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.storage import absolute, exists
-from ray_diffsynth.training.setup import Setup, TrainingError
+from ray_diffsynth.training.errors import TrainingError
 
 OPTION = "--validation_prompts"
 
@@ -32,26 +32,26 @@ class SamplePrompt:
     pictures: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
 
-def plan_samples(setup: Setup) -> list[SamplePrompt]:
+def plan_samples(plan: TrainPlan) -> list[SamplePrompt]:
     """The pictures of a grid, in order; none without --validation_prompts.
 
     Raises TrainingError or DatasetError: no prompts, a model that sampling needs and the model folder lacks, a picture
     that the family needs; PipelineError for a size and ScheduleError for a number of steps that it cannot make. All
     before anything is loaded.
     """
-    given = setup.config.validation_prompts
+    given = plan.config.validation_prompts
     if not given:
         return []
-    check_models(setup)
-    pipe = get_pipeline_class(setup.family).configured(setup.source)
+    check_models(plan)
+    pipe = plan.configured()
     pictures = image_params(pipe)
     prompts = read_prompts(given, pictures)
     if lacking := missing_images(prompts, pictures, option=OPTION):
         raise TrainingError(lacking)
-    if setup.config.sample_inference_steps is not None:
-        pipe.scheduler.check_inference_steps(setup.config.sample_inference_steps)
-    size = _trained_size(setup)
-    return [_sample(setup, pipe, size, number, prompt) for number, prompt in enumerate(prompts)]
+    if plan.config.sample_inference_steps is not None:
+        pipe.scheduler.check_inference_steps(plan.config.sample_inference_steps)
+    size = _trained_size(plan)
+    return [_sample(plan, pipe, size, number, prompt) for number, prompt in enumerate(prompts)]
 
 
 def read_prompts(given: str, pictures: Mapping[str, bool]) -> list[Prompt]:
@@ -75,10 +75,10 @@ def read_prompts(given: str, pictures: Mapping[str, bool]) -> list[Prompt]:
     return prompts
 
 
-def check_models(setup: Setup) -> None:
+def check_models(plan: TrainPlan) -> None:
     """Raise TrainingError if a model that sampling needs is not in the model folder: stage 2 may do without it."""
-    parts = get_pipeline_class(setup.family).parts
-    absent = [name for name, part in parts.items() if not setup.source.has(part.subfolder)]
+    parts = plan.pipeline.parts
+    absent = [name for name, part in parts.items() if not plan.source.has(part.subfolder)]
     if absent:
         raise TrainingError(
             f"{OPTION} needs the whole model, but {', '.join(absent)} is not given; name the whole folder by --model, "
@@ -86,9 +86,9 @@ def check_models(setup: Setup) -> None:
         )
 
 
-def _trained_size(setup: Setup) -> dict[str, int | None]:
+def _trained_size(plan: TrainPlan) -> dict[str, int | None]:
     """The size that the run trains: what its options say, of a cache that of the most samples."""
-    config = setup.config
+    config = plan.config
     size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
     if config.reads_cache:
         buckets = Manifest.load(absolute(config.dataset_base_path)).buckets
@@ -104,9 +104,9 @@ def _trained_size(setup: Setup) -> dict[str, int | None]:
 
 
 def _sample(
-    setup: Setup, pipe: BasePipeline, size: Mapping[str, int | None], number: int, prompt: Prompt
+    plan: TrainPlan, pipe: BasePipeline, size: Mapping[str, int | None], number: int, prompt: Prompt
 ) -> SamplePrompt:
-    config = setup.config
+    config = plan.config
     accepted = inspect.signature(type(pipe).__call__).parameters
     if (prompt.height is None) != (prompt.width is None):
         raise TrainingError(f"{OPTION}: the prompt {prompt.prompt!r} has a height or a width alone; give both")

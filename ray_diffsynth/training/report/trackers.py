@@ -19,7 +19,7 @@ from ray_diffsynth.storage import exists, is_remote, join, read_bytes, write_byt
 from ray_diffsynth.training.report.metrics_log import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
-    from ray_diffsynth.training.setup import Setup
+    from ray_diffsynth.plan.run_plan import TrainPlan
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Tracker(Protocol):
     requires: ClassVar[str]
     """The module without which it cannot start; "" for none."""
 
-    def __init__(self, setup: Setup, after: int) -> None:
+    def __init__(self, plan: TrainPlan, after: int) -> None:
         """after: the step that the run goes on from."""
 
     def write(self, metrics: Mapping[str, Any]) -> None: ...
@@ -67,12 +67,12 @@ class Trackers:
     does not end because a server is away; metrics.jsonl has all lines.
     """
 
-    def __init__(self, setup: Setup, *, after: int) -> None:
+    def __init__(self, plan: TrainPlan, *, after: int) -> None:
         """after: the step that the run goes on from; what was written for later ones is taken back where it can be."""
         self._open: dict[str, Tracker] = {}
-        for name in setup.config.trackers:
+        for name in plan.config.trackers:
             try:
-                self._open[name] = TRACKERS[name](setup, after)
+                self._open[name] = TRACKERS[name](plan, after)
             except UserError:
                 raise
             except Exception as error:
@@ -118,13 +118,13 @@ class TensorBoard(Tracker):
 
     requires = "torch.utils.tensorboard"
 
-    def __init__(self, setup: Setup, after: int) -> None:
+    def __init__(self, plan: TrainPlan, after: int) -> None:
         self._writer: Any = None
-        if is_remote(setup.output_path):
+        if is_remote(plan.output_path):
             logger.info("no TensorBoard: it needs a local output_path; the curves are in report.html")
             return
         writer = _import(self.requires, "tensorboard").SummaryWriter
-        self._writer = writer(join(setup.output_path, TENSORBOARD_FOLDER), purge_step=after + 1 if after else None)
+        self._writer = writer(join(plan.output_path, TENSORBOARD_FOLDER), purge_step=after + 1 if after else None)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         if self._writer is not None:
@@ -141,8 +141,8 @@ class CsvFile(Tracker):
 
     requires = ""
 
-    def __init__(self, setup: Setup, after: int) -> None:
-        self._output_path = setup.output_path
+    def __init__(self, plan: TrainPlan, after: int) -> None:
+        self._output_path = plan.output_path
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Nothing: metrics.jsonl has the line already."""
@@ -162,10 +162,10 @@ class WeightsAndBiases(Tracker):
 
     requires = "wandb"
 
-    def __init__(self, setup: Setup, after: int) -> None:
+    def __init__(self, plan: TrainPlan, after: int) -> None:
         wandb = _import(self.requires, "wandb")
-        known = _known_id(setup.output_path, "wandb")
-        folder = None if is_remote(setup.output_path) else setup.output_path
+        known = _known_id(plan.output_path, "wandb")
+        folder = None if is_remote(plan.output_path) else plan.output_path
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
@@ -173,9 +173,9 @@ class WeightsAndBiases(Tracker):
             dir=folder,
             id=known,
             resume="allow" if known else None,
-            config=setup.config.to_dict(),
+            config=plan.config.to_dict(),
         )
-        _remember_id(setup.output_path, "wandb", self._run.id)
+        _remember_id(plan.output_path, "wandb", self._run.id)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._run.log(curves(metrics), step=metrics["step"])
@@ -189,13 +189,13 @@ class MLflow(Tracker):
 
     requires = "mlflow"
 
-    def __init__(self, setup: Setup, after: int) -> None:
+    def __init__(self, plan: TrainPlan, after: int) -> None:
         self._mlflow = _import(self.requires, "mlflow")
-        known = _known_id(setup.output_path, "mlflow")
+        known = _known_id(plan.output_path, "mlflow")
         run = self._mlflow.start_run(run_id=known)
         if known is None:
-            _remember_id(setup.output_path, "mlflow", run.info.run_id)
-            self._mlflow.log_params({name: str(value)[:500] for name, value in setup.config.to_dict().items()})
+            _remember_id(plan.output_path, "mlflow", run.info.run_id)
+            self._mlflow.log_params({name: str(value)[:500] for name, value in plan.config.to_dict().items()})
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._mlflow.log_metrics(curves(metrics), step=metrics["step"])

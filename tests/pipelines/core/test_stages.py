@@ -34,7 +34,7 @@ from ray_diffsynth.plan.cache_keys import GroupPlan, plan_group
 from ray_diffsynth.plan.library_versions import counted_version
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.tasks import SFT, DirectDistill
-from ray_diffsynth.training.setup import Setup
+from ray_diffsynth.training.identity import identity as run_identity
 from tests.training.helpers import make_config
 
 
@@ -83,7 +83,9 @@ def test_both_stages_refuse_it(tiny_qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="nothing of the family qwen_image reads it"):
         RunPlan.resolve(PreprocessConfig(model=str(tiny_qwen), output_path=str(tmp_path / "cache"), **given))
     with pytest.raises(PipelineError, match="nothing of the family qwen_image reads it"):
-        Setup.of(make_config(tiny_qwen, tmp_path, tmp_path, task="sft", extra_inputs="blockwise_controlnet_image"))
+        RunPlan.resolve(
+            make_config(tiny_qwen, tmp_path, tmp_path, task="sft", extra_inputs="blockwise_controlnet_image")
+        )
 
 
 # ---------------------------------------------------------------- settings
@@ -135,11 +137,11 @@ def test_settings_are_part_of_a_runs_identity(tiny_qwen: Path, tmp_path: Path) -
     class Data:
         identity = "data"
 
-    def identity(**options: Any) -> dict[str, Any]:
-        setup = Setup.of(make_config(tiny_qwen, tmp_path, tmp_path, task="sft", **options))
-        return setup.identity(Data())  # type: ignore[arg-type]
+    def found(**options: Any) -> dict[str, Any]:
+        plan = RunPlan.resolve(make_config(tiny_qwen, tmp_path, tmp_path, task="sft", **options))
+        return run_identity(plan, Data())  # type: ignore[arg-type]
 
-    assert identity() != identity(pipeline_settings={"tiled": True})
+    assert found() != found(pipeline_settings={"tiled": True})
 
 
 def parts_of(pipe: BasePipeline, model: Path, name: str, **settings: Any) -> dict[str, str]:

@@ -10,11 +10,12 @@ import pytest
 
 from ray_diffsynth.data.media import SourceUnavailable
 from ray_diffsynth.data.warnings import collecting
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training import local
 from ray_diffsynth.training.data import source
 from ray_diffsynth.training.data.decode_check import undecodable
+from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import DatasetSource, SourceError
-from ray_diffsynth.training.setup import Setup
 from tests.training.helpers import make_config
 
 
@@ -32,7 +33,7 @@ def damaged(tmp_path: Path, pictures: Path) -> Path:
 
 
 def opened(model: Path, data: Path, output: Path) -> DatasetSource:
-    found = Setup.of(make_config(model, data, output, task="sft")).open_data()
+    found = open_data(RunPlan.resolve(make_config(model, data, output, task="sft")))
     assert isinstance(found, DatasetSource)
     return found
 

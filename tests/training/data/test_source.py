@@ -14,10 +14,11 @@ import torch
 
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.reader import CacheReader
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.data.epoch_order import Plan
 from ray_diffsynth.training.data.loader import Feed
+from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import CacheSource, DatasetSource, SourceError, prefetch
-from ray_diffsynth.training.setup import Setup
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
 
@@ -58,8 +59,8 @@ def test_prefetch_raises_where_the_item_would_come_and_ends_its_threads() -> Non
 def test_dataset_and_cache_have_one_order(
     tiny_qwen: Path, pictures: Path, make_cache: CacheMaker, tmp_path: Path
 ) -> None:
-    cache = Setup.of(make_config(tiny_qwen, make_cache(), tmp_path)).open_data()
-    whole = Setup.of(make_config(tiny_qwen, pictures, tmp_path, task="sft")).open_data()
+    cache = open_data(RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path)))
+    whole = open_data(RunPlan.resolve(make_config(tiny_qwen, pictures, tmp_path, task="sft")))
     assert isinstance(cache, CacheSource)
     assert isinstance(whole, DatasetSource)
     assert list(cache.sample_ids) == list(whole.sample_ids)
@@ -74,7 +75,7 @@ def test_a_dataset_leaves_out_what_cannot_be_used(tiny_qwen: Path, pictures: Pat
     table = (pictures / "metadata.csv").read_text().splitlines()
     rows = [table[0], *(f"{pictures}/{line}" for line in table[1:3]), "absent.png,a picture that is not there"]
     (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
-    source = Setup.of(make_config(tiny_qwen, tmp_path, tmp_path / "out", task="sft")).open_data()
+    source = open_data(RunPlan.resolve(make_config(tiny_qwen, tmp_path, tmp_path / "out", task="sft")))
     assert isinstance(source, DatasetSource)
     assert len(source.sample_ids) == 2
     assert [sample_id for sample_id, _ in source.rejected] == ["absent.png"]

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.models.lora import export_lora
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
 from ray_diffsynth.report import make_report, render
 from ray_diffsynth.training.ray import job
 from ray_diffsynth.training.ray.elastic import Group
@@ -24,7 +25,7 @@ from ray_diffsynth.training.report.sample_images import Sampler
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 from tests.report.browser import Dom
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import make_config
+from tests.training.helpers import make_config, unresolved
 
 
 def samples(*prompts: str, **arguments: Any) -> list[SamplePrompt]:
@@ -37,7 +38,7 @@ SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2}
 def test_pictures_follow_the_weights(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
     config = make_config(tiny_qwen, make_cache(), tmp_path)
     asked = samples("a cat", "a dog", height=64, width=64, num_inference_steps=2)
-    sampler = Sampler(config, asked, torch.device("cpu"))
+    sampler = Sampler(RunPlan.resolve(config), asked, torch.device("cpu"))
     names = [name for name in dict(sampler.module.named_parameters()) if "lora_B" in name]
     weights = {name: torch.zeros_like(sampler.module.get_parameter(name)) for name in names}
     first, again = (Image.open(sampler.draw(step, weights)).tobytes() for step in (1, 2))
@@ -52,7 +53,7 @@ def test_pictures_in_bfloat16_of_what_is_trained_in_fp32(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     config = make_config(tiny_qwen, make_cache(), tmp_path, dtype="bfloat16", log_with="none", **changes)
-    sampler = Sampler(config, samples("a cat", **SMALL), torch.device("cpu"))
+    sampler = Sampler(RunPlan.resolve(config), samples("a cat", **SMALL), torch.device("cpu"))
     weights = {name: p.detach().clone() for name, p in sampler.module.named_parameters() if p.requires_grad}
     assert {value.dtype for value in weights.values()} == {torch.float32}
     first = Image.open(sampler.draw(1, weights)).tobytes()
@@ -67,7 +68,7 @@ def test_step_0_is_the_base_model_or_the_lora_that_it_starts_from(
     config, cat = make_config(tiny_qwen, make_cache(), tmp_path / "new"), samples("a cat", **SMALL)
     shown = Shown.of(config, cat, 0)
     assert not is_drawn(str(tmp_path / "new"), 0, shown)
-    base = Image.open(Sampler(config, cat, torch.device("cpu")).draw(0, {}))
+    base = Image.open(Sampler(RunPlan.resolve(config), cat, torch.device("cpu")).draw(0, {}))
     pipe = QwenImagePipeline.from_pretrained(tiny_qwen, torch_dtype=torch.float32)
     plain: Any = pipe("a cat", seed=config.seed, height=32, width=32, num_inference_steps=2)
     assert np.array_equal(np.asarray(base), np.asarray(plain))  # the model as it came
@@ -84,7 +85,7 @@ def test_step_0_is_the_base_model_or_the_lora_that_it_starts_from(
     lora = str(tmp_path / "zorp.safetensors")
     export_lora(state, prefix="transformer.", rank=4, alpha=4, path=lora)
     preset = make_config(tiny_qwen, make_cache(), tmp_path / "preset", preset_lora_path=lora)
-    moved = Image.open(Sampler(preset, cat, torch.device("cpu")).draw(0, {}))
+    moved = Image.open(Sampler(RunPlan.resolve(preset), cat, torch.device("cpu")).draw(0, {}))
     assert not np.array_equal(np.asarray(base), np.asarray(moved))
     (values, _), (started, _) = sample_grids(str(tmp_path / "new"), 99), sample_grids(str(tmp_path / "preset"), 99)
     assert (values[0]["title"], started[0]["title"]) == ("Base model", "Start, with zorp.safetensors")
@@ -104,7 +105,7 @@ def test_a_run_draws_step_0_when_it_begins_and_not_again_when_it_goes_on(
         def options(self, **resources: object) -> Actor:
             return self
 
-        def remote(self, config: TrainConfig, given: list[SamplePrompt], start: bool, collector: object) -> Actor:
+        def remote(self, plan: TrainPlan, given: list[SamplePrompt], start: bool, collector: object) -> Actor:
             asked.append(start)
             return self
 
@@ -115,7 +116,7 @@ def test_a_run_draws_step_0_when_it_begins_and_not_again_when_it_goes_on(
 
     def begins(prompt: str) -> bool:
         asked.clear()
-        job._sampler(config, group, samples(prompt))
+        job._sampler(unresolved(config), group, samples(prompt))
         assert asked in ([True, "begin"], [False])
         return asked[0] is True
 

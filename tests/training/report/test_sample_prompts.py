@@ -14,14 +14,15 @@ from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.formats import DatasetError
 from ray_diffsynth.diffusion.flow_match import ScheduleError
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.ray_session import ClusterError
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.ray import job
 from ray_diffsynth.training.ray.elastic import Group
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt, plan_samples, read_prompts
-from ray_diffsynth.training.setup import Setup, TrainingError
 from tests.families.cases import load_case, picture
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import make_config
+from tests.training.helpers import make_config, unresolved
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,9 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 def planned(model: Path, folder: Path, prompts: str, **options: Any) -> list[SamplePrompt]:
     options = {"task": "sft", **options}
-    return plan_samples(Setup.of(make_config(model, folder, folder / "out", validation_prompts=prompts, **options)))
+    return plan_samples(
+        RunPlan.resolve(make_config(model, folder, folder / "out", validation_prompts=prompts, **options))
+    )
 
 
 def texts(given: str) -> list[str]:
@@ -145,7 +148,7 @@ def test_who_draws(
     group = Group(1, 1, workers, 1)
     assert job.sampler_resources(config, group) == expected
     if expected is None:
-        assert job._sampler(config, group, [SamplePrompt("a", 0)]) is None
+        assert job._sampler(unresolved(config), group, [SamplePrompt("a", 0)]) is None
     too_much = TrainConfig(**given, sample_resources={"GPU": 2.0 + gpus})  # type: ignore[arg-type]
     with pytest.raises(ClusterError, match="does not fit on any machine"):
         job.sampler_resources(too_much, group)
