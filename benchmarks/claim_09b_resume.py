@@ -17,6 +17,7 @@ SAMPLES, TIMES = 200, 5
 def measure() -> list[Row]:
     import torch
 
+    from ray_diffsynth.plan.run_plan import RunPlan
     from ray_diffsynth.training.report.metrics_log import read_metrics
     from ray_diffsynth.training.trainer import train
 
@@ -28,22 +29,25 @@ def measure() -> list[Row]:
     def losses(output: Path) -> list[float]:
         return [line["loss"] for line in read_metrics(str(output))]
 
-    train(config(folder, root / "cache", root / "whole"), Timed())
+    train(RunPlan.resolve(config(folder, root / "cache", root / "whole")), Timed())
     for percent in (10, 90):
-        train(config(folder, root / "cache", root / f"at{percent}"), Timed(stop_after=SAMPLES * percent // 100))
+        train(
+            RunPlan.resolve(config(folder, root / "cache", root / f"at{percent}")),
+            Timed(stop_after=SAMPLES * percent // 100),
+        )
 
     def resume(percent: int) -> float:
         output = fresh(root / "resumed")
         shutil.copytree(root / f"at{percent}", output)
         context = Timed(stop_after=1)
-        train(config(folder, root / "cache", output), context)
+        train(RunPlan.resolve(config(folder, root / "cache", output)), context)
         return context.done[0]
 
     found = in_turn(lambda: resume(10), lambda: resume(90), TIMES)
     different = 0
     for percent in (10, 90):
         output = root / f"at{percent}"
-        train(config(folder, root / "cache", output), Timed())
+        train(RunPlan.resolve(config(folder, root / "cache", output)), Timed())
         different += sum(a != b for a, b in zip(losses(output), losses(root / "whole"), strict=True))
     return [
         Row(

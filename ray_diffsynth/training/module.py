@@ -13,7 +13,7 @@ from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.diffusion.transfer import as_stored, moved
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.sides import row_of, state_of
-from ray_diffsynth.pipelines.core.stages import Stages
+from ray_diffsynth.pipelines.core.stages import Stages, plan_stages, settings_of
 from ray_diffsynth.pipelines.core.unit import PipelineUnit, make_state, run_units
 from ray_diffsynth.tasks import LossOutput, Task
 
@@ -24,10 +24,12 @@ class DiffusionTrainingModule(nn.Module):
     Args:
         pipe: with the models of the stage loaded (`required_models`).
         task: its loss; and what it reads, which decides what stage 1 is for.
-        stages: what each stage runs, with the units of `pipe` (see `plan_stages`).
-        settings: constants of units and `model_fn` (see `settings_of`).
+        trained: names of the models with trainable parameters; a part of one is written `text_encoder.layers.3`.
+        inputs: parameters that a dataset row gives (`SampleSpec.inputs`).
         split: samples are rows of a cache. Otherwise they are decoded inputs, and stage 1 runs here, without gradients,
             one sample at a time: what stage 2 gets is the same, bit for bit.
+        pipeline_settings: see `settings_of`.
+        stages: the split with the units of `pipe`, where it is planned already; else it is planned here.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class DiffusionTrainingModule(nn.Module):
         pipe: BasePipeline,
         task: Task,
         *,
-        stages: Stages,
-        settings: Mapping[str, Any],
+        trained: Sequence[str],
+        inputs: Collection[str],
         split: bool,
+        pipeline_settings: Mapping[str, Any] | None = None,
+        stages: Stages | None = None,
         use_gradient_checkpointing: bool = False,
         use_gradient_checkpointing_offload: bool = False,
     ) -> None:
@@ -45,9 +49,9 @@ class DiffusionTrainingModule(nn.Module):
         self.pipe = pipe
         self.task = task
         self.split = split
-        self.stages = stages
+        self.stages = plan_stages(pipe, task, trained, inputs) if stages is None else stages
         self.settings = {
-            **settings,
+            **settings_of(pipe, task, pipeline_settings),
             "use_gradient_checkpointing": use_gradient_checkpointing,
             "use_gradient_checkpointing_offload": use_gradient_checkpointing_offload,
         }

@@ -14,9 +14,8 @@ from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.demo.tiny import build_tiny_model
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import Preprocess, train_config
+from tests.training.helpers import train_here
 
 pytestmark = pytest.mark.ray
 
@@ -127,7 +126,7 @@ def test_a_model_folder_without_config_is_named(
 
 
 def start(model: Path, cache: Path, output: Path, **options: object) -> None:
-    train(train_config(model, cache, output, max_steps=1, **options), LocalContext(progress=False))
+    train_here(train_config(model, cache, output, max_steps=1, **options))
 
 
 def test_a_truncated_cache_file_is_named(tiny_qwen: Path, own_cache: Path, tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from ray_diffsynth.training.report.metrics_log import read_metrics
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import train_config
+from tests.training.helpers import train_here
 
 pytestmark = pytest.mark.ray
 
@@ -22,7 +21,7 @@ def test_split_equals_unsplit(tiny_qwen: Path, dataset: Path, fp32_cache: Path, 
         "never": (fp32_cache, {}),
     }
     for name, (base, changes) in runs.items():
-        train(train_config(tiny_qwen, base, tmp_path / name, **options, **changes), LocalContext("cpu", progress=False))
+        train_here(train_config(tiny_qwen, base, tmp_path / name, **options, **changes))
     losses = {name: [line["loss"] for line in read_metrics(str(tmp_path / name))] for name in runs}
     assert losses["split"] == losses["whole"] != losses["never"]
     files = [(tmp_path / name / "step-5.safetensors").read_bytes() for name in ("split", "whole")]

@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import Preprocess, train_config
+from tests.training.helpers import train_here
 
 pytestmark = pytest.mark.ray
 
@@ -23,10 +22,8 @@ def test_split_equals_unsplit(
     tiny_qwen: Path, dataset: Path, fp32_cache: Path, tmp_path: Path, batch_size: int
 ) -> None:
     options = {"batch_size": batch_size, "num_epochs": 2}
-    split = train(train_config(tiny_qwen, fp32_cache, tmp_path / "split", **options), LocalContext(progress=False))
-    whole = train(
-        train_config(tiny_qwen, dataset, tmp_path / "whole", task="sft", **options), LocalContext(progress=False)
-    )
+    split = train_here(train_config(tiny_qwen, fp32_cache, tmp_path / "split", **options))
+    whole = train_here(train_config(tiny_qwen, dataset, tmp_path / "whole", task="sft", **options))
     assert split.steps == whole.steps > 8 and split.loss == whole.loss
     first, second = lora(tmp_path / "split"), lora(tmp_path / "whole")
     assert first.keys() == second.keys()
@@ -39,7 +36,7 @@ def test_batched_encoding_is_within_rounding(
 ) -> None:
     preprocess(tiny_qwen, dataset, tmp_path / "batched", batch_size=4)
     for name, cache in (("single", fp32_cache), ("batched", tmp_path / "batched")):
-        train(train_config(tiny_qwen, cache, tmp_path / name / "lora"), LocalContext(progress=False))
+        train_here(train_config(tiny_qwen, cache, tmp_path / name / "lora"))
     first, second = lora(tmp_path / "single" / "lora"), lora(tmp_path / "batched" / "lora")
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-5)
@@ -51,7 +48,7 @@ def test_stage_2_needs_no_encoder(tiny_qwen: Path, fp32_cache: Path, tmp_path: P
     for folder in ("text_encoder", "tokenizer", "vae"):
         shutil.rmtree(bare / folder)
     for name, model in (("full", tiny_qwen), ("bare", bare)):
-        train(train_config(model, fp32_cache, tmp_path / name, max_steps=3), LocalContext(progress=False))
+        train_here(train_config(model, fp32_cache, tmp_path / name, max_steps=3))
     first, second = lora(tmp_path / "full"), lora(tmp_path / "bare")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -64,7 +61,7 @@ def test_training_the_text_encoder_moves_it_to_stage_2(
     report = preprocess(tiny_qwen, dataset, tmp_path / "cache", lora_base_model="text_encoder")
     assert set(report["parameters"]) == {"input_latents", "prompt"}
     for name, base, task in (("split", tmp_path / "cache", "sft:train"), ("whole", dataset, "sft")):
-        train(train_config(tiny_qwen, base, tmp_path / name, task=task, **lora_on_text), LocalContext(progress=False))
+        train_here(train_config(tiny_qwen, base, tmp_path / name, task=task, **lora_on_text))
     first, second = lora(tmp_path / "split"), lora(tmp_path / "whole")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(tensor.abs().max() > 0 for name, tensor in first.items() if "lora_B" in name)

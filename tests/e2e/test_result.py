@@ -10,9 +10,8 @@ from ray_diffsynth.models.lora import load_lora_file
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.data.opening import open_data
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import train_config
+from tests.training.helpers import train_here
 
 pytestmark = pytest.mark.ray
 
@@ -22,7 +21,7 @@ def trained(tiny_qwen: Path, fp32_cache: Path, tmp_path_factory: pytest.TempPath
     """A LoRA of 60 steps on the drawn pictures."""
     output = tmp_path_factory.mktemp("trained")
     options = {"batch_size": 4, "num_epochs": 20, "learning_rate": 1e-2, "lora_rank": 8}
-    result = train(train_config(tiny_qwen, fp32_cache, output, **options), LocalContext(progress=False))
+    result = train_here(train_config(tiny_qwen, fp32_cache, output, **options))
     assert result.steps == 60
     return output / "epoch-19.safetensors"
 

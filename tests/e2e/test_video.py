@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.e2e.conftest import Preprocess, train_config
 from tests.families.tiny.wan import build
+from tests.training.helpers import train_here
 from tests.video_files import draw_clip
 
 pytestmark = pytest.mark.ray
@@ -68,11 +67,8 @@ def test_clips_are_cached_by_size_and_frames(cache: Path) -> None:
 
 def test_split_equals_unsplit(tiny_wan: Path, clips: Path, cache: Path, tmp_path: Path) -> None:
     options = {"num_epochs": 2, "lora_target_modules": "q,k,v,o,ffn.0,ffn.2"}
-    split = train(train_config(tiny_wan, cache, tmp_path / "split", **options), LocalContext(progress=False))
-    whole = train(
-        train_config(tiny_wan, clips, tmp_path / "whole", task="sft", num_frames=9, **options),
-        LocalContext(progress=False),
-    )
+    split = train_here(train_config(tiny_wan, cache, tmp_path / "split", **options))
+    whole = train_here(train_config(tiny_wan, clips, tmp_path / "whole", task="sft", num_frames=9, **options))
     assert split.steps == whole.steps == 8 and split.loss == whole.loss
     first, second = (load_file(sorted((tmp_path / name).glob("*.safetensors"))[-1]) for name in ("split", "whole"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

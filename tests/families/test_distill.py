@@ -10,8 +10,8 @@ from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.tasks import DirectDistill
 from ray_diffsynth.tasks.direct_distill import sample
+from ray_diffsynth.training.module import DiffusionTrainingModule
 from tests.families.cases import FamilyCase
-from tests.training.helpers import make_module
 
 STUDENT = {"seed": 7, "rand_device": "cpu", "num_inference_steps": 3, "cfg_scale": 1.0}
 
@@ -23,7 +23,7 @@ def test_the_student_samples_as_the_family_does(case: FamilyCase, pipe: BasePipe
     pipe.scheduler.set_timesteps(1000, training=True)
     row: dict[str, Any] = {**case.inputs(0), **STUDENT}
     row |= {name: asked[name] for name in row if name in asked}
-    module = make_module(pipe, DirectDistill(), trained=["dit"], inputs=tuple(row), split=False)
+    module = DiffusionTrainingModule(pipe, DirectDistill(), trained=["dit"], inputs=tuple(row), split=False)
     module.settings.update(case.settings)
     with torch.no_grad():
         batch = module.batch_of([row])

@@ -28,7 +28,6 @@ from ray_diffsynth.training.export import Trained, export_trained
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from tests.cuda_autocast import CudaAutocast, runs_under_autocast
 from tests.families.cases import FamilyCase, Sampling
-from tests.training.helpers import make_module
 
 ROWS = 3
 
@@ -42,7 +41,7 @@ def input_names(case: FamilyCase) -> tuple[str, ...]:
 
 
 def module_of(case: FamilyCase, pipe: BasePipeline, *, split: bool = False, **flags: bool) -> DiffusionTrainingModule:
-    module = make_module(pipe, SFT(), trained=["dit"], inputs=input_names(case), split=split, **flags)
+    module = DiffusionTrainingModule(pipe, SFT(), trained=["dit"], inputs=input_names(case), split=split, **flags)
     module.settings.update(case.settings)
     return module
 
@@ -268,7 +267,7 @@ def test_a_text_encoder_can_be_trained(case: FamilyCase, loaded: BasePipeline) -
     for name in [part for part in pipe.parts if part.startswith("text_encoder")]:
         pipe.requires_grad_(False)
         getattr(pipe, name).requires_grad_(True)
-        module = make_module(pipe, SFT(), trained=[name], inputs=input_names(case), split=True)
+        module = DiffusionTrainingModule(pipe, SFT(), trained=[name], inputs=input_names(case), split=True)
         module.settings.update(case.settings)
         assert "prompt" in module.stages.parameters
         assert not any(name in group.models for group in module.stages.groups)

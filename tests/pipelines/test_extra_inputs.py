@@ -18,8 +18,8 @@ from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline, model_fn_qwen_image
 from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
 from ray_diffsynth.tasks import SFT
+from ray_diffsynth.training.module import DiffusionTrainingModule
 from tests.families.cases import picture
-from tests.training.helpers import make_module
 from tests.video_files import draw_clip
 
 
@@ -92,8 +92,8 @@ def test_control_pictures_through_both_stages(tiny_qwen: Path, tmp_path: Path) -
         files = {p: [scan_file(path) for path in spec.paths(row, p)] for p in spec.file_params}
         inputs = load_inputs(row, bucket_of(files, spec), spec)
         key = [SampleKey(0, 0, 0, "a")]
-        whole = make_module(pipe, SFT(), trained=["dit"], inputs=spec.inputs, split=False)
-        split = make_module(pipe, SFT(), trained=["dit"], inputs=spec.inputs, split=True)
+        whole = DiffusionTrainingModule(pipe, SFT(), trained=["dit"], inputs=spec.inputs, split=False)
+        split = DiffusionTrainingModule(pipe, SFT(), trained=["dit"], inputs=spec.inputs, split=True)
         with torch.no_grad():
             losses.append(float(whole([inputs], key).loss))
             assert losses[-1] == float(split([whole.encode(inputs)], key).loss)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.stages import plan_stages, settings_of
-from ray_diffsynth.plan.run_plan import TrainPlan
+from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
 from ray_diffsynth.plan.split import Split
-from ray_diffsynth.tasks import SFT, Task, task_family
+from ray_diffsynth.tasks import SFT, task_family
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.data.source import DatasetSource, shard_sizes
-from ray_diffsynth.training.module import DiffusionTrainingModule
+from ray_diffsynth.training.result import TrainResult
+from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.trainer import train
 from tests.shard_names import stem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,12 +68,9 @@ def unresolved(config: TrainConfig) -> TrainPlan:
     )
 
 
-def make_module(
-    pipe: BasePipeline, task: Task, *, trained: Sequence[str], inputs: Collection[str], split: bool, **flags: Any
-) -> DiffusionTrainingModule:
-    """The module that trains `trained` of a pipeline that is loaded."""
-    stages, settings = plan_stages(pipe, task, trained, inputs), settings_of(pipe, task, None)
-    return DiffusionTrainingModule(pipe, task, stages=stages, settings=settings, split=split, **flags)
+def train_here(config: TrainConfig) -> TrainResult:
+    """Train in this process, without Ray."""
+    return train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
 
 
 def write_cache(plan: TrainPlan, data: DatasetSource, cache: Path) -> Path:

@@ -19,7 +19,6 @@ from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState, make_stat
 from ray_diffsynth.preprocess.encode_batches import encode
 from ray_diffsynth.tasks import SFT
 from ray_diffsynth.training.module import DiffusionTrainingModule
-from tests.training.helpers import make_module
 
 SEEN: list[Any] = []
 """What the last unit of stage 2 got."""
@@ -125,7 +124,7 @@ def samples() -> list[dict[str, Any]]:
 
 
 def module(pipe: Pipe, *, split: bool, trained: Sequence[str] = ("encoder",)) -> DiffusionTrainingModule:
-    return make_module(pipe, SFT(), trained=trained, inputs=tuple(samples()[0]), split=split)
+    return DiffusionTrainingModule(pipe, SFT(), trained=trained, inputs=tuple(samples()[0]), split=split)
 
 
 def typed(value: Any) -> Any:
