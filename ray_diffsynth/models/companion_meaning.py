@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ray_diffsynth.models.fingerprint import file_digest
+from ray_diffsynth.models.fingerprint import VOLATILE_KEYS, file_digest
 from ray_diffsynth.models.load import load_companion
 from ray_diffsynth.models.locate import ModelSource
 
 # Who saved it, from where and by what; and what is no more than bookkeeping of a call.
-_VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "_diffusers_version", "processor_class"}
+_VOLATILE = {*VOLATILE_KEYS, "name_or_path", "processor_class"}
 _TOKENIZER = (
     "chat_template", "clean_up_tokenization_spaces", "model_input_names", "model_max_length", "padding_side",
     "split_special_tokens", "truncation_side", "add_bos_token", "add_eos_token", "pad_token_type_id",

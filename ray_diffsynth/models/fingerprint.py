@@ -17,7 +17,7 @@ from ray_diffsynth.models.locate import ModelSource
 logger = logging.getLogger(__name__)
 
 # Written by whoever saved the folder; two saves of one model differ in them and encode the same.
-_VOLATILE_KEYS = ("_name_or_path", "_diffusers_version", "transformers_version")
+VOLATILE_KEYS = ("_name_or_path", "_diffusers_version", "transformers_version")
 _CHUNK = 16 << 20  # bytes
 _SETTLED = 2.0  # seconds: a file changed more recently may change again within one tick of its timestamp
 
@@ -32,7 +32,7 @@ def part_fingerprint(source: ModelSource, subfolder: str) -> str:
     if source.has(subfolder) or (source.folder(subfolder) / "config.json").is_file():
         files = source.weight_files(subfolder)
         config = source.folder(subfolder) / "config.json"
-        kept = {k: v for k, v in read_json(config).items() if k not in _VOLATILE_KEYS}
+        kept = {k: v for k, v in read_json(config).items() if k not in VOLATILE_KEYS}
         parts = [("config.json", json.dumps(kept, sort_keys=True))]
     else:
         folder = source.companion(subfolder)
@@ -64,7 +64,7 @@ def part_sketch(source: ModelSource, subfolder: str) -> str | None:
     except ModelFolderError:
         return None
     whole = hashlib.blake2b(digest_size=16)
-    config = {k: v for k, v in read_json(source.folder(subfolder) / "config.json").items() if k not in _VOLATILE_KEYS}
+    config = {k: v for k, v in read_json(source.folder(subfolder) / "config.json").items() if k not in VOLATILE_KEYS}
     whole.update(json.dumps(config, sort_keys=True).encode())
     for path in files:
         try:

@@ -50,6 +50,11 @@ class GroupPlan:
         """True for a text encoder's group: its rows depend on the caption alone."""
         return self.inputs == ("prompt",)
 
+    @property
+    def sketches(self) -> dict[str, str | None]:
+        """Which weights its models have (`part_sketch`), by model."""
+        return {name.removeprefix(SKETCH): v or None for name, v in self.parts.items() if name.startswith(SKETCH)}
+
     def key(self, inputs: Mapping[str, Any]) -> str:
         """Key of the row for sample inputs given as hashes (files) or plain values (text, numbers)."""
         return digest([self.fingerprint, {name: inputs[name] for name in self.inputs}])

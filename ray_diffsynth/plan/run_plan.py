@@ -167,15 +167,44 @@ def sketches(pipeline: type[BasePipeline], source: ModelSource, models: Collecti
     return {name: part_sketch(source, parts[name].subfolder) for name in sorted(models) if name in parts}
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """What both stages are planned by, before weights are downloaded. source: with configuration files alone."""
+
+    source: ModelSource
+    family: str
+    pipe: BasePipeline
+    task: Task
+    settings: Mapping[str, Any]
+    sample: SampleSpec
+    stages: Stages
+
+    @classmethod
+    def of(cls, config: PreprocessConfig | TrainConfig, task: Task) -> _Draft:
+        source, family, pipe = _pipeline(config)
+        settings = settings_of(pipe, task, config.pipeline_settings)
+        if not config.reads_cache:
+            check_columns(pipe, task, config)
+        sample = dataset_spec(pipe, config, task.columns, keep_size=task.as_sampled)
+        stages = plan_stages(pipe, task, config.trained, sample.inputs)
+        return cls(source, family, pipe, task, settings, sample, stages)
+
+    def planned(self, config: PreprocessConfig | TrainConfig) -> dict[str, Any]:
+        """The fields of a `StagePlan` that are known already."""
+        return {
+            "output_path": absolute(config.output_path),
+            "family": self.family,
+            "task": self.task,
+            "settings": self.settings,
+            "sample": self.sample,
+            "split": Split.of(self.stages, self.pipe),
+        }
+
+
 def plan_preprocess(config: PreprocessConfig) -> PreprocessPlan:
     """See `RunPlan.resolve`; `pools` for a group that the model does not have is a ConfigError."""
-    _, family, pipe = _pipeline(config)
-    task = get_task(config.task)
-    check_columns(pipe, task, config)
-    settings = settings_of(pipe, task, config.pipeline_settings)
-    sample = dataset_spec(pipe, config, task.columns, keep_size=task.as_sampled)
-    stages = plan_stages(pipe, task, config.trained, sample.inputs)
-    models = stages.stage1_models()
+    draft = _Draft.of(config, get_task(config.task))
+    pipe, sample, models = draft.pipe, draft.sample, draft.stages.stage1_models()
     source = _with_weights(config, pipe, models)
     groups = tuple(
         plan_group(
@@ -185,28 +214,17 @@ def plan_preprocess(config: PreprocessConfig) -> PreprocessPlan:
             sample_inputs=sample.inputs,
             file_params=sample.file_params,
             dtype=config.dtype,
-            settings=settings,
+            settings=draft.settings,
         )
-        for group in stages.groups
+        for group in draft.stages.groups
     )
     check_pools(config, [group.name for group in groups])
-    return PreprocessPlan(
-        config=config,
-        output_path=absolute(config.output_path),
-        family=family,
-        source=source,
-        weights=sketches(type(pipe), source, models),
-        task=task,
-        settings=settings,
-        sample=sample,
-        split=Split.of(stages, pipe),
-        groups=groups,
-    )
+    weights = {model: sketch for group in groups for model, sketch in group.sketches.items()}
+    return PreprocessPlan(config=config, source=source, weights=weights, groups=groups, **draft.planned(config))
 
 
 def plan_training(config: TrainConfig) -> TrainPlan:
     """See `RunPlan.resolve`; SourceError for a cache of something else, ConfigError for a LoRA without layers."""
-    source, family, pipe = _pipeline(config)
     options = ("logit_mean", "logit_std", "mode_scale", "timestep_shift")
     task = get_task(
         config.task,
@@ -216,54 +234,38 @@ def plan_training(config: TrainConfig) -> TrainPlan:
         timestep_sampling=config.timestep_sampling,
         **{name: value for name in options if (value := getattr(config, name)) is not None},
     )
-    settings = settings_of(pipe, task, config.pipeline_settings)
-    if not config.reads_cache:
-        check_columns(pipe, task, config)
-    sample = dataset_spec(pipe, config, task.columns, keep_size=task.as_sampled)
-    stages = plan_stages(pipe, task, config.trained, sample.inputs)
+    draft = _Draft.of(config, task)
+    pipe, stages = draft.pipe, draft.stages
     if config.caption_dropout:
-        check_caption_dropout(stages, sample.inputs)
+        check_caption_dropout(stages, draft.sample.inputs)
     models = stages.stage2_models(pipe)
     if config.reads_cache:
-        _check_cache(config, source, family, pipe, task, stages, settings)
+        _check_cache(config, draft)
     else:
         models = tuple(dict.fromkeys([*stages.stage1_models(), *models]))
     # No other weights, not even downloaded; but the images of --validation_prompts need the whole model.
     source = _with_weights(config, pipe, None if config.validation_prompts else models)
     return TrainPlan(
         config=config,
-        output_path=absolute(config.output_path),
-        family=family,
         source=source,
         weights=sketches(type(pipe), source, models),
-        task=task,
-        settings=settings,
-        sample=sample,
-        split=Split.of(stages, pipe),
         models=models,
         lora_targets={name: lora_targets(config, pipe, name) for name in config.lora_models},
+        **draft.planned(config),
     )
 
 
-def _check_cache(
-    config: TrainConfig,
-    source: ModelSource,
-    family: str,
-    pipe: BasePipeline,
-    task: Task,
-    stages: Stages,
-    settings: Mapping[str, Any],
-) -> None:
+def _check_cache(config: TrainConfig, draft: _Draft) -> None:
     """Raise SourceError, or an error of the cache, unless the configured cache is for this training."""
     where = absolute(config.dataset_base_path)
-    manifest = Manifest.load(where)
+    pipe, stages, manifest = draft.pipe, draft.stages, Manifest.load(where)
     check_manifest(
-        manifest, where, family=family, task=config.task, trainable=config.trained, parameters=stages.parameters
+        manifest, where, family=draft.family, task=config.task, trainable=config.trained, parameters=stages.parameters
     )
-    check_encoders(manifest, where, source, pipe.parts)
+    check_encoders(manifest, where, draft.source, pipe.parts)
     read = {name for unit in stages.stage2 for name in unit.fetch_input_params()}
-    read |= {*pipe.model_fn_params(), *task.reads, *(config.pipeline_settings or {})}
-    check_settings(manifest, where, {name: value for name, value in settings.items() if name in read})
+    read |= {*pipe.model_fn_params(), *draft.task.reads, *(config.pipeline_settings or {})}
+    check_settings(manifest, where, {name: value for name, value in draft.settings.items() if name in read})
 
 
 def lora_targets(config: LoraConfig, pipe: BasePipeline, model: str) -> str:

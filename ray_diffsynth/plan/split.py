@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
@@ -12,33 +12,19 @@ from ray_diffsynth.pipelines.core.stages import Stages
 
 
 @dataclass(frozen=True)
-class GroupSplit:
-    """A `UnitGroup` whose `units` are numbers in `pipe.units`."""
-
-    name: str
-    models: tuple[str, ...]
-    units: tuple[int, ...]
-    parameters: tuple[str, ...]
-    inputs: tuple[str, ...]
-    sided: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Split:
-    """`Stages` whose units are numbers in `pipe.units`.
+    """`Stages` whose units, also those of its groups, are numbers in `pipe.units`.
 
     units: the class names of `pipe.units`, by which a process sees that it has the same.
-    stage2_models: what stage 2 loads.
     """
 
     units: tuple[str, ...]
     stage1: tuple[int, ...]
     stage2: tuple[int, ...]
     parameters: tuple[str, ...]
-    groups: tuple[GroupSplit, ...]
+    groups: tuple[UnitGroup, ...]
     trainable: tuple[str, ...]
     sided: tuple[str, ...]
-    stage2_models: tuple[str, ...]
 
     @classmethod
     def of(cls, stages: Stages, pipe: BasePipeline) -> Split:
@@ -48,22 +34,17 @@ class Split:
         def numbered(units: Sequence[Any]) -> tuple[int, ...]:
             return tuple(numbers[id(unit)] for unit in units)
 
-        groups = tuple(
-            GroupSplit(group.name, group.models, numbered(group.units), group.parameters, group.inputs, group.sided)
-            for group in stages.groups
-        )
         return cls(
             units=_class_names(pipe),
             stage1=numbered(stages.stage1),
             stage2=numbered(stages.stage2),
             parameters=stages.parameters,
-            groups=groups,
+            groups=tuple(replace(group, units=numbered(group.units)) for group in stages.groups),
             trainable=stages.trainable,
             sided=stages.sided,
-            stage2_models=stages.stage2_models(pipe),
         )
 
-    def group(self, name: str) -> GroupSplit:
+    def group(self, name: str) -> UnitGroup:
         """The group of this name, which must be there."""
         return next(group for group in self.groups if group.name == name)
 
@@ -81,10 +62,7 @@ class Split:
         def units(numbers: Sequence[int]) -> tuple[Any, ...]:
             return tuple(pipe.units[number] for number in numbers)
 
-        groups = tuple(
-            UnitGroup(group.name, group.models, units(group.units), group.parameters, group.inputs, group.sided)
-            for group in self.groups
-        )
+        groups = tuple(replace(group, units=units(group.units)) for group in self.groups)
         return Stages(units(self.stage1), units(self.stage2), self.parameters, groups, self.trainable, sided=self.sided)
 
 

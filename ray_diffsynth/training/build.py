@@ -61,8 +61,8 @@ def build_module(
         trained=config.trained,
         inputs=plan.sample.inputs,
         split=config.reads_cache,
-        pipeline_settings=config.pipeline_settings,
         stages=plan.split.stages(pipe),
+        settings=plan.settings,
         use_gradient_checkpointing=config.use_gradient_checkpointing,
         use_gradient_checkpointing_offload=config.use_gradient_checkpointing_offload,
     )

@@ -22,14 +22,15 @@ class DiffusionTrainingModule(nn.Module):
     """The forward of training, split or not.
 
     Args:
-        pipe: with the models of the stage loaded (`required_models`).
+        pipe: with the models of the stage loaded (`TrainPlan.models`).
         task: its loss; and what it reads, which decides what stage 1 is for.
         trained: names of the models with trainable parameters; a part of one is written `text_encoder.layers.3`.
         inputs: parameters that a dataset row gives (`SampleSpec.inputs`).
         split: samples are rows of a cache. Otherwise they are decoded inputs, and stage 1 runs here, without gradients,
             one sample at a time: what stage 2 gets is the same, bit for bit.
         pipeline_settings: see `settings_of`.
-        stages: the split with the units of `pipe`, where it is planned already; else it is planned here.
+        stages, settings: the split with the units of `pipe`, and what `settings_of` gives, where they are planned
+            already; else they are planned here.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class DiffusionTrainingModule(nn.Module):
         split: bool,
         pipeline_settings: Mapping[str, Any] | None = None,
         stages: Stages | None = None,
+        settings: Mapping[str, Any] | None = None,
         use_gradient_checkpointing: bool = False,
         use_gradient_checkpointing_offload: bool = False,
     ) -> None:
@@ -51,7 +53,7 @@ class DiffusionTrainingModule(nn.Module):
         self.split = split
         self.stages = plan_stages(pipe, task, trained, inputs) if stages is None else stages
         self.settings = {
-            **settings_of(pipe, task, pipeline_settings),
+            **(settings_of(pipe, task, pipeline_settings) if settings is None else settings),
             "use_gradient_checkpointing": use_gradient_checkpointing,
             "use_gradient_checkpointing_offload": use_gradient_checkpointing_offload,
         }

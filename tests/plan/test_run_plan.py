@@ -49,7 +49,7 @@ def test_the_split_that_travels_is_the_one_that_was_planned(
     plan = RunPlan.resolve(make_config(tiny_qwen, pictures, tmp_path, task="sft", **options))
     pipe = plan.configured()
     stages = plan_stages(pipe, plan.task, plan.config.trained, plan.sample.inputs)
-    assert plan.split.stages(pipe) == stages and plan.split.stage2_models == models
+    assert plan.split.stages(pipe) == stages and plan.split.stages(pipe).stage2_models(pipe) == models
     other = plan.configured()
     bound = plan.split.stages(other)
     assert all(unit in other.units for group in bound.groups for unit in group.units)

@@ -51,7 +51,7 @@ def make_config(model: Path, base: Path, output: Path, **changes: Any) -> TrainC
 
 def unresolved(config: TrainConfig) -> TrainPlan:
     """A plan for what looks at the configuration alone: its model is nowhere."""
-    split = Split((), (), (), (), (), (), (), ())
+    split = Split((), (), (), (), (), (), ())
     weights = {"dit": "of a model that is nowhere"}
     return TrainPlan(
         config=config,
