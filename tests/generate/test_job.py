@@ -20,11 +20,9 @@ from ray_diffsynth.generate.painter import Painter
 from ray_diffsynth.models.lora import add_lora, export_lora, lora_parameters, lora_state
 from ray_diffsynth.models.lora_file import LoraError
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
-from ray_diffsynth.plan.run_plan import GeneratePlan, RunPlan
+from ray_diffsynth.plan.run_plan import GeneratePlan
 from ray_diffsynth.ray_session import ClusterError
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
-from tests.training.helpers import make_config
+from tests.training.helpers import make_config, train_here
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -104,9 +102,7 @@ def test_a_killed_run_goes_on_and_makes_every_image_once(
 
     # And a student learns from them, unsplit, without a word about columns.
     options: dict[str, Any] = {"task": "direct_distill", "max_steps": 1, "learning_rate": 1e-3}
-    result = train(
-        RunPlan.resolve(make_config(tiny_qwen, out, tmp_path / "lora", **options)), LocalContext("cpu", progress=False)
-    )
+    result = train_here(make_config(tiny_qwen, out, tmp_path / "lora", **options))
     assert (result.steps, result.samples) == (1, 6) and result.loss is not None
 
 

@@ -28,9 +28,7 @@ from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
-from tests.training.helpers import make_config, write_cache
+from tests.training.helpers import make_config, train_here, write_cache
 
 STEPS = [2, 3, 2, 4, 2, 3]
 
@@ -154,7 +152,7 @@ def teacher(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
     values: dict[str, Any] = {"task": "direct_distill:train", "learning_rate": 1e-3, **changes}
-    return train(RunPlan.resolve(make_config(model, base, output, **values)), LocalContext("cpu", progress=False))
+    return train_here(make_config(model, base, output, **values))
 
 
 @pytest.fixture(scope="module")

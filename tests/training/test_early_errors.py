@@ -15,16 +15,13 @@ from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.lora_file import LoraError
 from ray_diffsynth.pipelines.core.base import PipelineError
 from ray_diffsynth.pipelines.registry import FamilyError
-from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import CheckpointError
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.optim import OptimizerError, optimizer_class
 from ray_diffsynth.training.ray import job
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import make_config
+from tests.training.helpers import make_config, train_here
 
 
 @pytest.fixture
@@ -113,10 +110,7 @@ def test_a_chosen_checkpoint_of_other_options_is_refused_before_anything_is_move
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    train(
-        RunPlan.resolve(make_config(tiny_qwen, make_cache(), out, max_steps=2, save_steps=1)),
-        LocalContext("cpu", progress=False),
-    )
+    train_here(make_config(tiny_qwen, make_cache(), out, max_steps=2, save_steps=1))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     options = {"max_steps": 2, "save_steps": 1, "resume": str(out / "checkpoints/step-00000001")}
     for run in (job.run, local.run):

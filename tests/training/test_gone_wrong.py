@@ -29,15 +29,13 @@ from ray_diffsynth.training.precision import Precision
 from ray_diffsynth.training.report import memory
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import Runs, make_config, write_cache
+from tests.training.helpers import Runs, make_config, train_here, write_cache
 
 
 def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
     options = {"max_steps": 3, "log_with": "none", **changes}
-    return train(RunPlan.resolve(make_config(model, base, output, **options)), LocalContext("cpu", progress=False))
+    return train_here(make_config(model, base, output, **options))
 
 
 def poisoned(step: int) -> Callable[[Any], float]:

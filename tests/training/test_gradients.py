@@ -19,10 +19,8 @@ from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import LORA, make_config, write_cache
+from tests.training.helpers import LORA, make_config, train_here, write_cache
 from tests.training.own_family import STYLES, Styler
 
 STEPS = 3
@@ -32,7 +30,7 @@ BOTH = {"lora_base_model": "text_encoder,dit", "lora_target_modules": f"dit={LOR
 
 def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
     config = make_config(model, base, output, max_steps=STEPS, learning_rate=1e-3, **changes)
-    return train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
+    return train_here(config)
 
 
 def same_files(a: Path, b: Path) -> list[Path]:

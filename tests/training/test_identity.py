@@ -11,10 +11,8 @@ from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.checkpoint import CheckpointError
 from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.identity import check_identity, identity
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import make_config
+from tests.training.helpers import make_config, train_here
 
 
 def test_differences_are_named() -> None:
@@ -65,20 +63,14 @@ def test_the_words_of_a_difference(name: str, values: Any, positions: Any, said:
 def test_what_has_no_effect_is_no_part_of_it(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
     """A cache decides the sizes and the columns of its samples: a resume does not compare them."""
     given: dict[str, Any] = {"max_steps": 1, "log_with": "none"}
-    train(RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path, **given)), LocalContext("cpu", progress=False))
+    train_here(make_config(tiny_qwen, make_cache(), tmp_path, **given))
     given |= {"max_pixels": 4096, "data_file_keys": "picture", "extra_inputs": "mask", "resolution": "64"}
     given |= {"dataset_metadata_path": "elsewhere.csv", "max_steps": 2}
-    train(RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path, **given)), LocalContext("cpu", progress=False))
+    train_here(make_config(tiny_qwen, make_cache(), tmp_path, **given))
     with pytest.raises(CheckpointError, match=r"seed: 0 there, 7 here\)"):
-        train(
-            RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path, **given, seed=7)),
-            LocalContext("cpu", progress=False),
-        )
+        train_here(make_config(tiny_qwen, make_cache(), tmp_path, **given, seed=7))
     with pytest.raises(CheckpointError, match=r"is beyond the 1 steps .* raise max_steps"):
-        train(
-            RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path, max_steps=1)),
-            LocalContext("cpu", progress=False),
-        )
+        train_here(make_config(tiny_qwen, make_cache(), tmp_path, max_steps=1))
 
 
 def test_unsplit_the_sizes_are_part_of_it(tiny_qwen: Path, pictures: Path, tmp_path: Path) -> None:

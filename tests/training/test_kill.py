@@ -12,7 +12,7 @@ import pytest
 from ray_diffsynth.training.checkpoint import list_checkpoints, newest_checkpoint
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import Runs, make_config
+from tests.training.helpers import Runs, make_config, train_here
 
 pytestmark = pytest.mark.slow
 
@@ -159,11 +159,8 @@ def test_going_on_from_a_chosen_checkpoint(runs: Runs, whole: Path, tmp_path: Pa
 def test_another_length_of_a_falling_learning_rate_is_refused(
     runs: Runs, whole: Path, tiny_qwen: Path, make_cache: CacheMaker
 ) -> None:
-    from ray_diffsynth.plan.run_plan import RunPlan
     from ray_diffsynth.training.checkpoint import CheckpointError
-    from ray_diffsynth.training.runtime import LocalContext
-    from ray_diffsynth.training.trainer import train
 
     config = make_config(tiny_qwen, make_cache(), whole, **{**OPTIONS, "max_steps": 9})
     with pytest.raises(CheckpointError, match=r"\(max_steps: 8 there, 9 here\)"):
-        train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
+        train_here(config)

@@ -29,17 +29,15 @@ from ray_diffsynth.training.report import memory
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.report.trackers import TrackerError
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from ray_diffsynth.training.validation import ValidationError, choose_rows
 from tests.training.conftest import CacheMaker
 from tests.training.data.test_source import Numbers
-from tests.training.helpers import Runs, make_config
+from tests.training.helpers import Runs, make_config, train_here
 
 
 def run(model: Path, base: Path, output: Path, **changes: Any) -> TrainResult:
     options = {"max_steps": 3, "log_with": "none", **changes}
-    return train(RunPlan.resolve(make_config(model, base, output, **options)), LocalContext("cpu", progress=False))
+    return train_here(make_config(model, base, output, **options))
 
 
 def losses(output: Path) -> list[float]:
@@ -224,7 +222,7 @@ def test_tensorboard_is_the_default(tiny_qwen: Path, make_cache: CacheMaker, tmp
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = make_config(tiny_qwen, make_cache(), tmp_path, max_steps=2)
-    train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
+    train_here(config)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]

@@ -15,14 +15,11 @@ from PIL import Image
 
 from ray_diffsynth.pipelines.core import on_demand
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
-from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.ray import job
 from ray_diffsynth.training.report.metrics_log import read_metrics
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.cuda_autocast import CudaAutocast
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import Runs, make_config
+from tests.training.helpers import Runs, make_config, train_here
 
 DRAWN: dict[str, Any] = {
     "validation_prompts": "a red circle|a blue square|a cat",
@@ -34,9 +31,7 @@ DRAWN: dict[str, Any] = {
 
 
 def run(model: Path, base: Path, output: Path, **options: Any) -> None:
-    train(
-        RunPlan.resolve(make_config(model, base, output, max_steps=4, **options)), LocalContext("cpu", progress=False)
-    )
+    train_here(make_config(model, base, output, max_steps=4, **options))
 
 
 def grids(output: Path) -> dict[str, Image.Image]:
@@ -139,7 +134,7 @@ def test_a_failure_ends_only_the_pictures(
 
 def test_a_run_that_goes_on_draws_its_own_steps_alone(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
     config = make_config(tiny_qwen, make_cache(), tmp_path, **DRAWN, save_steps=1, max_steps=2)
-    train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
+    train_here(config)
     (tmp_path / "samples/step-00000000.png").unlink()
     run(tiny_qwen, make_cache(), tmp_path, **DRAWN, save_steps=1)
     assert list(grids(tmp_path)) == ["step-00000002.png", "step-00000004.png"]

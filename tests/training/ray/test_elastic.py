@@ -14,14 +14,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.checkpoint import list_checkpoints
 from ray_diffsynth.training.ray.elastic import Group, room
 from ray_diffsynth.training.report.metrics_log import read_metrics
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import make_config
+from tests.training.helpers import make_config, train_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -155,7 +152,7 @@ def test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it(
     alone = make_config(
         tiny_qwen, make_cache(), tmp_path / "alone", gradient_accumulation_steps=2, max_steps=steps, **options
     )
-    train(RunPlan.resolve(alone), LocalContext("cpu", progress=False))
+    train_here(alone)
     first, other = (
         safetensors.torch.load_file(folder / f"step-{steps}.safetensors") for folder in (output, tmp_path / "alone")
     )

@@ -16,16 +16,13 @@ import ray
 import safetensors.torch
 import torch
 
-from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.ray_session import ClusterError
 from ray_diffsynth.training.checkpoint import list_checkpoints
 from ray_diffsynth.training.data.source import SourceError
 from ray_diffsynth.training.ray import job
 from ray_diffsynth.training.report.metrics_log import read_metrics
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import make_config
+from tests.training.helpers import make_config, train_here
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -49,10 +46,7 @@ def test_a_killed_worker_costs_nothing(
 ) -> None:
     """SIGKILL of the worker's process within a step; the job goes on from the checkpoint and ends in the same bytes."""
     options: dict[str, Any] = {"max_steps": 5, "save_steps": 2, "num_workers": 1, "resources": {"CPU": 1}}
-    train(
-        RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path / "whole", **options)),
-        LocalContext("cpu", progress=False),
-    )
+    train_here(make_config(tiny_qwen, make_cache(), tmp_path / "whole", **options))
     once = tmp_path / "once"
 
     def dies(arguments: dict[str, Any]) -> None:
@@ -97,7 +91,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_qwen: Path, make_cache:
     assert json.loads((tmp_path / "run/report.json").read_text())["counts"]["steps"] == step >= 3
     for folder in ("run", "whole"):
         config = make_config(tiny_qwen, make_cache(), tmp_path / folder, **{**options, "max_steps": step + 2})
-        train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
+        train_here(config)
     files = [(tmp_path / folder / f"step-{step + 2}.safetensors") for folder in ("run", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -142,7 +136,7 @@ def test_two_workers_train_the_lora_of_one_and_it_is_elastic(
     """The same two lanes: served by one process, by two workers, and by 1, then 2, then 1 of them."""
     options: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3, "batch_size": 2}
     alone = make_config(tiny_qwen, make_cache(), tmp_path / "one", gradient_accumulation_steps=2, **options)
-    train(RunPlan.resolve(alone), LocalContext("cpu", progress=False))
+    train_here(alone)
     report = job.run(make_config(tiny_qwen, make_cache(), tmp_path / "two", num_workers=2, **options))
     assert report["counts"]["workers"] == 2
     assert "trained 6 of 6 steps on 10 samples" in capsys.readouterr().out
@@ -154,7 +148,7 @@ def test_two_workers_train_the_lora_of_one_and_it_is_elastic(
         changes: dict[str, Any] = {**options, "max_steps": steps, "gradient_accumulation_steps": 2}
         config = make_config(tiny_qwen, make_cache(), tmp_path / "elastic", num_workers=workers, **changes)
         if workers == 1:
-            train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
+            train_here(config)
         else:
             job.run(config)
     assert difference(tmp_path / "one/step-6.safetensors", tmp_path / "elastic/step-6.safetensors") <= 1e-5

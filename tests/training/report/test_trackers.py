@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.report import trackers
 from ray_diffsynth.training.report.trackers import TrackerError
-from ray_diffsynth.training.runtime import LocalContext
-from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import make_config
+from tests.training.helpers import make_config, train_here
 
 
 class Told:
@@ -62,16 +59,16 @@ def test_a_tracker_that_fails_is_left_alone(
 
     monkeypatch.setattr(told, "log_step" if name == "wandb" else "log_metrics", away, raising=False)
     config = make_config(tiny_qwen, make_cache(), tmp_path, max_steps=4, log_with=f"csv,{name}")
-    assert train(RunPlan.resolve(config), LocalContext("cpu", progress=False)).finished
+    assert train_here(config).finished
     assert caplog.text.count(f"{name} failed (ConnectionError: the server is away)") == 1
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 5
     begin = "init" if name == "wandb" else "start_run"
     monkeypatch.setattr(told, begin, lambda **_: away(), raising=False)
     longer = make_config(tiny_qwen, make_cache(), tmp_path, max_steps=5, log_with=f"csv,{name}")
-    assert train(RunPlan.resolve(longer), LocalContext("cpu", progress=False)).started_at == 4
+    assert train_here(longer).started_at == 4
     new = make_config(tiny_qwen, make_cache(), tmp_path / "new", max_steps=5, log_with=name)
     with pytest.raises(TrackerError, match=f"--log_with {name} cannot start: ConnectionError"):
-        train(RunPlan.resolve(new), LocalContext("cpu", progress=False))
+        train_here(new)
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
@@ -82,7 +79,7 @@ def test_a_resumed_training_goes_on_in_the_same_run(
     monkeypatch.setitem(sys.modules, name, told)  # type: ignore[arg-type]
     for steps in (2, 3):
         config = make_config(tiny_qwen, make_cache(), tmp_path, max_steps=steps, log_with=name)
-        train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
+        train_here(config)
     log, begin, end = {
         "wandb": ("log", "init", "finish"),
         "mlflow": ("log_metrics", "start_run", "end_run"),
