@@ -53,16 +53,13 @@ def run_command(line: str, place: str, capsys: pytest.CaptureFixture[str]) -> No
     if words[0] == "make":  # what the target does is the business of CI; here, that there is such a target
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return
-    assert words[0] == "python", f"{place}: no way to run {line}"
-    sys.argv = words[2:] if words[1] == "-m" else words[1:]
+    assert words[0] == "ray-diffsynth", f"{place}: no way to run {line}"
+    sys.argv = words
     with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as end:
         # Ray Train starts five processes a run, so only these two use it; the others train here, as torchrun would.
-        if words[1] == "jobs/train.py" and not {"models/my_lora", "--num_workers"} & set(words):
+        if words[1] == "train" and not {"models/my_lora", "--num_workers"} & set(words):
             patched.setenv("TORCHELASTIC_RUN_ID", "docs")
-        if words[1] == "-m":
-            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        runpy.run_module("ray_diffsynth", run_name="__main__")
     said = capsys.readouterr()
     if refused:
         assert end.value.code and refused.strip() in said.err, f"{place}: {line}\n{said.err}"

@@ -13,7 +13,7 @@ from ray_diffsynth.config.flags import parse
 from ray_diffsynth.pipelines.registry import FAMILIES, get_pipeline_class
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
-JOBS = {"jobs/preprocess.py": PreprocessConfig, "jobs/train.py": TrainConfig}
+JOBS = {"preprocess": PreprocessConfig, "train": TrainConfig}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -40,6 +40,6 @@ def test_the_commands_are_accepted() -> None:
     lines = [shlex.split(line) for line in code.splitlines() if line.strip()]
     assert len(lines) >= 8
     for words in lines:
-        assert words[0] == "python"
+        assert words[0] == "ray-diffsynth"
         config = parse(JOBS[words[1]], words[2:])
         assert config.model and config.output_path
