@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PUBLIC = ("ray_diffsynth.pipelines", "ray_diffsynth.diffusion", "ray_diffsynth.tasks")
+PUBLIC = ("ray_diffsynth", "ray_diffsynth.pipelines", "ray_diffsynth.diffusion", "ray_diffsynth.tasks")
 """Packages whose exported names are the interface for families and programs of one's own."""
 
 
@@ -25,10 +25,10 @@ def documented() -> list[str]:
 
 
 def exported(package: str) -> set[str]:
-    """The names that a package imports for its users, read without importing it."""
+    """The names that a package has for its users, read without importing it."""
     tree = ast.parse(Path(ROOT, *package.split("."), "__init__.py").read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return {f"{package}.{alias.asname}" for node in imports for alias in node.names if alias.asname}
+    return {alias.asname for node in imports for alias in node.names if alias.asname}
 
 
 def pages_of(nav: Any) -> Iterator[str]:
@@ -47,7 +47,9 @@ def test_every_page_is_in_the_navigation() -> None:
 
 @pytest.mark.parametrize("package", PUBLIC)
 def test_every_public_name_is_in_the_reference(package: str) -> None:
-    assert exported(package) and exported(package) <= set(documented())
+    """By its shortest name: what ray_diffsynth itself has is not told again as a name of a package in it."""
+    names = exported(package) if package == "ray_diffsynth" else exported(package) - exported("ray_diffsynth")
+    assert {f"{package}.{name}" for name in names} <= set(documented())
 
 
 def test_the_names_of_the_reference_exist() -> None:
