@@ -37,17 +37,6 @@ class Schedule:
 SCHEDULES: Mapping[str, Schedule] = {
     "FLUX.1": Schedule({"shift": 3.0}, last_sigma=0.003 / 1.002),
     "FLUX.2": Schedule({"use_dynamic_shifting": True}, mu=0.8),
-    "LTX-2": Schedule(
-        {
-            "use_dynamic_shifting": True,
-            "shift_terminal": 0.1,
-            "base_image_seq_len": 1024,
-            "max_image_seq_len": 4096,
-            "base_shift": 0.95,
-            "max_shift": 2.05,
-        },
-        mu=2.05,
-    ),
     "Qwen-Image": Schedule(
         {
             "use_dynamic_shifting": True,

@@ -16,7 +16,7 @@ def training_sigmas(template: str) -> torch.Tensor:
     if template in ("FLUX.1", "Z-Image", "Wan"):
         shift = {"FLUX.1": 3, "Z-Image": 3, "Wan": 5}[template]
         return shift * t / (1 + (shift - 1) * t)
-    mu, terminal = {"Qwen-Image": (0.8, 0.02), "FLUX.2": (0.8, None), "LTX-2": (2.05, 0.1)}[template]
+    mu, terminal = {"Qwen-Image": (0.8, 0.02), "FLUX.2": (0.8, None)}[template]
     sigma = math.exp(mu) / (math.exp(mu) + (1 / t - 1))
     return sigma if terminal is None else 1 - (1 - sigma) / ((1 - sigma[-1]) / (1 - terminal))
 
@@ -122,5 +122,5 @@ def test_one_step_of_a_stretched_schedule_is_an_error_and_not_nan() -> None:
 
 
 def test_unknown_template_lists_the_names() -> None:
-    with pytest.raises(ScheduleError, match=r"'FLUX'; known: FLUX.1, FLUX.2, LTX-2, Qwen-Image, Wan, Z-Image"):
+    with pytest.raises(ScheduleError, match=r"'FLUX'; known: FLUX.1, FLUX.2, Qwen-Image, Wan, Z-Image"):
         FlowMatchScheduler("FLUX")

@@ -1,4 +1,4 @@
-"""Law 1 with dropped captions: the empty caption of the cache is what the unsplit run encodes in its place."""
+"""The split stays exact with dropped captions: the empty one of the cache is what the unsplit run encodes for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 1: the LoRA from split training is the LoRA from unsplit training, bit for bit."""
+"""The LoRA from split training is the LoRA from unsplit training, bit for bit."""
 
 import shutil
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_batched_encoding_is_within_rounding(
 
 
 def test_stage_2_needs_no_encoder(tiny_qwen: Path, fp32_cache: Path, tmp_path: Path) -> None:
-    """Law 5: with the encoders' folders gone, training gives the same LoRA."""
+    """With the encoders' folders gone, training gives the same LoRA."""
     bare = Path(shutil.copytree(tiny_qwen, tmp_path / "model"))
     for folder in ("text_encoder", "tokenizer", "vae"):
         shutil.rmtree(bare / folder)

@@ -47,7 +47,7 @@ def test_the_loss_falls(tiny_qwen: Path, fp32_cache: Path, trained: Path, tmp_pa
 
 
 def test_diffusers_loads_the_lora_and_unloads_it(tiny_qwen: Path, trained: Path) -> None:
-    """Law 7, against diffusers itself and against our own pipeline: equal latents with and without the LoRA."""
+    """Against diffusers itself and against our own pipeline: equal latents with and without the LoRA."""
     from diffusers import QwenImagePipeline as Plain
 
     from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline as Ours

@@ -1,4 +1,4 @@
-"""A DoRA's file loads in diffusers whatever the family, and acts there as it did in training (law 7)."""
+"""A DoRA's file loads in diffusers whatever the family, and acts there as it did in training."""
 
 from __future__ import annotations
 

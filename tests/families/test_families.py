@@ -174,7 +174,7 @@ def test_a_padded_batch_equals_its_samples(case: FamilyCase, pipe: BasePipeline)
 
 
 def test_split_equals_unsplit_bit_for_bit(case: FamilyCase, root: Path, pipe: BasePipeline) -> None:
-    """Stage 2 loads the dit alone and trains on what went through the cache's codec (laws 1 and 5)."""
+    """Stage 2 loads the dit alone and trains on what went through the cache's codec."""
     encoder = module_of(case, pipe)
     cached = [as_cached(encoder.encode(case.inputs(index))) for index in range(ROWS)]
     planned = plan_stages(type(pipe).skeleton(), SFT(), ["dit"], input_names(case))
@@ -230,7 +230,7 @@ def test_checkpointing_and_offload_change_no_gradient(
 def test_a_lora_trains_and_loads_in_diffusers(
     case: FamilyCase, root: Path, pipe: BasePipeline, theirs: Any, tmp_path: Path
 ) -> None:
-    """Law 7. The loss falls, the file changes the output of diffusers' pipeline, as the adapter does that of ours."""
+    """The loss falls, the file changes the output of diffusers' pipeline, as the adapter does that of ours."""
     sampling = case.samplings[0]
     trained, info = with_lora(case, root, pipe)
     module = module_of(case, trained)

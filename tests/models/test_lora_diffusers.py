@@ -1,4 +1,4 @@
-"""diffusers is the judge: a file that export_lora writes does in its pipeline what the adapter did in ours (law 7)."""
+"""diffusers is the judge: a file that export_lora writes does in its pipeline what the adapter did in ours."""
 
 from __future__ import annotations
 
