@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ray_diffsynth.errors import UserError as UserError
     from ray_diffsynth.generate.job import run as run_generate
     from ray_diffsynth.pipelines.core.base import BasePipeline as BasePipeline
-    from ray_diffsynth.pipelines.core.base import Part as Part
     from ray_diffsynth.pipelines.core.check import check_units as check_units
     from ray_diffsynth.pipelines.core.graph import split_units as split_units
+    from ray_diffsynth.pipelines.core.model_parts import Part as Part
     from ray_diffsynth.pipelines.core.unit import PipelineUnit as PipelineUnit
     from ray_diffsynth.preprocess.job import run as run_preprocess
     from ray_diffsynth.training.module import DiffusionTrainingModule as DiffusionTrainingModule
@@ -60,7 +60,7 @@ __getattr__ = importer(
         "FlowMatchScheduler": "diffusion.flow_match",
         "GenerateConfig": "config",
         "Manifest": "cache.manifest",
-        "Part": "pipelines.core.base",
+        "Part": "pipelines.core.model_parts",
         "PipelineUnit": "pipelines.core.unit",
         "PreprocessConfig": "config",
         "TrainConfig": "config",

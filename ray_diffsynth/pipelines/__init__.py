@@ -1,4 +1,7 @@
-"""What a model family does, as units. Names are imported on first use, so that the registry stays free of torch."""
+"""What a model family does, as units; the public names are here.
+
+They are imported on first use, so that the registry stays free of torch.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,17 @@ from ray_diffsynth.lazy import importer
 
 if TYPE_CHECKING:
     from ray_diffsynth.pipelines.core.base import BasePipeline as BasePipeline
-    from ray_diffsynth.pipelines.core.base import Part as Part
     from ray_diffsynth.pipelines.core.check import check_units as check_units
+    from ray_diffsynth.pipelines.core.errors import PipelineError as PipelineError
     from ray_diffsynth.pipelines.core.graph import split_units as split_units
+    from ray_diffsynth.pipelines.core.model_parts import Part as Part
+    from ray_diffsynth.pipelines.core.stages import plan_stages as plan_stages
+    from ray_diffsynth.pipelines.core.unit import MissingInputError as MissingInputError
     from ray_diffsynth.pipelines.core.unit import PipelineUnit as PipelineUnit
     from ray_diffsynth.pipelines.core.unit import PipelineUnitRunner as PipelineUnitRunner
+    from ray_diffsynth.pipelines.core.unit import UnitError as UnitError
+    from ray_diffsynth.pipelines.core.unit import UnitState as UnitState
+    from ray_diffsynth.pipelines.core.unit import run_units as run_units
     from ray_diffsynth.pipelines.registry import family_of as family_of
     from ray_diffsynth.pipelines.registry import get_pipeline_class as get_pipeline_class
 
@@ -20,12 +29,18 @@ __getattr__ = importer(
     __name__,
     {
         "BasePipeline": "core.base",
-        "Part": "core.base",
+        "MissingInputError": "core.unit",
+        "Part": "core.model_parts",
+        "PipelineError": "core.errors",
         "PipelineUnit": "core.unit",
         "PipelineUnitRunner": "core.unit",
+        "UnitError": "core.unit",
+        "UnitState": "core.unit",
         "check_units": "core.check",
         "family_of": "registry",
         "get_pipeline_class": "registry",
+        "plan_stages": "core.stages",
+        "run_units": "core.unit",
         "split_units": "core.graph",
     },
 )

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.core.base import Part, PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
+from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.pipelines.image import (
     MAX_SEQUENCE_LENGTH,
     ImageUnit_PromptEmbedder,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from ray_diffsynth.diffusion.flow_match import NUM_TRAIN_TIMESTEPS, FlowMatchScheduler
-from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
-from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState, missing_input, run_units
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.errors import PipelineError
+from ray_diffsynth.pipelines.core.sampling import ProgressBar, check_output_type, no_progress_bar
+from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState, missing_input
 from ray_diffsynth.pipelines.initial_latents import FlowMatchUnit_InitialLatents
 
 MAX_SEQUENCE_LENGTH = 512  # prompt tokens; what diffusers' pipelines of these families use by default
@@ -121,7 +123,7 @@ class ImagePipeline(BasePipeline, ABC):
         max_sequence_length: int = MAX_SEQUENCE_LENGTH,
         embedded_guidance: float | None = None,
         output_type: str = "pil",
-        progress_bar_cmd: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda steps: steps,
+        progress_bar_cmd: ProgressBar = no_progress_bar,
     ) -> Image.Image | Tensor:
         """Generate one picture, by the units that training uses. What is None is the family's `defaults`.
 
@@ -163,23 +165,16 @@ class ImagePipeline(BasePipeline, ABC):
         num_inference_steps: int,
         denoising_strength: float,
         output_type: str,
-        progress_bar_cmd: Callable[[Iterable[Tensor]], Iterable[Tensor]],
+        progress_bar_cmd: ProgressBar,
     ) -> Image.Image | Tensor:
         """`__call__` for a family with inputs of its own: `start` holds what the units read, sizes and tiling too."""
-        if output_type not in ("pil", "latent"):
-            raise PipelineError(f"output_type={output_type!r} is unknown; use 'pil' or 'latent'")
+        check_output_type(output_type)
         shared = start.shared
         height, width = self.check_resize_height_width(shared["height"], shared["width"])
         tokens = self._tokens(height, width)
         mu = self.time_shift(tokens, num_inference_steps)
         self.scheduler.set_timesteps(num_inference_steps, denoising_strength, mu=mu, image_seq_len=tokens)
-        (state,) = run_units(self.units, self, [start])
-        posi, nega = self.collate([state.flat()]), self.collate([state.flat_nega()])
-        latents: Tensor = posi["latents"]
-        for index, timestep in enumerate(progress_bar_cmd(self.scheduler.timesteps)):
-            now = {"latents": latents.to(self.torch_dtype), "timestep": timestep.reshape(1).to(self.device)}
-            prediction = self.guided_prediction({**posi, **now}, {**nega, **now}, shared["cfg_scale"])
-            latents = self.step(self.scheduler, latents, index, prediction)
+        latents = self.sample_latents(start, progress_bar_cmd=progress_bar_cmd)
         if output_type == "latent":
             return latents
         self.load_models_to_device(("vae",))

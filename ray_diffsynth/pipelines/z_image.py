@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
-from ray_diffsynth.pipelines.core.base import Part
+from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.pipelines.image import (
     MAX_SEQUENCE_LENGTH,
     ImageUnit_PromptEmbedder,

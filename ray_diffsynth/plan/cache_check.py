@@ -10,7 +10,7 @@ from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.fingerprint import SKETCH, part_sketch
 from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.core.base import Part
+from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.tasks import task_family
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.graph import UnitGroup
 from ray_diffsynth.pipelines.core.stages import Stages
 

@@ -12,7 +12,8 @@ from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.diffusion.out_of_memory import is_out_of_memory
 from ray_diffsynth.diffusion.transfer import map_tensors
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.pipelines.core.base import BasePipeline, MissingModelError
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.errors import MissingModelError
 from ray_diffsynth.pipelines.core.graph import UnitGroup
 from ray_diffsynth.pipelines.core.sides import row_of
 from ray_diffsynth.pipelines.core.unit import MissingInputError, UnitError, make_state, run_units

@@ -40,8 +40,12 @@ class TrainablePipeline(Protocol):
 
     def shifted_schedule(self, latents: torch.Tensor) -> FlowMatchScheduler: ...
 
-    def step(
-        self, scheduler: FlowMatchScheduler, latents: torch.Tensor, progress_id: int, noise_pred: torch.Tensor
+    def denoise(
+        self,
+        schedule: FlowMatchScheduler,
+        latents: torch.Tensor,
+        posi: Mapping[str, Any],
+        nega: Mapping[str, Any],
     ) -> torch.Tensor: ...
 
 

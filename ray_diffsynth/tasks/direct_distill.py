@@ -100,13 +100,7 @@ class DirectDistill:
 def sample(pipe: TrainablePipeline, batch: Mapping[str, Any], noise: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Latents after `steps` steps from `noise`, as the family samples them without guidance; and the first sigma."""
     schedule = pipe.sampling_schedule(noise, steps)
-    latents = noise
-    for index, timestep in enumerate(schedule.timesteps):
-        seen = latents.to(pipe.torch_dtype)
-        now = {"latents": seen, "noise": noise, "timestep": timestep.expand(len(noise)).to(noise.device)}
-        prediction = pipe.predict({**batch, **now})
-        latents = pipe.step(schedule, latents, index, prediction)
-    return latents, schedule.sigmas[:1]
+    return pipe.denoise(schedule, noise, {**batch, "noise": noise}, {}), schedule.sigmas[:1]
 
 
 def _rows(batch: Mapping[str, Any], indices: Sequence[int], size: int) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.models.lora import match_targets
-from ray_diffsynth.pipelines.core.base import PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.flux import FluxPipeline, model_fn_flux
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.plan.run_plan import RunPlan

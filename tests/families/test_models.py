@@ -14,8 +14,9 @@ from ray_diffsynth.config import GenerateConfig, PreprocessConfig
 from ray_diffsynth.generate.items import family_defaults, plan_items
 from ray_diffsynth.generate.painter import Painter
 from ray_diffsynth.models.locate import locate_model
-from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.calling import image_params
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.plan.prompts import read_prompts
 from ray_diffsynth.plan.run_plan import RunPlan

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Qwen3ForCausalLM
 
 from ray_diffsynth.data.warnings import DataWarning, collecting
-from ray_diffsynth.pipelines.core.base import PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.z_image import ZImagePipeline
 from tests.families.cases import PROMPTS, picture
 

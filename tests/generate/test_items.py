@@ -33,8 +33,9 @@ from ray_diffsynth.generate.lora import attach_loras, joined, set_lora_scale
 from ray_diffsynth.generate.painter import mp4
 from ray_diffsynth.models.lora import add_lora, export_lora, fuse_lora, lora_parameters, lora_state
 from ray_diffsynth.models.lora_file import LoraError
-from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.calling import image_params
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline

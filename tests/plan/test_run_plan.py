@@ -15,7 +15,7 @@ from ray_diffsynth.config import GenerateConfig, PreprocessConfig
 from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.models import locate
 from ray_diffsynth.models.folder import ModelFolderError
-from ray_diffsynth.pipelines.core.base import PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.stages import plan_stages
 from ray_diffsynth.plan.run_plan import RunPlan
 from tests.training.conftest import CacheMaker

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.core.base import BasePipeline, Part
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.pipelines.core.unit import MissingInputError, PipelineUnit
 
 FAMILY = "tests.preprocess.counting:CountingPipeline"

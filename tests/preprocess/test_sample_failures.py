@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_diffsynth.pipelines.core.base import PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.preprocess import encode_batches
 from ray_diffsynth.preprocess.messages import unpack
 from ray_diffsynth.preprocess.records import Failure

@@ -9,7 +9,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from ray_diffsynth.pipelines.core.base import Part
+from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 

@@ -13,7 +13,7 @@ import pytest
 from ray_diffsynth.data.formats import DatasetError
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.models.lora_file import LoraError
-from ray_diffsynth.pipelines.core.base import PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.registry import FamilyError
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import CheckpointError

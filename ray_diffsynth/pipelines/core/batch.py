@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_diffsynth.errors import UserError
-
-
-class PipelineError(UserError, ValueError):
-    """A pipeline is used without a model that it needs, or with inputs that do not fit together."""
+from ray_diffsynth.pipelines.core.errors import PipelineError
 
 
 def pad_and_mask(values: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,8 @@ from ray_diffsynth.config.dataset import DataConfig, DatasetConfig
 from ray_diffsynth.data.buckets import SizeRule
 from ray_diffsynth.data.spec import SampleSpec, file_list
 from ray_diffsynth.errors import did_you_mean
-from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.graph import UnitGroup, cached_parameters, group_units, model_root, split_units
 from ray_diffsynth.pipelines.core.sides import sided_parameters
 from ray_diffsynth.pipelines.core.unit import PipelineUnit

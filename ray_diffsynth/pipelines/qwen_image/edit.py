@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
-from ray_diffsynth.pipelines.core.base import Part, PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
+from ray_diffsynth.pipelines.core.model_parts import Part
+from ray_diffsynth.pipelines.core.sampling import ProgressBar, no_progress_bar
 from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState
 from ray_diffsynth.pipelines.image import image_units
 from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents
@@ -127,7 +129,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
         tile_size: int = 128,
         tile_stride: int = 64,
         output_type: str = "pil",
-        progress_bar_cmd: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda steps: steps,
+        progress_bar_cmd: ProgressBar = no_progress_bar,
     ) -> Image.Image | Tensor:
         """Edit one picture, or make one of several. Arguments that are not named here: `ImagePipeline.__call__`.
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ray_diffsynth.pipelines.core.base import Part
+from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.wan.pipeline import WanPipeline
 

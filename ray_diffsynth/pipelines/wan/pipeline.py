@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +15,11 @@ from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.folder import read_json
 from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.core.base import BasePipeline, Part, PipelineError
-from ray_diffsynth.pipelines.core.unit import UnitState, run_units
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.errors import PipelineError
+from ray_diffsynth.pipelines.core.model_parts import Part
+from ray_diffsynth.pipelines.core.sampling import ProgressBar, check_output_type, no_progress_bar
+from ray_diffsynth.pipelines.core.unit import UnitState
 from ray_diffsynth.pipelines.initial_latents import FlowMatchUnit_InitialLatents
 from ray_diffsynth.pipelines.text import warn_of_cut
 from ray_diffsynth.pipelines.tiling import TILING_VERSION, vae_tiling
@@ -222,7 +225,7 @@ class WanPipeline(BasePipeline):
         tile_size: int = TILE_SIZE,
         tile_stride: int = TILE_STRIDE,
         output_type: str = "pil",
-        progress_bar_cmd: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda steps: steps,
+        progress_bar_cmd: ProgressBar = no_progress_bar,
     ) -> list[Image.Image] | Tensor:
         """Generate one video, by the units that training uses, with Euler steps.
 
@@ -237,8 +240,7 @@ class WanPipeline(BasePipeline):
         Raises:
             PipelineError: a size that does not divide, an unknown output type, a model that is not loaded.
         """
-        if output_type not in ("pil", "latent"):
-            raise PipelineError(f"output_type={output_type!r} is unknown; use 'pil' or 'latent'")
+        check_output_type(output_type)
         if input_image is not None and not self.condition_channels:
             raise PipelineError(f"the family {self.family} makes videos from text; input_image needs --family wan_i2v")
         self.check_resize_height_width(height, width, num_frames)
@@ -250,13 +252,7 @@ class WanPipeline(BasePipeline):
         given = {"input_image": input_image, "input_video": input_video}
         shared |= {name: value for name, value in given.items() if value is not None}
         start = UnitState(shared, {"prompt": prompt}, {"negative_prompt": negative_prompt})
-        (state,) = run_units(self.units, self, [start])
-        posi, nega = self.collate([state.flat()]), self.collate([state.flat_nega()])
-        latents: Tensor = posi["latents"]
-        for index, timestep in enumerate(progress_bar_cmd(self.scheduler.timesteps)):
-            now = {"latents": latents.to(self.torch_dtype), "timestep": timestep.reshape(1).to(self.device)}
-            prediction = self.guided_prediction({**posi, **now}, {**nega, **now}, cfg_scale)
-            latents = self.step(self.scheduler, latents, index, prediction)
+        latents = self.sample_latents(start, progress_bar_cmd=progress_bar_cmd)
         if output_type == "latent":
             return latents
         self.load_models_to_device(("vae",))

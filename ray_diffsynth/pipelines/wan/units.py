@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
-from ray_diffsynth.pipelines.core.base import PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.unit import PipelineUnit, missing_input
 
 Video: TypeAlias = Sequence[Image.Image] | np.ndarray[Any, Any] | Tensor

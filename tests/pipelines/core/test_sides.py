@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ray_diffsynth.cache.codec import as_cached
 from ray_diffsynth.diffusion.randomness import SampleKey
-from ray_diffsynth.pipelines.core.base import BasePipeline, Part, PipelineError
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.errors import PipelineError
+from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.pipelines.core.sides import state_of
 from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState, make_state, run_units
 from ray_diffsynth.preprocess.encode_batches import encode

@@ -14,7 +14,8 @@ from ray_diffsynth.data.buckets import BucketError
 from ray_diffsynth.data.samples import PIXEL_TRANSFORMS, bucket_of
 from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.models.locate import locate_model
-from ray_diffsynth.pipelines.core.base import BasePipeline, PipelineError
+from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.stages import (
     check_caption_dropout,
     check_columns,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ray_diffsynth.pipelines.core.base import PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.unit import make_state, run_units
 from ray_diffsynth.pipelines.qwen_image import edit
 from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenImageEditPlusPipeline, scaled_size

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ray_diffsynth.data.warnings import DESCRIPTIONS, DataWarning, collecting
 from ray_diffsynth.models.locate import locate_model
-from ray_diffsynth.pipelines.core.base import PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.graph import cached_parameters, group_units, split_units
 from ray_diffsynth.pipelines.core.unit import MissingInputError, UnitState, make_state, run_units
 from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ray_diffsynth.data.warnings import DataWarning, collecting
 from ray_diffsynth.models.lora import match_targets
-from ray_diffsynth.pipelines.core.base import PipelineError
+from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.unit import MissingInputError, UnitState, run_units
 from ray_diffsynth.pipelines.registry import family_of
 from ray_diffsynth.pipelines.wan import pipeline as wan

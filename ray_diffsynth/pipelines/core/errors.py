@@ -1,0 +1,13 @@
+"""The errors of a pipeline that is used as it cannot be."""
+
+from __future__ import annotations
+
+from ray_diffsynth.errors import UserError
+
+
+class PipelineError(UserError, ValueError):
+    """A pipeline is used without a model that it needs, or with inputs that do not fit together."""
+
+
+class MissingModelError(PipelineError):
+    """A unit or `model_fn` runs a model that was not loaded."""
