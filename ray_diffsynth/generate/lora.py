@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ray_diffsynth.models.lora import add_lora, load_lora_state, lora_parameters
 from ray_diffsynth.models.lora_file import LoraError, lora_prefixes, read_lora
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.lora_keys import lora_names
+from ray_diffsynth.pipelines.core.lora_keys import lora_names
 
 _TEXT_ENCODER = ("text_encoder.", "pipe.text_encoder.")
 

@@ -13,15 +13,11 @@ from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
-from ray_diffsynth.pipelines.image import (
-    MAX_SEQUENCE_LENGTH,
-    ImageUnit_PromptEmbedder,
-    SamplingDefaults,
-    image_units,
-)
-from ray_diffsynth.pipelines.kl_vae import KLImagePipeline
-from ray_diffsynth.pipelines.packing import grid_positions, pack_latents, unpack_latents
-from ray_diffsynth.pipelines.text import tokenize
+from ray_diffsynth.pipelines.shared.image_pipeline import MAX_SEQUENCE_LENGTH, SamplingDefaults
+from ray_diffsynth.pipelines.shared.image_units import ImageUnit_PromptEmbedder, image_units
+from ray_diffsynth.pipelines.shared.kl_vae import KLImagePipeline
+from ray_diffsynth.pipelines.shared.packing import grid_positions, pack_latents, unpack_latents
+from ray_diffsynth.pipelines.shared.text import tokenize
 
 _DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
 

@@ -12,15 +12,11 @@ from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.model_parts import Part
-from ray_diffsynth.pipelines.image import (
-    MAX_SEQUENCE_LENGTH,
-    ImageUnit_PromptEmbedder,
-    SamplingDefaults,
-    image_units,
-)
-from ray_diffsynth.pipelines.kl_vae import KLImagePipeline
-from ray_diffsynth.pipelines.packing import grid_positions, patchify, unpatchify
-from ray_diffsynth.pipelines.text import chat_texts, tokenize
+from ray_diffsynth.pipelines.shared.image_pipeline import MAX_SEQUENCE_LENGTH, SamplingDefaults
+from ray_diffsynth.pipelines.shared.image_units import ImageUnit_PromptEmbedder, image_units
+from ray_diffsynth.pipelines.shared.kl_vae import KLImagePipeline
+from ray_diffsynth.pipelines.shared.packing import grid_positions, patchify, unpatchify
+from ray_diffsynth.pipelines.shared.text import chat_texts, tokenize
 
 DISTILLED = SamplingDefaults(num_inference_steps=4)
 """Of a model whose model_index.json says `is_distilled`: klein, not klein-base."""

@@ -10,14 +10,10 @@ from torch import Tensor
 
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.pipelines.core.model_parts import Part
-from ray_diffsynth.pipelines.image import (
-    MAX_SEQUENCE_LENGTH,
-    ImageUnit_PromptEmbedder,
-    SamplingDefaults,
-    image_units,
-)
-from ray_diffsynth.pipelines.kl_vae import KLImagePipeline
-from ray_diffsynth.pipelines.text import chat_texts, tokenize
+from ray_diffsynth.pipelines.shared.image_pipeline import MAX_SEQUENCE_LENGTH, SamplingDefaults
+from ray_diffsynth.pipelines.shared.image_units import ImageUnit_PromptEmbedder, image_units
+from ray_diffsynth.pipelines.shared.kl_vae import KLImagePipeline
+from ray_diffsynth.pipelines.shared.text import chat_texts, tokenize
 
 
 class ZImagePipeline(KLImagePipeline):

@@ -8,7 +8,7 @@ from ray_diffsynth.config.options import split_names
 from ray_diffsynth.diffusion.gradient_checkpoint import checkpoint_every
 from ray_diffsynth.models.lora import LoraInfo, add_lora, leave_casts_to_autocast
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.lora_keys import fuse_model_lora, load_model_lora, submodule
+from ray_diffsynth.pipelines.core.lora_keys import fuse_model_lora, load_model_lora, submodule
 from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.export import Trained

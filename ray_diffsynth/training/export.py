@@ -12,7 +12,7 @@ from safetensors.torch import save
 from ray_diffsynth.models.lora import LoraInfo, export_lora, lora_state
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.graph import model_root
-from ray_diffsynth.pipelines.lora_keys import lora_prefix, lora_rename, own_prefix, submodule
+from ray_diffsynth.pipelines.core.lora_keys import lora_prefix, lora_rename, own_prefix, submodule
 from ray_diffsynth.storage import join, list_files, write_bytes_atomic
 from ray_diffsynth.training.report.metrics_log import output_file
 

@@ -11,7 +11,7 @@ import torch
 
 from ray_diffsynth.models.lora import match_targets
 from ray_diffsynth.pipelines.flux2 import TEXT_LAYERS, Flux2KleinPipeline
-from ray_diffsynth.pipelines.packing import grid_positions
+from ray_diffsynth.pipelines.shared.packing import grid_positions
 
 
 def test_latents_are_made_whole_again(model_folder: Callable[[str], Path]) -> None:

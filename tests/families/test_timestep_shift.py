@@ -19,8 +19,8 @@ from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
 from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.flux2 import DISTILLED
-from ray_diffsynth.pipelines.image import SamplingDefaults
 from ray_diffsynth.pipelines.registry import FAMILIES, get_pipeline_class
+from ray_diffsynth.pipelines.shared.image_pipeline import SamplingDefaults
 from ray_diffsynth.tasks import SFT
 
 DRAWS = 1500

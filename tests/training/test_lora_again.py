@@ -15,8 +15,8 @@ from torch import nn
 from ray_diffsynth.generate.lora import attach_loras
 from ray_diffsynth.models.lora import LoraError, add_lora, lora_parameters, lora_state
 from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.lora_keys import fuse_model_lora, load_model_lora, submodule
 from ray_diffsynth.pipelines.core.model_parts import Part
-from ray_diffsynth.pipelines.lora_keys import fuse_model_lora, load_model_lora, submodule
 from ray_diffsynth.training.export import Trained, export_trained
 
 MODELS = ("dit", "text_encoder", "text_encoder_2", "image_encoder", "conditioner")

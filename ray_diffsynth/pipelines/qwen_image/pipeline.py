@@ -13,16 +13,11 @@ from torch import Tensor
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.model_parts import Part
-from ray_diffsynth.pipelines.image import (
-    MAX_SEQUENCE_LENGTH,
-    ImagePipeline,
-    ImageUnit_PromptEmbedder,
-    SamplingDefaults,
-    image_units,
-)
-from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents
-from ray_diffsynth.pipelines.text import warn_of_cut
-from ray_diffsynth.pipelines.tiling import TILING_VERSION, vae_tiling
+from ray_diffsynth.pipelines.shared.image_pipeline import MAX_SEQUENCE_LENGTH, ImagePipeline, SamplingDefaults
+from ray_diffsynth.pipelines.shared.image_units import ImageUnit_PromptEmbedder, image_units
+from ray_diffsynth.pipelines.shared.packing import pack_latents, unpack_latents
+from ray_diffsynth.pipelines.shared.text import warn_of_cut
+from ray_diffsynth.pipelines.shared.tiling import TILING_VERSION, vae_tiling
 
 
 class QwenImagePipeline(ImagePipeline):

@@ -20,9 +20,9 @@ from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.pipelines.core.sampling import ProgressBar, check_output_type, no_progress_bar
 from ray_diffsynth.pipelines.core.unit import UnitState
-from ray_diffsynth.pipelines.initial_latents import FlowMatchUnit_InitialLatents
-from ray_diffsynth.pipelines.text import warn_of_cut
-from ray_diffsynth.pipelines.tiling import TILING_VERSION, vae_tiling
+from ray_diffsynth.pipelines.shared.initial_latents import FlowMatchUnit_InitialLatents
+from ray_diffsynth.pipelines.shared.text import warn_of_cut
+from ray_diffsynth.pipelines.shared.tiling import TILING_VERSION, vae_tiling
 from ray_diffsynth.pipelines.wan.units import (
     Video,
     WanVideoUnit_InputVideoEmbedder,

@@ -15,9 +15,9 @@ from ray_diffsynth.data.media import load_image
 from ray_diffsynth.diffusion.transfer import moved
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.graph import model_root
+from ray_diffsynth.pipelines.core.lora_keys import fuse_model_lora
 from ray_diffsynth.pipelines.core.on_demand import on_demand, release_parts
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
-from ray_diffsynth.pipelines.lora_keys import fuse_model_lora
 from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt

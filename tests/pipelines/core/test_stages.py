@@ -26,9 +26,9 @@ from ray_diffsynth.pipelines.core.stages import (
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.core.versions import CacheKeyError
 from ray_diffsynth.pipelines.flux import FluxPipeline
-from ray_diffsynth.pipelines.image import SamplingDefaults
 from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.pipelines.shared.image_pipeline import SamplingDefaults
 from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
 from ray_diffsynth.pipelines.wan.pipeline import WanPipeline
 from ray_diffsynth.plan.cache_keys import GroupPlan, plan_group

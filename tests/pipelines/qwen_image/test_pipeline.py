@@ -16,9 +16,9 @@ from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.graph import cached_parameters, group_units, split_units
 from ray_diffsynth.pipelines.core.unit import MissingInputError, UnitState, make_state, run_units
-from ray_diffsynth.pipelines.packing import pack_latents, unpack_latents
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline, model_fn_qwen_image
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
+from ray_diffsynth.pipelines.shared.packing import pack_latents, unpack_latents
 
 PROMPTS = ["a red square", "a small blue circle on a white table, oil painting", ""]
 

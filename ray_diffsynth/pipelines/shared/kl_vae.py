@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ray_diffsynth.models.locate import ModelSource
-from ray_diffsynth.pipelines.image import ImagePipeline
+from ray_diffsynth.pipelines.shared.image_pipeline import ImagePipeline
 
 TILING_VERSION = 1
 """Of how the VAE works in tiles; raise it when that gives other latents."""
