@@ -73,7 +73,7 @@ class FluxPipeline(KLImagePipeline):
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype)
         self.units = [*image_units(), FluxUnit_PooledEmbedder(), ImageUnit_PromptEmbedder("text_encoder_2")]
-        self.model_fn = model_fn_flux
+        self.model_fn = model_fn
 
     def configure(self, source: ModelSource) -> None:
         """As the base class. Raises PipelineError for a model that takes a further picture."""
@@ -136,7 +136,7 @@ class FluxUnit_PooledEmbedder(PipelineUnit):
         return [{"pooled_prompt_embeds": pooled[i : i + 1].clone()} for i in range(len(batch))]
 
 
-def model_fn_flux(
+def model_fn(
     *,
     dit: Any,
     latents: Tensor,

@@ -53,7 +53,7 @@ class Flux2KleinPipeline(KLImagePipeline):
         super().__init__(device=device, torch_dtype=torch_dtype)
         self.latent_channels, self.vae_scale_factor = 128, 16
         self.units = [*image_units(), ImageUnit_PromptEmbedder()]
-        self.model_fn = model_fn_flux2
+        self.model_fn = model_fn
 
     def configure(self, source: ModelSource) -> None:
         """As the base class; then four latents of the VAE are one here. Raises PipelineError for FLUX.2-dev."""
@@ -105,7 +105,7 @@ class Flux2KleinPipeline(KLImagePipeline):
         return mean, std
 
 
-def model_fn_flux2(
+def model_fn(
     *,
     dit: Any,
     latents: Tensor,

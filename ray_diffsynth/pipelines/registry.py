@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,39 +16,48 @@ if TYPE_CHECKING:
     from ray_diffsynth.models.locate import ModelSource
     from ray_diffsynth.pipelines.core.base import BasePipeline
 
-FAMILIES: dict[str, str] = {
-    "flux": "ray_diffsynth.pipelines.flux:FluxPipeline",
-    "flux2": "ray_diffsynth.pipelines.flux2:Flux2KleinPipeline",
-    "qwen_image": "ray_diffsynth.pipelines.qwen_image.pipeline:QwenImagePipeline",
-    "qwen_image_edit": "ray_diffsynth.pipelines.qwen_image.edit:QwenImageEditPipeline",
-    "qwen_image_edit_plus": "ray_diffsynth.pipelines.qwen_image.edit:QwenImageEditPlusPipeline",
-    "wan": "ray_diffsynth.pipelines.wan.pipeline:WanPipeline",
-    "wan_i2v": "ray_diffsynth.pipelines.wan.image_to_video:WanImageToVideoPipeline",
-    "z_image": "ray_diffsynth.pipelines.z_image:ZImagePipeline",
-}
 
-# Class names in a model's configuration files -> family. Text encoders come last: families share them.
-PIPELINE_CLASSES: Mapping[str, str] = {
-    "FluxPipeline": "flux",
-    "Flux2KleinPipeline": "flux2",
-    "QwenImagePipeline": "qwen_image",
-    "QwenImageEditPipeline": "qwen_image_edit",
-    "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
-    "WanPipeline": "wan",
-    "WanImageToVideoPipeline": "wan_i2v",
-    "ZImagePipeline": "z_image",
+@dataclass(frozen=True)
+class Family:
+    """Where a family's class is, and by which class names in a model's configuration files it is recognised."""
+
+    pipeline: str
+    """`module:Class`, the module within `ray_diffsynth.pipelines`."""
+    index: str
+    """The pipeline's class in model_index.json."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Folder of a part -> its class, for a folder without model_index.json. One that families share names the most
+    general of them."""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "flux": Family("flux:FluxPipeline", "FluxPipeline", {"transformer": "FluxTransformer2DModel"}),
+    "flux2": Family(
+        "flux2:Flux2KleinPipeline",
+        "Flux2KleinPipeline",
+        {"transformer": "Flux2Transformer2DModel", "vae": "AutoencoderKLFlux2"},
+    ),
+    "qwen_image": Family(
+        "qwen_image.pipeline:QwenImagePipeline",
+        "QwenImagePipeline",
+        {
+            "transformer": "QwenImageTransformer2DModel",
+            "vae": "AutoencoderKLQwenImage",
+            "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+        },
+    ),
+    "qwen_image_edit": Family("qwen_image_edit:QwenImageEditPipeline", "QwenImageEditPipeline"),
+    "qwen_image_edit_plus": Family("qwen_image_edit_plus:QwenImageEditPlusPipeline", "QwenImageEditPlusPipeline"),
+    "wan": Family(
+        "wan.pipeline:WanPipeline",
+        "WanPipeline",
+        {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel"},
+    ),
+    "wan_i2v": Family("wan_i2v:WanImageToVideoPipeline", "WanImageToVideoPipeline"),
+    "z_image": Family("z_image:ZImagePipeline", "ZImagePipeline", {"transformer": "ZImageTransformer2DModel"}),
 }
-PART_CLASSES: Mapping[str, Mapping[str, str]] = {
-    "transformer": {
-        "FluxTransformer2DModel": "flux",
-        "Flux2Transformer2DModel": "flux2",
-        "QwenImageTransformer2DModel": "qwen_image",
-        "WanTransformer3DModel": "wan",
-        "ZImageTransformer2DModel": "z_image",
-    },
-    "vae": {"AutoencoderKLFlux2": "flux2", "AutoencoderKLQwenImage": "qwen_image", "AutoencoderKLWan": "wan"},
-    "text_encoder": {"Qwen2_5_VLForConditionalGeneration": "qwen_image", "UMT5EncoderModel": "wan"},
-}
+_PARTS = ("transformer", "vae", "text_encoder")
+"""Whose configuration is looked at, in this order: text encoders come last, since families share them."""
 
 
 def get_pipeline_class(family: str) -> type[BasePipeline]:
@@ -57,8 +67,12 @@ def get_pipeline_class(family: str) -> type[BasePipeline]:
         FamilyError: unknown name (lists the nearest), a module that cannot be imported, or one without one
             BasePipeline subclass of its own.
     """
-    module_name, _, class_name = FAMILIES.get(family, family).partition(":")
-    module = importlib.import_module(module_name) if family in FAMILIES else import_own_module(family, FAMILIES)
+    if family in FAMILIES:
+        module_name, _, class_name = f"{__package__}.{FAMILIES[family].pipeline}".partition(":")
+        module = importlib.import_module(module_name)
+    else:
+        module_name, _, class_name = family.partition(":")
+        module = import_own_module(family, FAMILIES)
     from ray_diffsynth.pipelines.core.base import BasePipeline
 
     own = {
@@ -102,8 +116,10 @@ def family_of(root: Path | str) -> str:
     """
     root = Path(root)
     looked_at: list[str] = []
-    places: list[tuple[Path, Mapping[str, str]]] = [(root / "model_index.json", PIPELINE_CLASSES)]
-    places += [(root / subfolder / "config.json", classes) for subfolder, classes in PART_CLASSES.items()]
+    places = [(root / "model_index.json", {known.index: name for name, known in FAMILIES.items()})]
+    for part in _PARTS:
+        classes = {known.parts[part]: name for name, known in FAMILIES.items() if part in known.parts}
+        places.append((root / part / "config.json", classes))
     for path, classes in places:
         if not path.is_file():
             looked_at.append(f"{path} (absent)")

@@ -44,7 +44,7 @@ class ZImagePipeline(KLImagePipeline):
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype)
         self.units = [*image_units(), ImageUnit_PromptEmbedder()]
-        self.model_fn = model_fn_z_image
+        self.model_fn = model_fn
 
     def encode_prompts(self, prompts: Sequence[str], *, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> list[Tensor]:
         """One unpadded embedding (1, L, D) a prompt: Qwen3's last hidden state but one."""
@@ -56,7 +56,7 @@ class ZImagePipeline(KLImagePipeline):
         return [row[kept][None].to(self.torch_dtype) for row, kept in zip(hidden, mask, strict=True)]
 
 
-def model_fn_z_image(
+def model_fn(
     *,
     dit: Any,
     latents: Tensor,

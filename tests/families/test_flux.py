@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.models.lora import match_targets
 from ray_diffsynth.pipelines.core.errors import PipelineError
-from ray_diffsynth.pipelines.flux import FluxPipeline, model_fn_flux
+from ray_diffsynth.pipelines.flux import FluxPipeline, model_fn
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
@@ -76,11 +76,9 @@ def test_guidance_is_given_to_a_transformer_that_has_it(dit: Any) -> None:
     }
     config = {**dit.config, "guidance_embeds": False}
     with torch.no_grad():
-        one, more = (model_fn_flux(dit=dit, **batch, embedded_guidance=scale) for scale in (1.0, 3.5))
+        one, more = (model_fn(dit=dit, **batch, embedded_guidance=scale) for scale in (1.0, 3.5))
         schnell = FluxTransformer2DModel.from_config(config)
-        assert torch.equal(
-            model_fn_flux(dit=schnell, **batch), model_fn_flux(dit=schnell, **batch, embedded_guidance=3.5)
-        )
+        assert torch.equal(model_fn(dit=schnell, **batch), model_fn(dit=schnell, **batch, embedded_guidance=3.5))
     assert (one - more).abs().max() > 1e-4
     assert FluxPipeline.skeleton().training_settings()["embedded_guidance"] == 1.0
     with pytest.raises(PipelineError, match="qwen_image has no embedded guidance; use cfg_scale"):

@@ -36,9 +36,10 @@ from ray_diffsynth.models.lora_file import LoraError
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.calling import image_params
 from ray_diffsynth.pipelines.core.errors import PipelineError
-from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
-from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
+from ray_diffsynth.pipelines.qwen_image_edit import QwenImageEditPipeline
+from ray_diffsynth.pipelines.qwen_image_edit_plus import QwenImageEditPlusPipeline
+from ray_diffsynth.pipelines.wan_i2v import WanImageToVideoPipeline
 from ray_diffsynth.plan.prompts import read_prompts
 
 IDENTITY = {"weights": "a"}

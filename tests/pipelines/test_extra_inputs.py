@@ -15,8 +15,9 @@ from ray_diffsynth.data.scan import scan_file
 from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.pipelines.core.stages import dataset_spec, plan_stages
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
-from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline, model_fn_qwen_image
-from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
+from ray_diffsynth.pipelines.qwen_image.model import model_fn
+from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.pipelines.wan_i2v import WanImageToVideoPipeline
 from ray_diffsynth.tasks import SFT
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from tests.families.cases import picture
@@ -51,7 +52,7 @@ def model_fn_control(
     prompt_embeds: Tensor,
     prompt_embeds_mask: Tensor | None = None,
 ) -> Tensor:
-    return model_fn_qwen_image(
+    return model_fn(
         dit=dit,
         latents=latents + control_latents,
         timestep=timestep,

@@ -1,1 +1,1 @@
-"""Qwen-Image, and Qwen-Image-Edit on top of it."""
+"""Qwen-Image: text to image, and image to image."""

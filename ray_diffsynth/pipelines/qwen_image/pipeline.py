@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.model_parts import Part
+from ray_diffsynth.pipelines.qwen_image.model import model_fn
 from ray_diffsynth.pipelines.shared.image_pipeline import MAX_SEQUENCE_LENGTH, ImagePipeline, SamplingDefaults
 from ray_diffsynth.pipelines.shared.image_units import ImageUnit_PromptEmbedder, image_units
 from ray_diffsynth.pipelines.shared.packing import pack_latents, unpack_latents
@@ -51,7 +51,7 @@ class QwenImagePipeline(ImagePipeline):
         self.latent_channels = 16
         self.vae_scale_factor = 8
         self.units = [*image_units(), ImageUnit_PromptEmbedder()]
-        self.model_fn = model_fn_qwen_image
+        self.model_fn = model_fn
 
     def configure(self, source: ModelSource) -> None:
         """Take the latents' geometry from the VAE's configuration, even if its weights are not loaded."""
@@ -118,36 +118,6 @@ class QwenImagePipeline(ImagePipeline):
             for values in (config.latents_mean, config.latents_std)
         )
         return mean, std
-
-
-def model_fn_qwen_image(
-    *,
-    dit: Any,
-    latents: Tensor,
-    timestep: Tensor,
-    prompt_embeds: Tensor,
-    prompt_embeds_mask: Tensor | None = None,
-    use_gradient_checkpointing: bool = False,
-    use_gradient_checkpointing_offload: bool = False,
-) -> Tensor:
-    """The velocity noise - x0, in the shape of `latents`.
-
-    Args:
-        latents: (B, C, h, w), h and w even; one size a batch, since one rotary table serves it.
-        timestep: 1000 * sigma, (B,) or (1,), fp32.
-        prompt_embeds: (B, L, D); prompt_embeds_mask: bool (B, L), None if nothing is padded.
-    """
-    batch, _, height, width = latents.shape
-    enable_checkpointing(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
-    prediction = dit(
-        hidden_states=pack_latents(latents),
-        timestep=timestep.expand(batch) / 1000,
-        encoder_hidden_states=prompt_embeds,
-        encoder_hidden_states_mask=prompt_embeds_mask,
-        img_shapes=[[(1, height // 2, width // 2)]] * batch,
-        return_dict=False,
-    )[0]
-    return unpack_latents(prediction, height, width)
 
 
 @cache

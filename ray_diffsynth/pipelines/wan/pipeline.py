@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
-from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.folder import read_json
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.base import BasePipeline
@@ -23,6 +22,7 @@ from ray_diffsynth.pipelines.core.unit import UnitState
 from ray_diffsynth.pipelines.shared.initial_latents import FlowMatchUnit_InitialLatents
 from ray_diffsynth.pipelines.shared.text import warn_of_cut
 from ray_diffsynth.pipelines.shared.tiling import TILING_VERSION, vae_tiling
+from ray_diffsynth.pipelines.wan.model import TEXT_TOKENS, model_fn
 from ray_diffsynth.pipelines.wan.units import (
     Video,
     WanVideoUnit_InputVideoEmbedder,
@@ -33,8 +33,6 @@ from ray_diffsynth.pipelines.wan.units import (
 
 TILE_SIZE, TILE_STRIDE = 34, 18
 """Of the VAE where it works in tiles, in latents: DiffSynth-Studio's."""
-TEXT_TOKENS = 512
-"""The transformer's cross-attention has no mask: the text is always padded with zeros to this length."""
 
 # Module names: diffusers -> Wan's own, which ComfyUI, DiffSynth-Studio and diffusers' loader know.
 _ORIGINAL_NAMES = (
@@ -99,7 +97,7 @@ class WanPipeline(BasePipeline):
             FlowMatchUnit_InitialLatents(),
             WanVideoUnit_PromptEmbedder(),
         ]
-        self.model_fn = model_fn_wan
+        self.model_fn = model_fn
 
     def configure(self, source: ModelSource) -> None:
         """Take the geometry and the sampling shift from configuration files.
@@ -259,38 +257,6 @@ class WanPipeline(BasePipeline):
         return self.vae_output_to_video(
             self.decode_latents(latents, tiled=tiled, tile_size=tile_size, tile_stride=tile_stride)
         )
-
-
-def model_fn_wan(
-    *,
-    dit: Any,
-    latents: Tensor,
-    timestep: Tensor,
-    prompt_embeds: Tensor,
-    y: Tensor | None = None,
-    image_embeds: Tensor | None = None,
-    use_gradient_checkpointing: bool = False,
-    use_gradient_checkpointing_offload: bool = False,
-) -> Tensor:
-    """The velocity noise - x0, in the shape of `latents`.
-
-    Args:
-        latents: (B, C, frames, h, w), h and w even.
-        timestep: 1000 * sigma, (B,) or (1,), fp32.
-        prompt_embeds: (B, L, D), zeros where a text is shorter.
-        y: condition of image to video, (B, 20, frames, h, w): mask and latents.
-        image_embeds: its first frame as CLIP sees it, (B, tokens, D).
-    """
-    enable_checkpointing(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
-    text = torch.nn.functional.pad(prompt_embeds, (0, 0, 0, TEXT_TOKENS - prompt_embeds.shape[1]))
-    prediction: Tensor = dit(
-        hidden_states=latents if y is None else torch.cat([latents, y], dim=1),
-        timestep=timestep.expand(latents.shape[0]),
-        encoder_hidden_states=text,
-        encoder_hidden_states_image=image_embeds,
-        return_dict=False,
-    )[0]
-    return prediction
 
 
 def clean_prompt(prompt: str) -> str:

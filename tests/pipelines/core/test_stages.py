@@ -26,11 +26,12 @@ from ray_diffsynth.pipelines.core.stages import (
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.core.versions import CacheKeyError
 from ray_diffsynth.pipelines.flux import FluxPipeline
-from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
+from ray_diffsynth.pipelines.qwen_image_edit import QwenImageEditPipeline
+from ray_diffsynth.pipelines.qwen_image_edit_plus import QwenImageEditPlusPipeline
 from ray_diffsynth.pipelines.shared.image_pipeline import SamplingDefaults
-from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
 from ray_diffsynth.pipelines.wan.pipeline import WanPipeline
+from ray_diffsynth.pipelines.wan_i2v import WanImageToVideoPipeline
 from ray_diffsynth.plan.cache_keys import GroupPlan, plan_group
 from ray_diffsynth.plan.library_versions import counted_version
 from ray_diffsynth.plan.run_plan import RunPlan

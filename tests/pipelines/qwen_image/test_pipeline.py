@@ -16,7 +16,8 @@ from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.graph import cached_parameters, group_units, split_units
 from ray_diffsynth.pipelines.core.unit import MissingInputError, UnitState, make_state, run_units
-from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline, model_fn_qwen_image
+from ray_diffsynth.pipelines.qwen_image.model import model_fn
+from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
 from ray_diffsynth.pipelines.shared.packing import pack_latents, unpack_latents
 
@@ -268,4 +269,4 @@ def test_packing_is_inverted_and_model_fn_takes_no_unknown_names() -> None:
     latents = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
     assert torch.equal(unpack_latents(pack_latents(latents), 4, 6), latents)
     with pytest.raises(TypeError, match="unknown"):
-        model_fn_qwen_image(dit=None, latents=latents, timestep=latents, prompt_embeds=latents, unknown=1)  # type: ignore[call-arg]
+        model_fn(dit=None, latents=latents, timestep=latents, prompt_embeds=latents, unknown=1)  # type: ignore[call-arg]

@@ -18,8 +18,9 @@ from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.unit import MissingInputError, UnitState, run_units
 from ray_diffsynth.pipelines.registry import family_of
 from ray_diffsynth.pipelines.wan import pipeline as wan
-from ray_diffsynth.pipelines.wan.image_to_video import WanImageToVideoPipeline
+from ray_diffsynth.pipelines.wan.model import TEXT_TOKENS, model_fn
 from ray_diffsynth.pipelines.wan.pipeline import WanPipeline
+from ray_diffsynth.pipelines.wan_i2v import WanImageToVideoPipeline
 from tests.families.tiny.wan import build
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
@@ -110,9 +111,9 @@ def test_the_text_is_512_tokens_whatever_its_length(pipe: WanPipeline, monkeypat
         seen.append(inputs["encoder_hidden_states"])
         return (inputs["hidden_states"],)
 
-    short, long = (torch.ones(1, length, 8) for length in (3, wan.TEXT_TOKENS))
+    short, long = (torch.ones(1, length, 8) for length in (3, TEXT_TOKENS))
     for text in (short, long):
-        wan.model_fn_wan(dit=dit, latents=torch.zeros(1, 16, 2, 4, 4), timestep=torch.ones(1), prompt_embeds=text)
+        model_fn(dit=dit, latents=torch.zeros(1, 16, 2, 4, 4), timestep=torch.ones(1), prompt_embeds=text)
     assert all(text.shape == (1, 512, 8) for text in seen)
     assert seen[0][0, :3].eq(1).all() and seen[0][0, 3:].eq(0).all()
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ray_diffsynth.pipelines import qwen_image_edit as edit
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.unit import make_state, run_units
-from ray_diffsynth.pipelines.qwen_image import edit
-from ray_diffsynth.pipelines.qwen_image.edit import QwenImageEditPipeline, QwenImageEditPlusPipeline, scaled_size
+from ray_diffsynth.pipelines.qwen_image_edit import QwenImageEditPipeline, scaled_size
+from ray_diffsynth.pipelines.qwen_image_edit_plus import QwenImageEditPlusPipeline
 from tests.families.cases import picture
 from tests.families.tiny.qwen_image_edit_plus import build
 

@@ -63,7 +63,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype)
         self.units = [*image_units(), QwenImageEditUnit_EditImageEmbedder(), QwenImageEditUnit_PromptEmbedder()]
-        self.model_fn = model_fn_qwen_image_edit
+        self.model_fn = model_fn
 
     def training_settings(self) -> dict[str, Any]:
         # Off: a dataset's pictures are scaled to their bucket, by their own shape.
@@ -155,16 +155,6 @@ class QwenImageEditPipeline(QwenImagePipeline):
         )
 
 
-class QwenImageEditPlusPipeline(QwenImageEditPipeline):
-    """Qwen-Image-Edit-2509 and later: `edit_image` may be a list, and the text encoder sees small pictures."""
-
-    version = 1
-    family: ClassVar[str] = "qwen_image_edit_plus"
-    diffusers_pipeline: ClassVar[str] = "QwenImageEditPlusPipeline"
-    picture_text: ClassVar[str] = f"Picture {{}}: <|vision_start|>{IMAGE_PAD}<|vision_end|>"
-    vision_area: ClassVar[int | None] = 384 * 384
-
-
 class QwenImageEditUnit_EditImageEmbedder(PipelineUnit):
     """`edit_image` -> edit_latents (1, pictures, C, h, w); of pictures of several sizes a list of (1, C, h, w)."""
 
@@ -223,7 +213,7 @@ class QwenImageEditUnit_PromptEmbedder(PipelineUnit):
         return {"prompt_embeds": pipe.encode_edit_prompt(prompt, pictures)}
 
 
-def model_fn_qwen_image_edit(
+def model_fn(
     *,
     dit: Any,
     latents: Tensor,
@@ -234,7 +224,7 @@ def model_fn_qwen_image_edit(
     use_gradient_checkpointing: bool = False,
     use_gradient_checkpointing_offload: bool = False,
 ) -> Tensor:
-    """The velocity noise - x0, in the shape of `latents`: see `model_fn_qwen_image`.
+    """The velocity noise - x0, in the shape of `latents`: see `qwen_image.model`.
 
     Args:
         edit_latents: (B, pictures, C, h, w), clean; of several sizes for each sample a list of (1, C, h, w), the sizes
