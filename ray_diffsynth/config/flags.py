@@ -54,10 +54,12 @@ GROUPS = (
 class _Parser(ArgumentParser):
     """jsonargparse's parser with errors of one line that name the flag, the value and the fix."""
 
+    sentences: Mapping[str, str] = {}
+    """Option -> what it is."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if missing := re.search(r"arguments are required: (\w+)", message):
-            what = next(str(action.help) for action in self._actions if action.dest == missing[1])
-            _refuse(self.prog, f"--{missing[1]} is missing: {what}")
+            _refuse(self.prog, f"--{missing[1]} is missing: {self.sentences[missing[1]]}")
         _refuse(self.prog, _readable(message))
 
 
@@ -90,7 +92,7 @@ def _make_parser(config_class: type[JobConfig], prog: str) -> ArgumentParser:
         "--config", action="config", metavar="FILE", help="YAML file of options; one file may serve all jobs."
     )
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    sentences = _sentences(config_class)
+    sentences = parser.sentences = _sentences(config_class)
     for title, names in _groups(config_class).items():
         group = parser.add_argument_group(title)
         for name in names:

@@ -58,6 +58,6 @@ def move(source: str, target: str) -> None:
     """Give a file or folder another name in the same store; an object store has no rename: there it is copied first."""
     if is_remote(source):
         fs, inner = filesystem(source)
-        fs.mv(inner, fs._strip_protocol(target), recursive=bool(fs.isdir(inner)))
+        fs.mv(inner, filesystem(target)[1], recursive=bool(fs.isdir(inner)))
     else:
         os.rename(local_path(source), local_path(target))

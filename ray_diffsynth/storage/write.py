@@ -110,8 +110,9 @@ def _create_without_condition(path: str, data: bytes) -> bool:
 def _make_parent(fs: fsspec.AbstractFileSystem, inner: str) -> None:
     """The folder of a file, where the store has folders; on an object store asking for one costs requests."""
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    if protocols.isdisjoint(_WITHOUT_FOLDERS):
-        fs.makedirs(fs._parent(inner), exist_ok=True)
+    parent = inner.rpartition("/")[0]
+    if parent and protocols.isdisjoint(_WITHOUT_FOLDERS):
+        fs.makedirs(parent, exist_ok=True)
 
 
 def remove(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -43,13 +44,15 @@ class _OnDemand(nn.Module):
     companions: Any
     device: torch.device
     torch_dtype: torch.dtype
+    _source: ModelSource
+    _read: list[str]
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
         if "_source" not in own or (name not in self.parts and name not in self.companions):
             return super().__getattr__(name)
-        if name in self._modules:
-            return self._modules[name]
+        with suppress(AttributeError):
+            return super().__getattr__(name)
         source: ModelSource = own["_source"]
         if name in self.parts:
             part = self.parts[name]
