@@ -62,7 +62,7 @@ class ModelParts(torch.nn.Module):
     def configured(cls, source: ModelSource) -> Self:
         """`skeleton` with what the model's configuration files say: sizes, schedule. Raises as `configure`."""
         pipe = cls.skeleton()
-        pipe._configure(source)
+        pipe.set_up(source)
         return pipe
 
     @classmethod
@@ -101,7 +101,7 @@ class ModelParts(torch.nn.Module):
             for companion in part.companions:
                 other = cls.companions[companion]
                 setattr(pipe, companion, load_companion(source, other.subfolder, other.cls))
-        pipe._configure(source)
+        pipe.set_up(source)
         return pipe.eval().requires_grad_(False)
 
     @classmethod
@@ -118,7 +118,8 @@ class ModelParts(torch.nn.Module):
             for companion in part.companions:
                 check_companion(source, cls.companions[companion].subfolder)
 
-    def _configure(self, source: ModelSource) -> None:
+    def set_up(self, source: ModelSource) -> None:
+        """Make the scheduler, and call the hook `configure`; for who makes an instance without loading its parts."""
         if self.schedule:
             self.scheduler = FlowMatchScheduler(self.schedule, config=_scheduler_config(source))
         self.configure(source)

@@ -25,7 +25,7 @@ def on_demand(
     for name in (*cls.parts, *cls.companions):
         delattr(pipe, name)  # without it Python asks __getattr__
     pipe.__dict__.update(_source=source, _read=[])
-    pipe._configure(source)
+    pipe.set_up(source)
     return pipe
 
 
