@@ -34,7 +34,8 @@ def documented_outputs() -> set[str]:
     for page in PAGES:
         for code in re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in code.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True) if line.startswith(("python ", "    python ")) else []
+                command = line.strip().startswith(("python ", "ray-diffsynth "))
+                words = shlex.split(line, comments=True) if command else []
                 folders |= {value for flag, value in zip(words, words[1:], strict=False) if flag in WRITTEN}
     return {folder.removeprefix("./") for folder in folders if not folder.startswith("/") and "://" not in folder}
 
