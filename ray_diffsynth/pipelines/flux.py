@@ -76,14 +76,14 @@ class FluxPipeline(KLImagePipeline):
         self.model_fn = model_fn
 
     def configure(self, source: ModelSource) -> None:
-        """As the base class. Raises PipelineError for a model that takes a further picture."""
+        """As the base class. Raises PipelineError for a model that takes a further image."""
         super().configure(source)
         expected = 4 * self.latent_channels
         found = int(source.config("transformer").get("in_channels", expected))
         if found != expected:
             raise PipelineError(
                 f"the transformer of {source.model_id} takes {found} channels, that of the family {self.family} "
-                f"{expected}: FLUX.1 Fill, Canny and Depth, which take a further picture, are not supported; use "
+                f"{expected}: FLUX.1 Fill, Canny and Depth, which take a further image, are not supported; use "
                 "FLUX.1 dev, schnell or Krea-dev"
             )
 

@@ -128,7 +128,7 @@ def model_fn(
         timestep=timestep.expand(batch) / 1000,
         guidance=None,
         encoder_hidden_states=prompt_embeds,
-        # Four axes: picture, row, column, word.
+        # Four axes: image, row, column, word.
         txt_ids=grid_positions(1, 1, 1, prompt_embeds.shape[1], device=latents.device),
         img_ids=grid_positions(1, height, width, 1, device=latents.device),
         return_dict=False,

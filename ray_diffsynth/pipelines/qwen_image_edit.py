@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit: Qwen-Image with pictures to edit, which its text encoder and its transformer both see."""
+"""Qwen-Image-Edit: Qwen-Image with images to edit, which its text encoder and its transformer both see."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline, diffu
 from ray_diffsynth.pipelines.shared.image_units import image_units
 from ray_diffsynth.pipelines.shared.packing import pack_latents, unpack_latents
 
-Pictures: TypeAlias = Image.Image | Sequence[Image.Image]
+Images: TypeAlias = Image.Image | Sequence[Image.Image]
 
 EditLatents: TypeAlias = Tensor | Sequence[Sequence[Tensor]]
 
 EDIT_AREA = 1024 * 1024
-"""Pixels to which diffusers scales a picture before it is edited."""
+"""Pixels to which diffusers scales an image before it is edited."""
 IMAGE_PAD = "<|image_pad|>"
 
 
 class QwenImageEditPipeline(QwenImagePipeline):
-    """Qwen-Image-Edit. `edit_image` is the picture to edit, `input_image` the result."""
+    """Qwen-Image-Edit. `edit_image` is the image to edit, `input_image` the result."""
 
     version = 1
     family: ClassVar[str] = "qwen_image_edit"
@@ -53,10 +53,10 @@ class QwenImageEditPipeline(QwenImagePipeline):
     reference_params: ClassVar[tuple[str, ...]] = ("edit_image",)
     diffusers_pipeline: ClassVar[str] = "QwenImageEditPipeline"
     """Whose prompt template is used."""
-    picture_text: ClassVar[str] = ""
-    """What stands before the prompt for each picture, {} its number; empty: the template has the place of one."""
+    image_text: ClassVar[str] = ""
+    """What stands before the prompt for each image, {} its number; empty: the template has the place of one."""
     vision_area: ClassVar[int | None] = None
-    """Pixels to which a picture is scaled for the text encoder; None: it sees the picture that the VAE sees."""
+    """Pixels to which an image is scaled for the text encoder; None: it sees the image that the VAE sees."""
 
     processor: Any
 
@@ -66,26 +66,26 @@ class QwenImageEditPipeline(QwenImagePipeline):
         self.model_fn = model_fn
 
     def training_settings(self) -> dict[str, Any]:
-        # Off: a dataset's pictures are scaled to their bucket, by their own shape.
+        # Off: a dataset's images are scaled to their bucket, by their own shape.
         return {**super().training_settings(), "edit_image_auto_resize": False}
 
     def prompt_templates(self) -> Mapping[str, str]:
         template, dropped = diffusers_template(self.diffusers_pipeline)
-        return {"prompt": template, "dropped tokens": str(dropped), "image": self.picture_text}
+        return {"prompt": template, "dropped tokens": str(dropped), "image": self.image_text}
 
-    def pictures(self, edit_image: Pictures) -> list[Image.Image]:
+    def images(self, edit_image: Images) -> list[Image.Image]:
         """`edit_image` as a list. Raises PipelineError for none, or more than the family takes."""
-        pictures = [edit_image] if isinstance(edit_image, Image.Image) else list(edit_image)
-        if not pictures or (len(pictures) > 1 and not self.picture_text):
+        images = [edit_image] if isinstance(edit_image, Image.Image) else list(edit_image)
+        if not images or (len(images) > 1 and not self.image_text):
             raise PipelineError(
-                f"edit_image holds {len(pictures)} pictures, but the family {self.family} edits one; "
+                f"edit_image holds {len(images)} images, but the family {self.family} edits one; "
                 "several are for --family qwen_image_edit_plus (Qwen-Image-Edit-2509 and later)"
             )
-        return pictures
+        return images
 
-    def encode_edit_prompt(self, prompt: str, pictures: Sequence[Image.Image]) -> Tensor:
-        """One embedding (1, L, D) of the pictures and the prompt, without the tokens of the template's beginning."""
-        seen = self.processor(images=list(pictures), return_tensors="pt").to(self.device)
+    def encode_edit_prompt(self, prompt: str, images: Sequence[Image.Image]) -> Tensor:
+        """One embedding (1, L, D) of the images and the prompt, without the tokens of the template's beginning."""
+        seen = self.processor(images=list(images), return_tensors="pt").to(self.device)
         text, drop = self._vision_text(prompt, seen.image_grid_thw)
         tokens = self.tokenizer([text], return_tensors="pt").to(self.device)
         outputs = self.text_encoder(
@@ -93,7 +93,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
             attention_mask=tokens.attention_mask,
             pixel_values=seen.pixel_values.to(self.torch_dtype),
             image_grid_thw=seen.image_grid_thw,
-            # Without it transformers >= 5 gives the pictures positions of text, in silence.
+            # Without it transformers >= 5 gives the images positions of text, in silence.
             mm_token_type_ids=(tokens.input_ids == self.text_encoder.config.image_token_id).long(),
             output_hidden_states=True,
         )
@@ -101,12 +101,12 @@ class QwenImageEditPipeline(QwenImagePipeline):
         return embeds
 
     def _vision_text(self, prompt: str, grids: Tensor) -> tuple[str, int]:
-        """The templated prompt with a placeholder for each token of the pictures, and how many tokens are dropped."""
+        """The templated prompt with a placeholder for each token of the images, and how many tokens are dropped."""
         template, drop = diffusers_template(self.diffusers_pipeline)
-        before = "".join(self.picture_text.format(number) for number in range(1, len(grids) + 1))
+        before = "".join(self.image_text.format(number) for number in range(1, len(grids) + 1))
         head, *tails = template.format(before + prompt).split(IMAGE_PAD)
         if len(tails) != len(grids):
-            raise PipelineError(f"the prompt holds {IMAGE_PAD}, which stands for a picture; take it out: {prompt:.80}")
+            raise PipelineError(f"the prompt holds {IMAGE_PAD}, which stands for an image; take it out: {prompt:.80}")
         counts = (grids.prod(dim=1) // self.processor.merge_size**2).tolist()
         return head + "".join(IMAGE_PAD * count + tail for count, tail in zip(counts, tails, strict=True)), drop
 
@@ -114,7 +114,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
     def __call__(  # type: ignore[override]
         self,
         prompt: str,
-        edit_image: Pictures,
+        edit_image: Images,
         negative_prompt: str = "",
         cfg_scale: float | None = None,
         input_image: Image.Image | None = None,
@@ -131,14 +131,14 @@ class QwenImageEditPipeline(QwenImagePipeline):
         output_type: str = "pil",
         progress_bar_cmd: ProgressBar = no_progress_bar,
     ) -> Image.Image | Tensor:
-        """Edit one picture, or make one of several. Arguments that are not named here: `ImagePipeline.__call__`.
+        """Edit one image, or make one of several. Arguments that are not named here: `ImagePipeline.__call__`.
 
         Args:
-            edit_image: the picture; several where the family takes them.
-            edit_image_auto_resize: scale the pictures to about 1024 x 1024 pixels of their shape, as diffusers does.
-            height, width: of the result; None: those of the last picture, scaled.
+            edit_image: the image; several where the family takes them.
+            edit_image_auto_resize: scale the images to about 1024 x 1024 pixels of their shape, as diffusers does.
+            height, width: of the result; None: those of the last image, scaled.
         """
-        last = scaled_size(self.pictures(edit_image)[-1], EDIT_AREA)
+        last = scaled_size(self.images(edit_image)[-1], EDIT_AREA)
         own = self.defaults
         shared = {
             "cfg_scale": own.cfg_scale if cfg_scale is None else cfg_scale,
@@ -156,7 +156,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
 
 
 class QwenImageEditUnit_EditImageEmbedder(PipelineUnit):
-    """`edit_image` -> edit_latents (1, pictures, C, h, w); of pictures of several sizes a list of (1, C, h, w)."""
+    """`edit_image` -> edit_latents (1, images, C, h, w); of images of several sizes a list of (1, C, h, w)."""
 
     version = 1
 
@@ -170,27 +170,27 @@ class QwenImageEditUnit_EditImageEmbedder(PipelineUnit):
     def process(
         self,
         pipe: QwenImageEditPipeline,
-        edit_image: Pictures,
+        edit_image: Images,
         edit_image_auto_resize: bool = False,
         tiled: bool = False,
         tile_size: int = 128,
         tile_stride: int = 64,
     ) -> dict[str, Any]:
-        pictures = pipe.pictures(edit_image)
+        images = pipe.images(edit_image)
         if edit_image_auto_resize:
-            pictures = [resized(picture, EDIT_AREA) for picture in pictures]
-        for picture in pictures:
-            pipe.check_resize_height_width(picture.height, picture.width)
+            images = [resized(image, EDIT_AREA) for image in images]
+        for image in images:
+            pipe.check_resize_height_width(image.height, image.width)
         pipe.load_models_to_device(("vae",))
-        pixels = (pipe.preprocess_image(picture) for picture in pictures)
+        pixels = (pipe.preprocess_image(image) for image in images)
         tiling: dict[str, Any] = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
-        latents = [pipe.encode_images(picture, **tiling) for picture in pixels]
-        same = len({picture.size for picture in pictures}) == 1
+        latents = [pipe.encode_images(image, **tiling) for image in pixels]
+        same = len({image.size for image in images}) == 1
         return {"edit_latents": torch.stack(latents, dim=1) if same else latents}
 
 
 class QwenImageEditUnit_PromptEmbedder(PipelineUnit):
-    """`prompt` (and `negative_prompt`) with the pictures -> embeddings (1, L, D) without padding."""
+    """`prompt` (and `negative_prompt`) with the images -> embeddings (1, L, D) without padding."""
 
     version = 1
 
@@ -205,12 +205,12 @@ class QwenImageEditUnit_PromptEmbedder(PipelineUnit):
         )
 
     def process(
-        self, pipe: QwenImageEditPipeline, prompt: str, edit_image: Pictures, edit_image_auto_resize: bool = False
+        self, pipe: QwenImageEditPipeline, prompt: str, edit_image: Images, edit_image_auto_resize: bool = False
     ) -> dict[str, Any]:
         pipe.load_models_to_device(("text_encoder",))
         area = pipe.vision_area or (EDIT_AREA if edit_image_auto_resize else None)
-        pictures = [picture if area is None else resized(picture, area) for picture in pipe.pictures(edit_image)]
-        return {"prompt_embeds": pipe.encode_edit_prompt(prompt, pictures)}
+        images = [image if area is None else resized(image, area) for image in pipe.images(edit_image)]
+        return {"prompt_embeds": pipe.encode_edit_prompt(prompt, images)}
 
 
 def model_fn(
@@ -227,33 +227,33 @@ def model_fn(
     """The velocity noise - x0, in the shape of `latents`: see `qwen_image.model`.
 
     Args:
-        edit_latents: (B, pictures, C, h, w), clean; of several sizes for each sample a list of (1, C, h, w), the sizes
+        edit_latents: (B, images, C, h, w), clean; of several sizes for each sample a list of (1, C, h, w), the sizes
             alike in all samples. Their tokens follow those of `latents`, and their outputs are cut.
     """
     batch, _, height, width = latents.shape
     enable_checkpointing(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     if isinstance(edit_latents, Tensor):
-        pictures = [latents, *edit_latents.unbind(1)]
+        images = [latents, *edit_latents.unbind(1)]
     else:
-        pictures = [latents, *(torch.cat(alike) for alike in zip(*edit_latents, strict=True))]
+        images = [latents, *(torch.cat(alike) for alike in zip(*edit_latents, strict=True))]
     prediction: Tensor = dit(
-        hidden_states=torch.cat([pack_latents(picture) for picture in pictures], dim=1),
+        hidden_states=torch.cat([pack_latents(image) for image in images], dim=1),
         timestep=timestep.expand(batch) / 1000,
         encoder_hidden_states=prompt_embeds,
         encoder_hidden_states_mask=prompt_embeds_mask,
-        img_shapes=[[(1, picture.shape[-2] // 2, picture.shape[-1] // 2) for picture in pictures]] * batch,
+        img_shapes=[[(1, image.shape[-2] // 2, image.shape[-1] // 2) for image in images]] * batch,
         return_dict=False,
     )[0]
     return unpack_latents(prediction[:, : height * width // 4], height, width)
 
 
-def scaled_size(picture: Image.Image, area: int) -> tuple[int, int]:
-    """(width, height) of the shape of `picture` with about `area` pixels, in steps of 32: diffusers' rule."""
-    width = math.sqrt(area * picture.width / picture.height)
-    height = width * picture.height / picture.width
+def scaled_size(image: Image.Image, area: int) -> tuple[int, int]:
+    """(width, height) of the shape of `image` with about `area` pixels, in steps of 32: diffusers' rule."""
+    width = math.sqrt(area * image.width / image.height)
+    height = width * image.height / image.width
     return round(width / 32) * 32, round(height / 32) * 32
 
 
-def resized(picture: Image.Image, area: int) -> Image.Image:
-    """The picture in its `scaled_size`."""
-    return picture.resize(scaled_size(picture, area), Image.Resampling.LANCZOS)
+def resized(image: Image.Image, area: int) -> Image.Image:
+    """The image in its `scaled_size`."""
+    return image.resize(scaled_size(image, area), Image.Resampling.LANCZOS)

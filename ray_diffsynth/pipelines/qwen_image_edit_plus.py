@@ -8,10 +8,10 @@ from ray_diffsynth.pipelines.qwen_image_edit import IMAGE_PAD, QwenImageEditPipe
 
 
 class QwenImageEditPlusPipeline(QwenImageEditPipeline):
-    """Qwen-Image-Edit-2509 and later: `edit_image` may be a list, and the text encoder sees small pictures."""
+    """Qwen-Image-Edit-2509 and later: `edit_image` may be a list, and the text encoder sees small images."""
 
     version = 1
     family: ClassVar[str] = "qwen_image_edit_plus"
     diffusers_pipeline: ClassVar[str] = "QwenImageEditPlusPipeline"
-    picture_text: ClassVar[str] = f"Picture {{}}: <|vision_start|>{IMAGE_PAD}<|vision_end|>"
+    image_text: ClassVar[str] = f"Picture {{}}: <|vision_start|>{IMAGE_PAD}<|vision_end|>"
     vision_area: ClassVar[int | None] = 384 * 384

@@ -89,10 +89,10 @@ class WanVideoUnit_ImageEmbedderCLIP(PipelineUnit):
         return self.process_batch(pipe, [{"input_image": input_image}])[0]
 
     def process_batch(self, pipe: WanImageToVideoPipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One call of CLIP for all pictures: it sees them in one size."""
+        """One call of CLIP for all images: it sees them in one size."""
         pipe.load_models_to_device(("image_encoder",))
-        pictures = [inputs["input_image"] for inputs in batch]
-        pixels = pipe.image_processor(images=pictures, return_tensors="pt").pixel_values
+        images = [inputs["input_image"] for inputs in batch]
+        pixels = pipe.image_processor(images=images, return_tensors="pt").pixel_values
         encoder = pipe.image_encoder
         states: Tensor = encoder(pixels.to(pipe.device, encoder.dtype), output_hidden_states=True).hidden_states[-2]
         return [{"image_embeds": single[None].to(pipe.torch_dtype, copy=True)} for single in states]

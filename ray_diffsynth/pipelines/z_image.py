@@ -69,7 +69,7 @@ def model_fn(
 
     Args:
         latents: (B, C, h, w), h and w even.
-        timestep: 1000 * sigma, (B,) or (1,), fp32; the transformer counts from noise (0) to picture (1).
+        timestep: 1000 * sigma, (B,) or (1,), fp32; the transformer counts from noise (0) to image (1).
         prompt_embeds: B tensors (1, L_i, D), unpadded.
     """
     enable_checkpointing(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)

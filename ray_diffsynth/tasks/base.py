@@ -58,7 +58,7 @@ class Task(Protocol):
     columns: metadata columns that every row must have, each with what reads its value (it raises ValueError, and the
         row is rejected). ``loss`` gets those that it reads as lists, one entry a sample.
     as_sampled: whether the loss runs the family's sampling loop: the model then gets the settings of sampling
-        (``BasePipeline.sampling_settings``), and a picture must be used in the size that it was made in.
+        (``BasePipeline.sampling_settings``), and an image must be used in the size that it was made in.
     """
 
     name: ClassVar[str]

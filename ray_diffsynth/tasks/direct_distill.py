@@ -32,17 +32,17 @@ def _rand_device(value: Any) -> str:
 def _no_guidance(value: Any) -> float:
     if float(value) != 1:
         raise ValueError(
-            f"it is {value}, but the student runs without guidance; write 1 (the teacher's scale is in its picture)"
+            f"it is {value}, but the student runs without guidance; write 1 (the teacher's scale is in its image)"
         )
     return 1.0
 
 
 @dataclass(frozen=True)
 class DirectDistill:
-    """Mean squared error between the latents that the student samples and those of the teacher's picture.
+    """Mean squared error between the latents that the student samples and those of the teacher's image.
 
     DiffSynth-Studio's scheme: from the noise of the row's ``seed`` and ``rand_device``, the one that the teacher's
-    picture was made from, the student runs the family's sampling schedule of ``num_inference_steps`` steps without
+    image was made from, the student runs the family's sampling schedule of ``num_inference_steps`` steps without
     guidance, with gradients through all of them. The noise is the row's, so it is the same in every epoch.
 
     Rows of one batch may differ in their number of steps: those with equal ones run together.
@@ -81,7 +81,7 @@ class DirectDistill:
         return LossOutput(per_sample.mean(), per_sample.detach(), torch.cat(sigmas)[order])
 
     def noise(self, pipe: TrainablePipeline, batch: Mapping[str, Any]) -> Tensor:
-        """The noise (B, ...) that each row's picture was made from.
+        """The noise (B, ...) that each row's image was made from.
 
         Raises TaskError for noise of a GPU on a machine without one: it is not the noise that a CPU draws.
         """
@@ -91,7 +91,7 @@ class DirectDistill:
             if device == "cuda" and not torch.cuda.is_available():
                 raise TaskError(
                     "the column rand_device says cuda, whose noise only a GPU draws again; train on a GPU, or generate "
-                    "the pictures with rand_device=cpu"
+                    "the images with rand_device=cpu"
                 )
             drawn.append(pipe.initial_noise(shape, seed, device))
         return torch.cat(drawn)

@@ -24,7 +24,7 @@ class SFT:
     end, as in DiffSynth-Studio), and noise from N(0, 1); both are functions of the sample's key alone.
 
     timestep_sampling: see ``TimestepSampling``; "shift" draws uniformly from the schedule by which the family samples
-    a picture of the sample's size, 1000 points of it, or from the unshifted one shifted by ``timestep_shift``.
+    an image of the sample's size, 1000 points of it, or from the unshifted one shifted by ``timestep_shift``.
 
     weighting: a name of ``LOSS_WEIGHTINGS``.
     """

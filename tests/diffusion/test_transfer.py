@@ -1,4 +1,4 @@
-"""Tensors in lists are reached too: latents of pictures of several sizes."""
+"""Tensors in lists are reached too: latents of images of several sizes."""
 
 from __future__ import annotations
 

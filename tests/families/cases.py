@@ -42,7 +42,7 @@ class FamilyCase:
         groups: what the cache holds for SFT of the dit: group name -> parameters. Nothing else may be in it.
         latents: diffusers' output of output_type="latent" -> our normalised latents; gets diffusers' pipeline too.
         encode: what diffusers' pipeline makes of a row, as cached parameters (each (1, …)); what may be compared.
-        samplings: with and without guidance; a few steps. The first one is used for the pictures and the LoRA too.
+        samplings: with and without guidance; a few steps. The first one is used for the images and the LoRA too.
         inputs: the dataset row number i, decoded; rows 0, 1, 2 fit in one batch and differ in prompt length.
         settings: overrides of `training_settings` that keep the tiny model fast.
         lora_targets: None: the family's own.
@@ -70,11 +70,11 @@ def load_case(family: str) -> FamilyCase:
     return case
 
 
-def picture(height: int = 32, width: int = 48, seed: int = 0) -> Image.Image:
+def make_image(height: int = 32, width: int = 48, seed: int = 0) -> Image.Image:
     """Random pixels."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def picture_row(index: int) -> dict[str, Any]:
+def image_row(index: int) -> dict[str, Any]:
     """The decoded row of a text-to-image dataset."""
-    return {"input_image": picture(seed=index), "prompt": PROMPTS[index], "height": 32, "width": 48}
+    return {"input_image": make_image(seed=index), "prompt": PROMPTS[index], "height": 32, "width": 48}

@@ -102,9 +102,9 @@ def test_sampling_equals_diffusers(case: FamilyCase, pipe: BasePipeline, theirs:
         torch.testing.assert_close(got, expected, rtol=0, atol=case.tolerance)
 
 
-def test_pictures_equal_diffusers(case: FamilyCase, pipe: BasePipeline, theirs: Any) -> None:
+def test_images_equal_diffusers(case: FamilyCase, pipe: BasePipeline, theirs: Any) -> None:
     sampling = case.samplings[0]
-    expected = np.asarray(their_output(theirs, sampling, "pil")[0]).astype(int)  # a picture, or the frames of a video
+    expected = np.asarray(their_output(theirs, sampling, "pil")[0]).astype(int)  # an image, or the frames of a video
     got = np.asarray(pipe(**sampling.ours, seed=7)).astype(int)
     assert got.shape == expected.shape and got.std() > 0
     assert np.abs(got - expected).max() <= 1

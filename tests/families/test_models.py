@@ -20,7 +20,7 @@ from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.registry import get_pipeline_class
 from ray_diffsynth.plan.prompts import read_prompts
 from ray_diffsynth.plan.run_plan import RunPlan
-from tests.families.cases import picture
+from tests.families.cases import make_image
 from tests.training.helpers import make_config
 
 ModelFolder = Callable[[str], Path]
@@ -92,12 +92,12 @@ def test_caption_dropout_of_edits_is_refused_in_both_forms(
         ("wan_i2v", "input_image", {"num_frames": 5}),
     ],
 )
-def test_generating_from_a_picture(
+def test_generating_from_a_image(
     family: str, column: str, options: dict[str, Any], model_folder: ModelFolder, tmp_path: Path
 ) -> None:
     root = model_folder(family)
     for name, seed in (("a", 0), ("b", 1)):
-        picture(seed=seed).save(tmp_path / f"{name}.png")
+        make_image(seed=seed).save(tmp_path / f"{name}.png")
     (tmp_path / "prompts.csv").write_text(f"prompt,{column}\na cat,a.png\na cat,b.png\n")
     config = GenerateConfig(
         model=str(root), prompt_path=str(tmp_path / "prompts.csv"), output_path=str(tmp_path),
@@ -108,4 +108,4 @@ def test_generating_from_a_picture(
     items = plan_items(config, read_prompts(config, image_params(pipe)), pipe, {})
     paint = Painter(RunPlan.resolve(config))
     one, two = ((tmp_path / paint(item)).read_bytes() for item in items)
-    assert one != two, "it is made from its picture"
+    assert one != two, "it is made from its image"

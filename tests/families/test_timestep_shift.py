@@ -1,4 +1,4 @@
-"""`--timestep_sampling shift` draws the noise levels at which the family samples a picture of the same size.
+"""`--timestep_sampling shift` draws the noise levels at which the family samples an image of the same size.
 
 diffusers is the judge, with the scheduler configurations that the released models have.
 """
@@ -77,7 +77,7 @@ def test_every_family_is_here() -> None:
 
 
 def their_median(model: Released, height: int, width: int) -> float:
-    """The sigma half-way through the schedule by which diffusers samples a picture of this size."""
+    """The sigma half-way through the schedule by which diffusers samples an image of this size."""
     if "flow_shift" in model.config:
         unipc: Any = diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, **model.config

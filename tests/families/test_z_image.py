@@ -14,7 +14,7 @@ from transformers import Qwen3ForCausalLM
 from ray_diffsynth.data.warnings import DataWarning, collecting
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.z_image import ZImagePipeline
-from tests.families.cases import PROMPTS, picture
+from tests.families.cases import PROMPTS, make_image
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_sampling_is_in_fp32_whatever_the_model(pipe: ZImagePipeline) -> None:
 
 
 def test_image_to_image_and_tiling(pipe: ZImagePipeline) -> None:
-    image = picture(64, 64)
+    image = make_image(64, 64)
     sizes = {"height": 64, "width": 64, "seed": 0, "num_inference_steps": 2}
     made = pipe("p", input_image=image, denoising_strength=0.2, tiled=True, tile_size=4, tile_stride=3, **sizes)
     assert isinstance(made, Image.Image) and made.size == (64, 64)

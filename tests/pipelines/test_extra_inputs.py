@@ -1,4 +1,4 @@
-"""--extra_inputs: further columns reach the units of a pipeline, as pictures, lists and videos, in both stages."""
+"""--extra_inputs: further columns reach the units of a pipeline, as images, lists and videos, in both stages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.pipelines.wan_i2v import WanImageToVideoPipeline
 from ray_diffsynth.tasks import SFT
 from ray_diffsynth.training.module import DiffusionTrainingModule
-from tests.families.cases import picture
+from tests.families.cases import make_image
 from tests.video_files import draw_clip
 
 
@@ -37,8 +37,8 @@ class ControlUnit(PipelineUnit):
         )
 
     def process(self, pipe: Any, control_image: Any, control_scale: float) -> dict[str, Any]:
-        pictures = control_image if isinstance(control_image, list) else [control_image]
-        pixels = torch.cat([pipe.preprocess_image(one) for one in pictures])
+        images = control_image if isinstance(control_image, list) else [control_image]
+        pixels = torch.cat([pipe.preprocess_image(one) for one in images])
         latents = pipe.encode_images(pixels, tiled=False, tile_size=128, tile_stride=64)
         return {"control_latents": control_scale * latents.mean(0, keepdim=True)}
 
@@ -62,7 +62,7 @@ def model_fn_control(
 
 
 class ControlPipeline(QwenImagePipeline):
-    """A ControlNet-style pipeline of a user's own: Qwen-Image that sees further pictures."""
+    """A ControlNet-style pipeline of a user's own: Qwen-Image that sees further images."""
 
     version = 1
     family: ClassVar[str] = "control"
@@ -77,16 +77,16 @@ def config(base: Path, **options: Any) -> PreprocessConfig:
     return PreprocessConfig(model="m", dataset_base_path=str(base), output_path="out", **options)
 
 
-def test_control_pictures_through_both_stages(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_control_images_through_both_stages(tiny_qwen: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1), ("c", 2)):
-        picture(64, 64, seed=seed).save(tmp_path / f"{name}.png")
+        make_image(64, 64, seed=seed).save(tmp_path / f"{name}.png")
     keys = {"data_file_keys": "image,control_image", "extra_inputs": "control_image,control_scale"}
     pipe = ControlPipeline.from_pretrained(tiny_qwen, torch_dtype=torch.float32)
     pipe.scheduler.set_timesteps(training=True)
     spec = dataset_spec(pipe, config(tmp_path, height=32, width=32, **keys), {})
     assert spec.file_params == ("input_image", "control_image")
     planned = plan_stages(pipe, SFT(), ["dit"], spec.inputs)
-    assert set(planned.parameters) == {"input_latents", "prompt_embeds", "control_latents"}, "no picture is cached"
+    assert set(planned.parameters) == {"input_latents", "prompt_embeds", "control_latents"}, "no image is cached"
     losses = []
     for control in ("b.png", "c.png", ["b.png", "c.png"]):
         row = {"image": "a.png", "prompt": "a red square", "control_image": control, "control_scale": 0.5}

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit beyond the conformance suite: sizes of the pictures, and errors."""
+"""Qwen-Image-Edit beyond the conformance suite: sizes of the images, and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.unit import make_state, run_units
 from ray_diffsynth.pipelines.qwen_image_edit import QwenImageEditPipeline, scaled_size
 from ray_diffsynth.pipelines.qwen_image_edit_plus import QwenImageEditPlusPipeline
-from tests.families.cases import picture
+from tests.families.cases import make_image
 from tests.families.tiny.qwen_image_edit_plus import build
 
 
@@ -25,27 +25,27 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> QwenImageEditPlusPipeline:
 
 @pytest.mark.parametrize("size", [(1024, 1024), (1328, 800), (333, 1777), (64, 48)])
 @pytest.mark.parametrize("area", [1024 * 1024, 384 * 384])
-def test_pictures_are_scaled_as_diffusers_does(size: tuple[int, int], area: int) -> None:
+def test_images_are_scaled_as_diffusers_does(size: tuple[int, int], area: int) -> None:
     width, height = size
     ratio = width / height
     side = (area * ratio) ** 0.5
     assert scaled_size(Image.new("RGB", size), area) == (round(side / 32) * 32, round(side / ratio / 32) * 32)
 
 
-def test_a_picture_of_any_size_is_scaled_on_the_way_in(
+def test_a_image_of_any_size_is_scaled_on_the_way_in(
     pipe: QwenImageEditPlusPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(edit, "EDIT_AREA", 64 * 64)
     arguments: dict[str, Any] = {"prompt": "a red square", "cfg_scale": 1.0, "seed": 0, "num_inference_steps": 2}
-    result = pipe(**arguments, edit_image=picture(50, 99))
+    result = pipe(**arguments, edit_image=make_image(50, 99))
     assert isinstance(result, Image.Image) and result.size == (96, 32)
     with pytest.raises(PipelineError, match="height=50 is not a multiple of 16"):
-        pipe(**arguments, edit_image=picture(50, 99), edit_image_auto_resize=False)
+        pipe(**arguments, edit_image=make_image(50, 99), edit_image_auto_resize=False)
 
 
-def test_the_prompt_and_each_picture_change_the_result(pipe: QwenImageEditPlusPipeline) -> None:
+def test_the_prompt_and_each_image_change_the_result(pipe: QwenImageEditPlusPipeline) -> None:
     def latents(prompt: str = "a red square", first: int = 0, second: int = 1) -> torch.Tensor:
-        edit = [picture(32, 48, seed=first), picture(32, 48, seed=second)]
+        edit = [make_image(32, 48, seed=first), make_image(32, 48, seed=second)]
         options: dict[str, Any] = {"edit_image_auto_resize": False, "height": 32, "width": 48, "output_type": "latent"}
         made = pipe(prompt, edit, cfg_scale=1.0, seed=0, num_inference_steps=2, **options)
         assert isinstance(made, torch.Tensor)
@@ -59,20 +59,20 @@ def test_the_prompt_and_each_picture_change_the_result(pipe: QwenImageEditPlusPi
 
 def test_errors_say_what_to_do(pipe: QwenImageEditPlusPipeline) -> None:
     one = QwenImageEditPipeline()
-    with pytest.raises(PipelineError, match="holds 2 pictures.*qwen_image_edit_plus"):
-        one.pictures([picture(), picture()])
-    with pytest.raises(PipelineError, match="holds 0 pictures"):
-        pipe.pictures([])
-    with pytest.raises(PipelineError, match="stands for a picture"):
-        pipe.encode_edit_prompt("a <|image_pad|>", [picture()])
+    with pytest.raises(PipelineError, match="holds 2 images.*qwen_image_edit_plus"):
+        one.images([make_image(), make_image()])
+    with pytest.raises(PipelineError, match="holds 0 images"):
+        pipe.images([])
+    with pytest.raises(PipelineError, match="stands for an image"):
+        pipe.encode_edit_prompt("a <|image_pad|>", [make_image()])
 
 
-def test_pictures_of_several_sizes(pipe: QwenImageEditPlusPipeline) -> None:
+def test_images_of_several_sizes(pipe: QwenImageEditPlusPipeline) -> None:
     """Each keeps its own; a batch of them is its samples one by one."""
 
     def sample(seed: int) -> dict[str, Any]:
-        edit = [picture(32, 48, seed=seed), picture(64, 16, seed=seed + 1)]
-        inputs = {"input_image": picture(32, 32, seed=seed), "edit_image": edit, "prompt": "both", "height": 32}
+        edit = [make_image(32, 48, seed=seed), make_image(64, 16, seed=seed + 1)]
+        inputs = {"input_image": make_image(32, 32, seed=seed), "edit_image": edit, "prompt": "both", "height": 32}
         inputs |= {"width": 32, **pipe.training_settings()}
         (state,) = run_units(pipe.units, pipe, [make_state(pipe.units, inputs)])
         return state.flat()

@@ -136,14 +136,14 @@ def test_rows_that_cannot_be_distilled_are_rejected_with_the_reason(tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def teacher(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures with the columns of direct_distill, all as text as a csv has them."""
+    """Six images with the columns of direct_distill, all as text as a csv has them."""
     root = tmp_path_factory.mktemp("teacher")
     pipe = QwenImagePipeline.from_pretrained(tiny_qwen, torch_dtype=torch.float32)
     lines = []
     for index, steps in enumerate(STEPS):
-        picture = pipe(f"picture {index}", height=32, width=32 if index < 4 else 48, seed=index, num_inference_steps=5)
-        assert isinstance(picture, Image.Image)
-        picture.save(root / f"{index}.png")
+        image = pipe(f"picture {index}", height=32, width=32 if index < 4 else 48, seed=index, num_inference_steps=5)
+        assert isinstance(image, Image.Image)
+        image.save(root / f"{index}.png")
         columns = {"seed": index, "rand_device": "cpu", "num_inference_steps": steps, "cfg_scale": 1}
         lines.append({"image": f"{index}.png", "prompt": f"picture {index}", **columns})
     write_rows(root / "metadata.csv", lines)

@@ -39,9 +39,9 @@ class BasePipeline(Sampling, ImageConversion):
     file_params: ClassVar[tuple[str, ...]] = ("input_image",)
     """Parameters whose column names files, whatever `--data_file_keys` says."""
     video_params: ClassVar[tuple[str, ...]] = ()
-    """Those of a model of videos that are given as frames, uint8 (F, H, W, 3); the others are pictures."""
+    """Those of a model of videos that are given as frames, uint8 (F, H, W, 3); the others are images."""
     reference_params: ClassVar[tuple[str, ...]] = ()
-    """File parameters whose pictures may have another size than the target: each is cut by its own shape."""
+    """File parameters whose images may have another size than the target: each is cut by its own shape."""
     default_num_frames: ClassVar[int] = 1
     """`--num_frames` where it is not given."""
     lora_prefix: ClassVar[str] = "diffusion_model."

@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def content_of(value: Any) -> bytes:
-    """Equal for values of equal types and contents: tensors, arrays, pictures, numbers, text, and nestings of these.
+    """Equal for values of equal types and contents: tensors, arrays, images, numbers, text, and nestings of these.
 
     Of other objects their attributes count; models, functions and classes are told apart, not looked into.
     """

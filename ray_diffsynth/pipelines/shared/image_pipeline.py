@@ -1,4 +1,4 @@
-"""`ImagePipeline`: the base of the families that make one picture."""
+"""`ImagePipeline`: the base of the families that make one image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SamplingDefaults:
 
 
 class ImagePipeline(BasePipeline, ABC):
-    """Base of the families that make one picture from a prompt; latents are (B, C, h, w).
+    """Base of the families that make one image from a prompt; latents are (B, C, h, w).
 
     A subclass sets the units (`image_units`, and `ImageUnit_PromptEmbedder` or its own for the text), `model_fn`,
     `latent_channels` and `vae_scale_factor`, and implements the abstract methods.
@@ -74,7 +74,7 @@ class ImagePipeline(BasePipeline, ABC):
         return None
 
     def initial_noise(self, shape: Sequence[int], seed: int | None, rand_device: str = "cpu") -> Tensor:
-        """Drawn in the dtype in which diffusers draws it: the same seed gives the same picture."""
+        """Drawn in the dtype in which diffusers draws it: the same seed gives the same image."""
         dtype = self.noise_dtype or self.torch_dtype
         return self.generate_noise(shape, seed, rand_device, rand_torch_dtype=dtype, torch_dtype=dtype)
 
@@ -100,7 +100,7 @@ class ImagePipeline(BasePipeline, ABC):
         return self._tokens(height, width)
 
     def _tokens(self, height: int, width: int) -> int:
-        """Image tokens that the transformer sees of a picture of so many pixels."""
+        """Image tokens that the transformer sees of an image of so many pixels."""
         return height // self.height_division_factor * (width // self.width_division_factor)
 
     @torch.no_grad()
@@ -124,12 +124,12 @@ class ImagePipeline(BasePipeline, ABC):
         output_type: str = "pil",
         progress_bar_cmd: ProgressBar = no_progress_bar,
     ) -> Image.Image | Tensor:
-        """Generate one picture, by the units that training uses. What is None is the family's `defaults`.
+        """Generate one image, by the units that training uses. What is None is the family's `defaults`.
 
         Args:
             cfg_scale: classifier-free guidance against `negative_prompt`; 1 turns it off and halves the time.
-            input_image: start from this picture, of `height` x `width`, noised by `denoising_strength` in (0, 1].
-            seed: decides the noise; None: another picture each time.
+            input_image: start from this image, of `height` x `width`, noised by `denoising_strength` in (0, 1].
+            seed: decides the noise; None: another image each time.
             embedded_guidance: of the families whose transformer takes the guidance as an input.
             output_type: "pil", or "latent" for normalised latents (1, C, h, w).
             progress_bar_cmd: wraps the steps, e.g. tqdm.

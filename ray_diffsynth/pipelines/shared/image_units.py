@@ -14,7 +14,7 @@ from ray_diffsynth.pipelines.shared.initial_latents import FlowMatchUnit_Initial
 
 
 def image_units() -> list[PipelineUnit]:
-    """The units that all these families begin with: the picture's size, noise and latents."""
+    """The units that all these families begin with: the image's size, noise and latents."""
     return [
         ImageUnit_ShapeChecker(),
         ImageUnit_NoiseInitializer(),
@@ -24,7 +24,7 @@ def image_units() -> list[PipelineUnit]:
 
 
 class ImageUnit_ShapeChecker(PipelineUnit):
-    """Checks the picture's size; takes it from `input_image` where it is not given."""
+    """Checks the image's size; takes it from `input_image` where it is not given."""
 
     version = 1
 
@@ -43,7 +43,7 @@ class ImageUnit_ShapeChecker(PipelineUnit):
             if (input_image.height, input_image.width) != (height, width):
                 raise PipelineError(
                     f"input_image is {input_image.height}x{input_image.width} (height x width), but the size asked for "
-                    f"is {height}x{width}; resize the picture first"
+                    f"is {height}x{width}; resize the image first"
                 )
         if height is None or width is None:
             raise missing_input(type(self).__name__, "height" if height is None else "width", pipe, before=self)
@@ -92,7 +92,7 @@ class ImageUnit_ImageEncoder(PipelineUnit):
         return self.process_batch(pipe, [inputs])[0]
 
     def process_batch(self, pipe: ImagePipeline, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One call of the VAE for all pictures of one size."""
+        """One call of the VAE for all images of one size."""
         results: list[dict[str, Any]] = [{} for _ in batch]
         together: dict[tuple[Any, ...], list[int]] = {}
         for index, inputs in enumerate(batch):

@@ -1,4 +1,4 @@
-"""The unit after noise and encoder, the same for pictures and videos."""
+"""The unit after noise and encoder, the same for images and videos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Picture families whose VAE is diffusers' AutoencoderKL or has its shape (FLUX.2's)."""
+"""Image families whose VAE is diffusers' AutoencoderKL or has its shape (FLUX.2's)."""
 
 from __future__ import annotations
 

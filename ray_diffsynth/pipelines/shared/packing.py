@@ -32,6 +32,6 @@ def unpatchify(latents: Tensor) -> Tensor:
 
 
 def grid_positions(*sizes: int, device: torch.device | None = None) -> Tensor:
-    """Positions (N, len(sizes)) of the cells of a grid, the last axis fastest; fp32, exact for any picture."""
+    """Positions (N, len(sizes)) of the cells of a grid, the last axis fastest; fp32, exact for any image."""
     axes = [torch.arange(size, dtype=torch.float32, device=device) for size in sizes]
     return torch.cartesian_prod(*axes).reshape(-1, len(sizes))

@@ -149,7 +149,7 @@ class WanPipeline(BasePipeline):
         return self.generate_noise(shape, seed, rand_device, torch_dtype=torch.float32)
 
     def preprocess_video(self, video: Video) -> Tensor:
-        """Pictures, or uint8 pixels (F, H, W, 3), as (1, 3, F, H, W) in [-1, 1] and the pipeline's dtype."""
+        """Images, or uint8 pixels (F, H, W, 3), as (1, 3, F, H, W) in [-1, 1] and the pipeline's dtype."""
         frames = [self.preprocess_image(frame)[:, :, None] for frame in video]
         if not frames:
             raise PipelineError("a video of no frames; give at least one")

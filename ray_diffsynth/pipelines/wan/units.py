@@ -14,7 +14,7 @@ from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.unit import PipelineUnit, missing_input
 
 Video: TypeAlias = Sequence[Image.Image] | np.ndarray[Any, Any] | Tensor
-"""Pictures, or uint8 pixels (frames, height, width, 3)."""
+"""Images, or uint8 pixels (frames, height, width, 3)."""
 
 
 class VideoPipeline(Protocol):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.families.cases import PROMPTS, Sampling, picture, picture_row
+from tests.families.cases import PROMPTS, Sampling, image_row, make_image
 from tests.tiny_models import tiny_qwen_image
 
 SIZE = {"height": 32, "width": 48, "num_inference_steps": 3}
@@ -49,7 +49,7 @@ class Processor:
 
 
 def load(root: Path, cls: Any, module: ModuleType) -> Any:
-    """diffusers' pipeline: small pictures stay small, and mm_token_type_ids, which it drops, are given to the model."""
+    """diffusers' pipeline: small images stay small, and mm_token_type_ids, which it drops, are given to the model."""
     dimensions = getattr(module, "calculate_dimensions")  # noqa: B009
     if not hasattr(dimensions, "small"):
 
@@ -72,9 +72,9 @@ def load(root: Path, cls: Any, module: ModuleType) -> Any:
 
 
 def row(index: int, count: int | None = None) -> dict[str, Any]:
-    """`count`: a list of so many pictures to edit."""
-    pictures = [picture(seed=100 + 10 * index + number) for number in range(count or 1)]
-    return {**picture_row(index), "edit_image": pictures if count else pictures[0]}
+    """`count`: a list of so many images to edit."""
+    images = [make_image(seed=100 + 10 * index + number) for number in range(count or 1)]
+    return {**image_row(index), "edit_image": images if count else images[0]}
 
 
 def encode(pipe: Any, row: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from tests.families.cases import PROMPTS, FamilyCase, Sampling, picture_row
+from tests.families.cases import PROMPTS, FamilyCase, Sampling, image_row
 from tests.families.tiny.parts import clip_text, clip_tokenizer, kl_vae_settings, seeded, t5_encoder, t5_tokenizer
 
 TOKENS = 64  # instead of 512: an eighth of the time
@@ -79,6 +79,6 @@ CASE = FamilyCase(
             {**SIZE, "negative_prompt": "ugly, blurred", "true_cfg_scale": 4.0},
         ),
     ),
-    inputs=picture_row,
+    inputs=image_row,
     settings={"max_sequence_length": TOKENS},
 )

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from tests.families.cases import PROMPTS, FamilyCase, Sampling, picture_row
+from tests.families.cases import PROMPTS, FamilyCase, Sampling, image_row
 from tests.families.tiny.parts import kl_vae_settings, qwen3, qwen_chat_tokenizer, seeded
 
 TOKENS = 64  # instead of 512: an eighth of the time
@@ -74,6 +74,6 @@ CASE = FamilyCase(
         Sampling({**SIZE, "cfg_scale": 1.0}, {**SIZE, "guidance_scale": 1.0}),
         Sampling({**SIZE, "cfg_scale": 4.0}, {**SIZE, "guidance_scale": 4.0}),
     ),
-    inputs=picture_row,
+    inputs=image_row,
     settings={"max_sequence_length": TOKENS},
 )

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.families.cases import PROMPTS, FamilyCase, Sampling, picture_row
+from tests.families.cases import PROMPTS, FamilyCase, Sampling, image_row
 from tests.tiny_models import tiny_qwen_image
 
 SIZE = {"height": 32, "width": 48, "num_inference_steps": 3}
 
 
 def latents(pipe: Any, output: Tensor) -> Tensor:
-    """Packed tokens of a 32x48 picture -> (1, C, 4, 6)."""
+    """Packed tokens of a 32x48 image -> (1, C, 4, 6)."""
     unpacked: Tensor = pipe._unpack_latents(output, 32, 48, pipe.vae_scale_factor)
     return unpacked[:, :, 0]
 
@@ -45,5 +45,5 @@ CASE = FamilyCase(
             {"prompt": PROMPTS[1], "negative_prompt": "ugly, blurred", "true_cfg_scale": 4.0, **SIZE},
         ),
     ),
-    inputs=picture_row,
+    inputs=image_row,
 )

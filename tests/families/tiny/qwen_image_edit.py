@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tests.families.cases import FamilyCase, picture
+from tests.families.cases import FamilyCase, make_image
 from tests.families.tiny import edit_parts, qwen_image
 
 
@@ -23,8 +23,8 @@ def load(root: Path) -> Any:
 
 
 def encode(pipe: Any, row: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    pictures = row["edit_image"]
-    embeds, mask = pipe.encode_prompt(row["prompt"], image=pictures)
+    images = row["edit_image"]
+    embeds, mask = pipe.encode_prompt(row["prompt"], image=images)
     assert mask is None
     return {**edit_parts.encode(pipe, row), "prompt_embeds": embeds}
 
@@ -37,6 +37,6 @@ CASE = FamilyCase(
     groups={"vae": ("input_latents", "edit_latents"), "text_encoder": ("prompt_embeds",)},
     latents=qwen_image.latents,
     encode=encode,
-    samplings=edit_parts.samplings(picture(seed=50)),
+    samplings=edit_parts.samplings(make_image(seed=50)),
     inputs=edit_parts.row,
 )

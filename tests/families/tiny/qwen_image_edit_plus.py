@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit-2509 (two pictures in) under the conformance suite."""
+"""Qwen-Image-Edit-2509 (two images in) under the conformance suite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tests.families.cases import FamilyCase, picture
+from tests.families.cases import FamilyCase, make_image
 from tests.families.tiny import edit_parts, qwen_image
 
 SEEN = (320, 480)  # 384 x 384 pixels of the shape of 32 x 48, in steps of 32
@@ -29,8 +29,8 @@ def row(index: int) -> dict[str, Any]:
 
 
 def encode(pipe: Any, row: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    pictures = [pipe.image_processor.resize(one, *SEEN) for one in row["edit_image"]]
-    embeds, mask = pipe.encode_prompt(row["prompt"], image=pictures)
+    images = [pipe.image_processor.resize(one, *SEEN) for one in row["edit_image"]]
+    embeds, mask = pipe.encode_prompt(row["prompt"], image=images)
     assert mask is None
     return {**edit_parts.encode(pipe, row), "prompt_embeds": embeds}
 
@@ -43,6 +43,6 @@ CASE = FamilyCase(
     groups={"vae": ("input_latents", "edit_latents"), "text_encoder": ("prompt_embeds",)},
     latents=qwen_image.latents,
     encode=encode,
-    samplings=edit_parts.samplings([picture(seed=50), picture(seed=51)]),
+    samplings=edit_parts.samplings([make_image(seed=50), make_image(seed=51)]),
     inputs=row,
 )

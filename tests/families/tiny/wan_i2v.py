@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.families.cases import FamilyCase, picture
+from tests.families.cases import FamilyCase, make_image
 from tests.families.tiny import wan_parts
 from tests.families.tiny.parts import seeded
 from tests.families.tiny.wan_parts import FRAMES, HEIGHT, WIDTH
 
-FIRST = picture(HEIGHT, WIDTH, seed=11)
+FIRST = make_image(HEIGHT, WIDTH, seed=11)
 
 
 def build(folder: Path) -> Path:

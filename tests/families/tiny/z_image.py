@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 
-from tests.families.cases import PROMPTS, FamilyCase, Sampling, picture_row
+from tests.families.cases import PROMPTS, FamilyCase, Sampling, image_row
 from tests.families.tiny.parts import kl_vae_settings, qwen3, qwen_chat_tokenizer, seeded
 
 SIZE = {"height": 32, "width": 48, "num_inference_steps": 3, "prompt": PROMPTS[1]}
@@ -73,5 +73,5 @@ CASE = FamilyCase(
             {**SIZE, "negative_prompt": "ugly, blurred", "guidance_scale": 3.0},
         ),
     ),
-    inputs=picture_row,
+    inputs=image_row,
 )

@@ -72,7 +72,7 @@ EFFECTS: dict[str, tuple[Process, str]] = {
     "nested array": (lambda unit, pipe, x, nested: nested["a"][1][0].fill(7), "changes the parameter 'nested' in"),
     "nested dict": (lambda unit, pipe, x, nested: nested.update(d=1), "changes the parameter 'nested' in place"),
     "nested set": (lambda unit, pipe, x, nested: nested["c"].add(3), "changes the parameter 'nested' in place"),
-    "picture": (lambda unit, pipe, x, nested: nested["b"].putpixel((0, 0), (9, 9, 9)), "'nested' in place"),
+    "image": (lambda unit, pipe, x, nested: nested["b"].putpixel((0, 0), (9, 9, 9)), "'nested' in place"),
     "left on the pipe": (lambda unit, pipe, x, nested: setattr(pipe, "left", x), "sets or changes pipe.left"),
     "a changed attribute": (lambda unit, pipe, x, nested: setattr(pipe, "torch_dtype", torch.half), "pipe.torch_dtype"),
     "a buffer": (lambda unit, pipe, x, nested: pipe.table.add_(1), "sets or changes pipe.table"),

@@ -136,7 +136,7 @@ def typed(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return "array", value.dtype.str, value.shape, value.tolist()
     if isinstance(value, Image.Image):
-        return "picture", value.mode, value.size, value.tobytes()
+        return "image", value.mode, value.size, value.tobytes()
     if isinstance(value, (list, tuple)):
         return type(value), [typed(item) for item in value]
     if isinstance(value, dict):

@@ -239,7 +239,7 @@ def file(height: int, width: int, frames: int = 1) -> SourceFile:
     return SourceFile("a", "", width, height, "digest", frames, 16.0 if frames > 1 else 0.0)
 
 
-def test_a_picture_that_is_distilled_keeps_its_size() -> None:
+def test_a_image_that_is_distilled_keeps_its_size() -> None:
     task, pipe = DirectDistill(), QwenImagePipeline.skeleton()
     assert task.as_sampled and not SFT.as_sampled
     spec = dataset_spec(pipe, config(), {}, keep_size=True)
@@ -267,7 +267,7 @@ def test_a_video_that_is_distilled_keeps_its_frames() -> None:
             bucket(81, **options)
 
 
-def test_rows_with_different_numbers_of_pictures_lie_in_different_buckets() -> None:
+def test_rows_with_different_numbers_of_images_lie_in_different_buckets() -> None:
     spec = dataset_spec(QwenImageEditPlusPipeline.skeleton(), config(), {})
     names = [
         bucket_of({"input_image": [file(64, 64)], "edit_image": [file(96, 96)] * count}, spec).name

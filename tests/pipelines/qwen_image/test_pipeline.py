@@ -24,7 +24,7 @@ from ray_diffsynth.pipelines.shared.packing import pack_latents, unpack_latents
 PROMPTS = ["a red square", "a small blue circle on a white table, oil painting", ""]
 
 
-def picture(height: int = 32, width: int = 48, seed: int = 0) -> Image.Image:
+def make_image(height: int = 32, width: int = 48, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -69,7 +69,7 @@ def test_latents_equal_those_of_diffusers(
     torch.testing.assert_close(pack_latents(ours), theirs, rtol=0, atol=1e-4)
 
 
-def test_pictures_equal_those_of_diffusers(pipe: QwenImagePipeline, diffusers_pipe: Any) -> None:
+def test_images_equal_those_of_diffusers(pipe: QwenImagePipeline, diffusers_pipe: Any) -> None:
     common: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2}
     theirs = diffusers_pipe(
         prompt=PROMPTS[0], true_cfg_scale=1.0, generator=torch.Generator().manual_seed(1), **common
@@ -78,17 +78,19 @@ def test_pictures_equal_those_of_diffusers(pipe: QwenImagePipeline, diffusers_pi
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
 
 
-def test_image_to_image_keeps_more_of_the_picture_with_less_strength(pipe: QwenImagePipeline) -> None:
+def test_image_to_image_keeps_more_of_the_image_with_less_strength(pipe: QwenImagePipeline) -> None:
     pipe.scheduler.set_timesteps(2)
-    clean = encode_one(pipe, picture())
+    clean = encode_one(pipe, make_image())
     common: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 2, "cfg_scale": 1, "seed": 0}
     far = [
-        float((pipe("p", input_image=picture(), denoising_strength=s, output_type="latent", **common) - clean).norm())
+        float(
+            (pipe("p", input_image=make_image(), denoising_strength=s, output_type="latent", **common) - clean).norm()
+        )
         for s in (0.2, 1.0)
     ]
     assert far[0] < far[1]
     with pytest.raises(PipelineError, match="input_image is 16x16"):
-        pipe("p", input_image=picture(16, 16), **common)
+        pipe("p", input_image=make_image(16, 16), **common)
 
 
 def encode_one(pipe: QwenImagePipeline, image: Image.Image) -> torch.Tensor:
@@ -106,14 +108,14 @@ def test_call_refuses_what_it_cannot_make(pipe: QwenImagePipeline) -> None:
 
 def test_training_units_encode_and_draw_no_noise(training: QwenImagePipeline, diffusers_pipe: Any) -> None:
     with torch.no_grad():
-        (sample,) = encode(training, [picture()], [PROMPTS[1]])
+        (sample,) = encode(training, [make_image()], [PROMPTS[1]])
         embeds, mask = diffusers_pipe.encode_prompt(PROMPTS[1])
     assert mask is None and torch.equal(sample["prompt_embeds"], embeds)
     assert sample["input_latents"].shape == (1, 16, 4, 6)
     assert (sample["height"], sample["width"]) == (32, 48)
     assert "noise" not in sample and "latents" not in sample
     vae = training.vae
-    z = vae.encode(training.preprocess_image(picture())[:, :, None]).latent_dist.mode()[:, :, 0]
+    z = vae.encode(training.preprocess_image(make_image())[:, :, None]).latent_dist.mode()[:, :, 0]
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     torch.testing.assert_close(sample["input_latents"], (z - mean) / std)
     decoded = training.decode_latents(sample["input_latents"], tiled=False, tile_size=128, tile_stride=64)
@@ -121,7 +123,7 @@ def test_training_units_encode_and_draw_no_noise(training: QwenImagePipeline, di
 
 
 def test_encoding_in_batches_equals_one_by_one(training: QwenImagePipeline) -> None:
-    images, prompts = [picture(32, 48, 1), picture(32, 32, 2), picture(32, 48, 3)], PROMPTS
+    images, prompts = [make_image(32, 48, 1), make_image(32, 32, 2), make_image(32, 48, 3)], PROMPTS
     with torch.no_grad():
         together = encode(training, images, prompts)
         apart = [encode(training, [image], [prompt])[0] for image, prompt in zip(images, prompts, strict=True)]
@@ -135,7 +137,7 @@ def test_encoding_in_batches_equals_one_by_one(training: QwenImagePipeline) -> N
 
 def test_a_padded_batch_predicts_as_its_samples_do(training: QwenImagePipeline) -> None:
     with torch.no_grad():
-        samples = encode(training, [picture(seed=i) for i in range(3)], PROMPTS)
+        samples = encode(training, [make_image(seed=i) for i in range(3)], PROMPTS)
         kept = [{name: sample[name] for name in ("input_latents", "prompt_embeds")} for sample in samples]
         times = torch.tensor([900.0, 500.0, 100.0])
         batch = training.collate(kept)
@@ -170,7 +172,7 @@ def test_a_limit_above_diffusers_1024_is_kept_and_its_cuts_are_counted(training:
 
 def test_tiling_is_for_one_call(training: QwenImagePipeline) -> None:
     with torch.no_grad():
-        pixels = training.preprocess_image(picture(64, 64))
+        pixels = training.preprocess_image(make_image(64, 64))
         whole = training.encode_images(pixels, tiled=False, tile_size=128, tile_stride=64)
         wide = training.encode_images(pixels, tiled=True, tile_size=8, tile_stride=4)
         tiled = training.encode_images(pixels, tiled=True, tile_size=4, tile_stride=2)
@@ -253,7 +255,7 @@ def test_parts_named_by_patterns(tiny_qwen: Path) -> None:
         )
 
 
-def test_a_picture_is_needed_in_training(training: QwenImagePipeline) -> None:
+def test_a_image_is_needed_in_training(training: QwenImagePipeline) -> None:
     state = UnitState({**training.training_settings(), "height": 32, "width": 32}, {"prompt": "p"})
     with pytest.raises(MissingInputError, match=r"ImageUnit_ImageEncoder needs 'input_image'.*metadata column"):
         run_units(training.units, training, [state])

@@ -167,6 +167,6 @@ def test_errors_say_what_to_do(pipe: WanPipeline) -> None:
         pipe(**common, **SIZE, output_type="mp4")
     with pytest.raises(PipelineError, match="no frames"):
         pipe.preprocess_video([])
-    of_pictures = WanImageToVideoPipeline()
+    of_images = WanImageToVideoPipeline()
     with pytest.raises(MissingInputError, match="WanVideoUnit_ImageEmbedderVAE needs 'input_image'"):
-        run_units([of_pictures.units[-2]], of_pictures, [UnitState(dict(SIZE))])
+        run_units([of_images.units[-2]], of_images, [UnitState(dict(SIZE))])

@@ -20,7 +20,7 @@ from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.ray import job
 from ray_diffsynth.training.ray.elastic import Group
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt, plan_samples, read_prompts
-from tests.families.cases import load_case, picture
+from tests.families.cases import load_case, make_image
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config, unresolved
 
@@ -98,7 +98,7 @@ def test_they_follow_the_size_that_is_trained(
 def test_what_cannot_be_drawn_is_refused_before_anything_starts(
     tiny_qwen: Path, tmp_path: Path, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    picture().save(tmp_path / "a.png")
+    make_image().save(tmp_path / "a.png")
     (tmp_path / "absent.csv").write_text("prompt,edit_image\na cat,gone.png\n")
     (tmp_path / "half.csv").write_text("prompt,height\na cat,64\n")
     (tmp_path / "first.csv").write_text("prompt,input_image\na cat,a.png\n")

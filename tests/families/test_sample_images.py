@@ -1,4 +1,4 @@
-"""Sample pictures of every family: drawn as `jobs/generate.py` draws, in the size that the run trains."""
+"""Sample images of every family: drawn as `jobs/generate.py` draws, in the size that the run trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.report import drawing
 from ray_diffsynth.training.report.drawing import Drawing, encode_samples
 from ray_diffsynth.training.report.sample_prompts import plan_samples
-from tests.families.cases import FamilyCase, picture
+from tests.families.cases import FamilyCase, make_image
 from tests.training.helpers import make_config
 
 CPU = torch.device("cpu")
@@ -27,14 +27,14 @@ CPU = torch.device("cpu")
 def test_they_are_those_of_generate(
     case: FamilyCase, root: Path, pipe: BasePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Encoded once and drawn twice, with the LoRA of a run that begins: the pictures of the model as it came."""
+    """Encoded once and drawn twice, with the LoRA of a run that begins: the images of the model as it came."""
     made: list[Any] = []
     keep = drawing._picture
     monkeypatch.setattr(drawing, "_picture", lambda result: keep(made.append(result) or result))
     needed = [name for name, is_needed in image_params(pipe).items() if is_needed]
     rows: list[dict[str, Any]] = [{"prompt": text, **dict.fromkeys(needed, f"{text}.png")} for text in ("a", "b")]
     for seed, text in enumerate("ab"):
-        picture(seed=seed).save(tmp_path / f"{text}.png")
+        make_image(seed=seed).save(tmp_path / f"{text}.png")
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options: dict[str, Any] = {"height": 32, "width": 48, "sample_inference_steps": 2, "lora_target_modules": None}
     if pipe.video_params:
