@@ -67,4 +67,10 @@ class Task(Protocol):
     columns: ClassVar[Mapping[str, Callable[[Any], Any]]]
     as_sampled: ClassVar[bool]
 
-    def loss(self, pipe: TrainablePipeline, batch: Mapping[str, Any], keys: Sequence[SampleKey]) -> LossOutput: ...
+    def loss(self, pipe: TrainablePipeline, batch: Mapping[str, Any], keys: Sequence[SampleKey]) -> LossOutput:
+        """The loss of B samples, with gradients.
+
+        batch: what ``BasePipeline.collate`` made of them: tensors (B, ...), settings, and lists of B for ``columns``.
+        keys: one a sample; all that is random is a function of them.
+        """
+        ...
