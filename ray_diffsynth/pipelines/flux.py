@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ray_diffsynth.config.options import split_names
 from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.errors import PipelineError
@@ -63,7 +64,7 @@ class FluxPipeline(KLImagePipeline):
         "to_qkv_mlp": _each(_SINGLE, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     }
     # DiffSynth-Studio's own list: every linear layer of the blocks.
-    lora_targets: ClassVar[tuple[str, ...]] = tuple(",".join(lora_aliases.values()).split(","))
+    lora_targets: ClassVar[tuple[str, ...]] = split_names(",".join(lora_aliases.values()))
 
     text_encoder: Any
     text_encoder_2: Any
@@ -76,7 +77,7 @@ class FluxPipeline(KLImagePipeline):
         self.model_fn = model_fn
 
     def configure(self, source: ModelSource) -> None:
-        """As the base class. Raises PipelineError for a model that takes a further image."""
+        """The geometry of the latents. Raises PipelineError for a model that takes a further image."""
         super().configure(source)
         expected = 4 * self.latent_channels
         found = int(source.config("transformer").get("in_channels", expected))

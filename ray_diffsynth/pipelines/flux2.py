@@ -56,7 +56,7 @@ class Flux2KleinPipeline(KLImagePipeline):
         self.model_fn = model_fn
 
     def configure(self, source: ModelSource) -> None:
-        """As the base class; then four latents of the VAE are one here. Raises PipelineError for FLUX.2-dev."""
+        """The latents' geometry, four of the VAE's in one, and the defaults. Raises PipelineError for FLUX.2-dev."""
         if source.config("transformer").get("guidance_embeds"):
             raise PipelineError(
                 f"the transformer of {source.model_id} takes the guidance as an input: FLUX.2-dev, which has another "

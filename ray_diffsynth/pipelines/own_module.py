@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 import traceback
@@ -10,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from ray_diffsynth.errors import UserError
+from ray_diffsynth.errors import UserError, nearest
 
 
 class FamilyError(UserError, ValueError):
@@ -72,7 +71,7 @@ def _search_working_folder() -> None:
 
 def _known(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    near = nearest(name, names)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return (
         f"{hint}known: {', '.join(names)}; a pipeline of your own is named by its module, my_module[:Class] or "

@@ -12,6 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from ray_diffsynth.config.options import split_names
 from ray_diffsynth.errors import UserError
 
 
@@ -55,11 +56,14 @@ def model_root(name: str) -> str:
 def split_units(units: Sequence[U], model_names: Collection[str] | str) -> tuple[list[U], list[U]]:
     """Split `units` into (stage 1: needs no gradient, stage 2), each in the given order.
 
-    Stage 2 holds the units that run one of `model_names` (trainable; dotted names stand for the whole model) and, of
-    the units after them, those that conflict with one already in it: read after write, write after read, write after
-    write. So stage 1 and then stage 2 leave the same value in every parameter as `units` in order.
+    Stage 2 holds the units that run one of `model_names` and, of the units after them, those that conflict with one
+    already in it: read after write, write after read, write after write. So stage 1 and then stage 2 leave the same
+    value in every parameter as `units` in order.
+
+    Args:
+        model_names: the trainable models, also as one text with commas; dotted names stand for the whole model.
     """
-    names = model_names.split(",") if isinstance(model_names, str) else model_names
+    names = split_names(model_names) if isinstance(model_names, str) else model_names
     trainable = {model_root(name.strip()) for name in names if name.strip()}
     stage1: list[U] = []
     stage2: list[U] = []

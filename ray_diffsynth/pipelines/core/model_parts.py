@@ -121,7 +121,7 @@ class ModelParts(torch.nn.Module):
     def set_up(self, source: ModelSource) -> None:
         """Make the scheduler, and call the hook `configure`; for who makes an instance without loading its parts."""
         if self.schedule:
-            self.scheduler = FlowMatchScheduler(self.schedule, config=_scheduler_config(source))
+            self.scheduler = FlowMatchScheduler(self.schedule, config=scheduler_config(source))
         self.configure(source)
 
     def configure(self, source: ModelSource) -> None:
@@ -160,7 +160,8 @@ class ModelParts(torch.nn.Module):
                     model.to(self.device)
 
 
-def _scheduler_config(source: ModelSource) -> dict[str, Any] | None:
+def scheduler_config(source: ModelSource) -> dict[str, Any] | None:
+    """The model's scheduler_config.json; None where there is none. Raises ModelFolderError if it is damaged."""
     path = source.folder("scheduler") / "scheduler_config.json"
     if not path.is_file():
         return None

@@ -65,7 +65,7 @@ class Stages:
     def stage2_models(self, pipe: BasePipeline) -> tuple[str, ...]:
         """Models that stage 2 loads: those of `model_fn` and of the units that need gradients."""
         by_units = [name for unit in self.stage2 for name in unit.onload_model_names or ()]
-        return tuple(dict.fromkeys([*pipe.in_iteration_models, *(name.split(".")[0] for name in by_units)]))
+        return tuple(dict.fromkeys([*pipe.in_iteration_models, *(model_root(name) for name in by_units)]))
 
 
 def plan_stages(pipe: BasePipeline, task: LossContract, trainable: Sequence[str], inputs: Collection[str]) -> Stages:

@@ -17,14 +17,17 @@ from ray_diffsynth.pipelines.shared.image_pipeline import MAX_SEQUENCE_LENGTH, I
 from ray_diffsynth.pipelines.shared.image_units import ImageUnit_PromptEmbedder, image_units
 from ray_diffsynth.pipelines.shared.packing import pack_latents, unpack_latents
 from ray_diffsynth.pipelines.shared.text import warn_of_cut
-from ray_diffsynth.pipelines.shared.tiling import TILING_VERSION, vae_tiling
+from ray_diffsynth.pipelines.shared.tiling import CAUSAL_VAE_TILING_VERSION, causal_vae_tiling
 
 
 class QwenImagePipeline(ImagePipeline):
     """Qwen-Image. Latents are (B, C, h, w), the VAE's one frame removed; prompt embeddings (1, L, D), unpadded."""
 
     version = 1
-    pixel_transforms: ClassVar[Mapping[str, int]] = {**ImagePipeline.pixel_transforms, "tiling": TILING_VERSION}
+    pixel_transforms: ClassVar[Mapping[str, int]] = {
+        **ImagePipeline.pixel_transforms,
+        "tiling": CAUSAL_VAE_TILING_VERSION,
+    }
     text_libraries: ClassVar[tuple[str, ...]] = ("diffusers",)  # its prompt template and encoding
     family: ClassVar[str] = "qwen_image"
     schedule: ClassVar[str] = "Qwen-Image"
@@ -66,7 +69,7 @@ class QwenImagePipeline(ImagePipeline):
         return {"prompt": template, "dropped tokens": str(dropped)}
 
     def encode_images(self, pixels: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
-        with vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
+        with causal_vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
             moments = self.vae.encode(pixels.to(self.vae.dtype)[:, :, None]).latent_dist
         mean, std = self._latent_statistics()
         latents: Tensor = (moments.mode()[:, :, 0].float() - mean) / std
@@ -75,7 +78,7 @@ class QwenImagePipeline(ImagePipeline):
     def decode_latents(self, latents: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
         mean, std = self._latent_statistics()
         raw = (latents.float() * std + mean).to(self.vae.dtype)
-        with vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
+        with causal_vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
             pixels: Tensor = self.vae.decode(raw[:, :, None]).sample
         return pixels[:, :, 0]
 

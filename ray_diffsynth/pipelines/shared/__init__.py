@@ -1,1 +1,1 @@
-"""What several families are made of: the bases of image and video families, their units, VAEs, tokens, texts."""
+"""What several families are made of: the base of image families, their units, VAEs, tokens, texts."""

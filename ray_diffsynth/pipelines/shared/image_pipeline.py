@@ -79,7 +79,7 @@ class ImagePipeline(BasePipeline, ABC):
         return self.generate_noise(shape, seed, rand_device, rand_torch_dtype=dtype, torch_dtype=dtype)
 
     def sampling_schedule(self, latents: Tensor, num_inference_steps: int) -> FlowMatchScheduler:
-        """As the base class; the number of tokens of `latents` (B, C, h, w) decides the shift of some families."""
+        """The schedule of `latents` (B, C, h, w), whose number of tokens decides the shift of some families."""
         schedule = FlowMatchScheduler(self.schedule, config=self.scheduler.config)
         tokens = self._latent_tokens(latents)
         schedule.set_timesteps(
@@ -88,7 +88,7 @@ class ImagePipeline(BasePipeline, ABC):
         return schedule
 
     def shifted_schedule(self, latents: Tensor) -> FlowMatchScheduler:
-        """As the base class; a shift by the number of steps is that of the family's `defaults`, not of 1000 steps."""
+        """The 1000 timesteps of `latents` (B, C, h, w); a shift by the number of steps is that of `defaults`."""
         schedule = FlowMatchScheduler(self.schedule, config=self.scheduler.config)
         tokens = self._latent_tokens(latents)
         mu = self.time_shift(tokens, self.defaults.num_inference_steps)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.shared.image_pipeline import ImagePipeline
-
-TILING_VERSION = 1
-"""Of how the VAE works in tiles; raise it when that gives other latents."""
+from ray_diffsynth.pipelines.shared.tiling import KL_VAE_TILING_VERSION, kl_scale_factor, kl_vae_tiling
 
 
 class KLImagePipeline(ImagePipeline):
     """Encodes and decodes by `vae`; 2 x 2 of its latents are one token of the transformer."""
 
     version = 1
-    pixel_transforms: ClassVar[Mapping[str, int]] = {**ImagePipeline.pixel_transforms, "tiling": TILING_VERSION}
+    pixel_transforms: ClassVar[Mapping[str, int]] = {**ImagePipeline.pixel_transforms, "tiling": KL_VAE_TILING_VERSION}
 
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype, height_division_factor=16, width_division_factor=16)
@@ -31,7 +28,7 @@ class KLImagePipeline(ImagePipeline):
         """Take the latents' geometry from the VAE's configuration, even if its weights are not loaded."""
         if config := source.config("vae"):
             self.latent_channels = int(config.get("latent_channels", 16))
-            self.vae_scale_factor = _scale_factor(config)
+            self.vae_scale_factor = kl_scale_factor(config)
         self.height_division_factor = self.width_division_factor = 2 * self.vae_scale_factor
 
     def normalise(self, raw: Tensor) -> Tensor:
@@ -45,35 +42,12 @@ class KLImagePipeline(ImagePipeline):
         return raw
 
     def encode_images(self, pixels: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
-        with _tiling(self.vae, tiled, tile_size, tile_stride):
+        with kl_vae_tiling(self.vae, tiled, tile_size, tile_stride):
             raw = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
         return self.normalise(raw.float()).to(self.torch_dtype)
 
     def decode_latents(self, latents: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
         raw = self.denormalise(latents.float()).to(self.vae.dtype)
-        with _tiling(self.vae, tiled, tile_size, tile_stride):
+        with kl_vae_tiling(self.vae, tiled, tile_size, tile_stride):
             pixels: Tensor = self.vae.decode(raw).sample
         return pixels
-
-
-def _scale_factor(config: Any) -> int:
-    return int(2 ** (len(config["block_out_channels"]) - 1))
-
-
-@contextmanager
-def _tiling(vae: Any, tiled: bool, size: int, stride: int) -> Iterator[None]:
-    """Let the VAE work in tiles of `size` latents at every `stride` latents, for this block only."""
-    wanted: dict[str, Any] = {
-        "use_tiling": tiled,
-        "tile_latent_min_size": size,
-        "tile_sample_min_size": size * _scale_factor(vae.config),
-        "tile_overlap_factor": 1 - stride / size,
-    }
-    before = {name: getattr(vae, name) for name in wanted}
-    for name, value in wanted.items():
-        setattr(vae, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(vae, name, value)

@@ -12,16 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
-from ray_diffsynth.models.folder import read_json
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.errors import PipelineError
-from ray_diffsynth.pipelines.core.model_parts import Part
+from ray_diffsynth.pipelines.core.model_parts import Part, scheduler_config
 from ray_diffsynth.pipelines.core.sampling import ProgressBar, check_output_type, no_progress_bar
 from ray_diffsynth.pipelines.core.unit import UnitState
 from ray_diffsynth.pipelines.shared.initial_latents import FlowMatchUnit_InitialLatents
 from ray_diffsynth.pipelines.shared.text import warn_of_cut
-from ray_diffsynth.pipelines.shared.tiling import TILING_VERSION, vae_tiling
+from ray_diffsynth.pipelines.shared.tiling import CAUSAL_VAE_TILING_VERSION, causal_vae_tiling
 from ray_diffsynth.pipelines.wan.model import TEXT_TOKENS, model_fn
 from ray_diffsynth.pipelines.wan.units import (
     Video,
@@ -56,7 +55,10 @@ class WanPipeline(BasePipeline):
     """Wan 2.1 T2V. Latents are (B, 16, frames, h, w); prompt embeddings (1, L, D), unpadded."""
 
     version = 1
-    pixel_transforms: ClassVar[Mapping[str, int]] = {**BasePipeline.pixel_transforms, "tiling": TILING_VERSION}
+    pixel_transforms: ClassVar[Mapping[str, int]] = {
+        **BasePipeline.pixel_transforms,
+        "tiling": CAUSAL_VAE_TILING_VERSION,
+    }
     text_libraries: ClassVar[tuple[str, ...]] = ("diffusers", "ftfy")  # they clean the prompt
     family: ClassVar[str] = "wan"
     schedule: ClassVar[str] = "Wan"
@@ -129,8 +131,7 @@ class WanPipeline(BasePipeline):
                 f"{source.model_id} makes videos between a first and a last frame (FLF2V), which is not supported; use "
                 "an image-to-video model, e.g. Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
             )
-        path = source.folder("scheduler") / "scheduler_config.json"
-        scheduler = read_json(path) if path.is_file() else {}
+        scheduler = scheduler_config(source) or {}
         if "flow_shift" in scheduler:  # Wan's UniPC, whose shift diffusers' Euler scheduler would not know
             self.scheduler = FlowMatchScheduler(self.schedule, config={"shift": float(scheduler["flow_shift"])})
 
@@ -161,7 +162,7 @@ class WanPipeline(BasePipeline):
 
     def encode_video(self, pixels: Tensor, *, tiled: bool, tile_size: int, tile_stride: int) -> Tensor:
         """Pixels (B, 3, F, H, W) -> normalised latents (B, C, (F - 1)/4 + 1, H/8, W/8): the distribution's mode."""
-        with vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
+        with causal_vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
             moments = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         mean, std = self._latent_statistics()
         latents: Tensor = (moments.mode().float() - mean) / std
@@ -171,7 +172,7 @@ class WanPipeline(BasePipeline):
         """Inverse of `encode_video`: pixels (B, 3, F, H, W), about [-1, 1]."""
         mean, std = self._latent_statistics()
         raw = (latents.float() * std + mean).to(self.vae.dtype)
-        with vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
+        with causal_vae_tiling(self.vae, tiled, tile_size * self.vae_scale_factor, tile_stride * self.vae_scale_factor):
             pixels: Tensor = self.vae.decode(raw).sample
         return pixels
 
