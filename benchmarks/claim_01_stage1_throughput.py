@@ -20,7 +20,7 @@ def measure() -> list[Row]:
     from ray_diffsynth.data.samples import load_inputs
     from ray_diffsynth.demo.tiny import build_tiny_model
     from ray_diffsynth.plan.run_plan import RunPlan
-    from ray_diffsynth.preprocess.encode_batches import encode
+    from ray_diffsynth.preprocess.encode_batches import encode_samples
     from ray_diffsynth.preprocess.encoder import Encoder
     from ray_diffsynth.preprocess.messages import EncoderSpec
 
@@ -38,13 +38,13 @@ def measure() -> list[Row]:
     decoded = [load_inputs(row, bucket, plan.sample, only=group.inputs) for row in rows]
 
     def bare() -> float:
-        spent = seconds(lambda: encode(encoder.pipe, encoder.group, group.settings, decoded, BATCH))
+        spent = seconds(lambda: encode_samples(encoder.pipe, encoder.group, group.settings, decoded, BATCH))
         return len(rows) / spent
 
     def serial() -> float:
         def run() -> None:
             inputs = [load_inputs(row, bucket, plan.sample, only=group.inputs) for row in rows]
-            results, _ = encode(encoder.pipe, encoder.group, group.settings, inputs, BATCH)
+            results, _ = encode_samples(encoder.pipe, encoder.group, group.settings, inputs, BATCH)
             found = [GroupRow(str(at), result) for at, result in enumerate(results) if isinstance(result, dict)]
             write_shard(str(root / "serial"), "vae", shard_name(["shard"]), bucket.name, found, codec="planes-zstd")
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-COLUMNS = 80
+WIDTH = 80
 _BAR = 12
 _WINDOW_SECONDS = 60.0
 
@@ -72,10 +72,10 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._stream.isatty():
-            console = Console(file=self._stream, width=min(COLUMNS, Console(file=self._stream).width))
+            console = Console(file=self._stream, width=min(WIDTH, Console(file=self._stream).width))
             text = TextColumn("{task.fields[line]}", markup=False)
             self._bar = RichProgress(BarColumn(bar_width=_BAR), text, console=console)
-            self._bar.add_task("", total=self.total, completed=self.completed, line=self.line(COLUMNS - _BAR - 1))
+            self._bar.add_task("", total=self.total, completed=self.completed, line=self.line(WIDTH - _BAR - 1))
             self._bar.start()
         return self
 
@@ -97,7 +97,7 @@ class Progress:
         self._values.update(values)
         self._window.add(completed)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=completed, line=self.line(COLUMNS - _BAR - 1))
+            self._bar.update(self._bar.task_ids[0], completed=completed, line=self.line(WIDTH - _BAR - 1))
         elif self._clock() - self._last_line >= self._interval:
             self._print()
 
@@ -106,7 +106,7 @@ class Progress:
         """Units a second over about the last minute; 0 within the first tenth of a second."""
         return self._window.rate
 
-    def line(self, width: int = COLUMNS - 1) -> str:
+    def line(self, width: int = WIDTH - 1) -> str:
         """The state in one line of at most ``width`` characters."""
         rate = self.rate
         of = "" if self.total is None else f"/{self.total}"

@@ -22,7 +22,7 @@ from ray_diffsynth.models.fingerprint import file_digest
 from ray_diffsynth.models.folder import ModelFolderError
 from ray_diffsynth.models.locate import ModelSource, locate_model
 from ray_diffsynth.pipelines.registry import FamilyError, family_of
-from ray_diffsynth.plan.prompts import read_prompts
+from ray_diffsynth.plan.prompts import prompts_of
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.report.sample_grids import Shown, encode, shown_by
 from ray_diffsynth.training.report.trackers import TrackerError, _import
@@ -93,7 +93,7 @@ def test_yaml_of_what_no_option_is(text: str, told: str, tmp_path: Path, capsys:
 def test_prompts_that_are_a_folder(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").mkdir()
     with pytest.raises(DatasetError, match="cannot be read: .*Is a directory"):
-        read_prompts(GenerateConfig(model="m", prompt_path=str(tmp_path / "prompts.txt")), {})
+        prompts_of(GenerateConfig(model="m", prompt_path=str(tmp_path / "prompts.txt")), {})
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_prompts_that_are_a_folder(tmp_path: Path) -> None:
 def test_a_models_configuration_that_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(text, encoding="utf-8")
     with pytest.raises(ModelFolderError, match="model_index.json"):
-        folder.read_json(tmp_path / "model_index.json")
+        folder.read_json_object(tmp_path / "model_index.json")
     with pytest.raises(FamilyError, match="model_index.json"):
         family_of(tmp_path)
 

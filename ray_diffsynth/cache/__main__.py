@@ -18,10 +18,10 @@ from ray_diffsynth.system_errors import explain
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ray_diffsynth.cache.inspection import describe, inspect_cache
+    from ray_diffsynth.cache.inspection import facts_as_text, inspect_cache
 
     facts = inspect_cache(options.cache)
-    print(json.dumps(facts, indent=2, ensure_ascii=False) if options.json else describe(facts))
+    print(json.dumps(facts, indent=2, ensure_ascii=False) if options.json else facts_as_text(facts))
     return 0
 
 

@@ -76,7 +76,7 @@ def inspect_cache(cache: str) -> dict[str, Any]:
     }
 
 
-def describe(facts: Mapping[str, Any]) -> str:
+def facts_as_text(facts: Mapping[str, Any]) -> str:
     """`inspect_cache` for people."""
     lines = [
         f"cache        {facts['cache']}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ray_diffsynth.config.effects import COLUMNS, FRAMES, IMAGES, SIDES, VIDEOS, unless_cached
+from ray_diffsynth.config.effects import FRAMES, IMAGES, METADATA_COLUMNS, SIZES, VIDEOS, unless_cached
 from ray_diffsynth.config.options import REQUIRED, Component, Effect, option, split_names
 from ray_diffsynth.errors import ConfigError
 
@@ -23,7 +23,7 @@ class DatasetConfig(Component):
         None, identity=False, effects=(unless_cached("the cache has an index of its own"),)
     )
     """Metadata file (csv, json, jsonl, parquet); when not given, metadata.* in the base path, else images + .txt."""
-    data_file_keys: str = option("image,video", many=",", effects=(COLUMNS,))
+    data_file_keys: str = option("image,video", many=",", effects=(METADATA_COLUMNS,))
     """Comma-separated metadata columns that name files."""
     extra_inputs: str | None = option(
         None, many=",", effects=(unless_cached("the cache holds the inputs that preprocess was given"),)
@@ -67,9 +67,9 @@ class SizeConfig(Component):
     section = "sizes"
     title = "Data"
 
-    height: int | None = option(None, least=1, effects=(SIDES,))
+    height: int | None = option(None, least=1, effects=(SIZES,))
     """Height of every image in pixels; leave height and width empty for dynamic sizes."""
-    width: int | None = option(None, least=1, effects=(SIDES,))
+    width: int | None = option(None, least=1, effects=(SIZES,))
     """Width of every image in pixels."""
     max_pixels: int = option(
         1024 * 1024,

@@ -18,7 +18,7 @@ class TaskSpec:
     reads_cache: bool
 
 
-STAGES: dict[str, TaskSpec] = {
+TASK_ENDINGS: dict[str, TaskSpec] = {
     "": TaskSpec("train", reads_cache=False),
     ":data_process": TaskSpec("preprocess", reads_cache=False),
     ":train": TaskSpec("train", reads_cache=True),
@@ -29,7 +29,7 @@ STAGES: dict[str, TaskSpec] = {
 def task_specs() -> dict[str, TaskSpec]:
     """Every task's name, of each stage."""
     families = names_in("ray_diffsynth.tasks.registry:TASKS")
-    return {f"{family}{stage}": spec for family in families for stage, spec in STAGES.items()}
+    return {f"{family}{stage}": spec for family in families for stage, spec in TASK_ENDINGS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ class ColumnError(UserError, ValueError):
 def open_parquet(source: pa.NativeFile, path: str, expected: pa.Schema | None = None) -> pq.ParquetFile:
     """The Parquet file in `source`, a seekable file; `path` is its name for messages. The caller closes both.
 
-    Strings and binaries come with 32-bit offsets, dictionaries as their values. `expected`: see `check_columns`; None
+    Strings and binaries come with 32-bit offsets, dictionaries as their values. `expected`: see `check_schema`; None
     allows any columns.
 
     Raises ColumnError for an extension type anywhere in its schema, whether its name is registered or not, and for
@@ -46,11 +46,11 @@ def open_parquet(source: pa.NativeFile, path: str, expected: pa.Schema | None = 
     parquet = pq.ParquetFile(source, metadata=metadata, arrow_extensions_enabled=False)
     _refuse_extensions(parquet.schema_arrow, path)
     if expected is not None:
-        check_columns(parquet.schema_arrow, expected, path)
+        check_schema(parquet.schema_arrow, expected, path)
     return parquet
 
 
-def check_columns(found: pa.Schema, expected: pa.Schema, path: str) -> None:
+def check_schema(found: pa.Schema, expected: pa.Schema, path: str) -> None:
     """Raise ColumnError unless names, their order and types are those expected.
 
     Types that Parquet stores alike (string and large_string, a dictionary and its values) count as equal.

@@ -19,7 +19,7 @@ from ray_diffsynth.pipelines.core.stages import checked_setting
 from ray_diffsynth.plan.prompts import GenerateError as GenerateError
 
 IMAGES_FOLDER = "pictures"
-Family: TypeAlias = BasePipeline | type[BasePipeline]
+PipelineOrClass: TypeAlias = BasePipeline | type[BasePipeline]
 """A family, or one that knows its model's configuration (`BasePipeline.configured`)."""
 # Arguments of `__call__` that have flags of their own.
 _OWN_FLAGS = ("seed", "rand_device", "cfg_scale")
@@ -41,7 +41,7 @@ class Item:
     images: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
 
-def family_defaults(pipeline: Family) -> dict[str, Any]:
+def family_defaults(pipeline: PipelineOrClass) -> dict[str, Any]:
     """What the family's `__call__` uses for the number of steps and the guidance where the caller says nothing."""
     parameters = inspect.signature(pipeline.__call__).parameters
     own = getattr(pipeline, "defaults", None)
@@ -52,13 +52,13 @@ def family_defaults(pipeline: Family) -> dict[str, Any]:
     return found
 
 
-def makes_videos(pipeline: Family) -> bool:
+def makes_videos(pipeline: PipelineOrClass) -> bool:
     """Whether the family's `__call__` returns frames."""
     return "num_frames" in inspect.signature(pipeline.__call__).parameters
 
 
 def plan_items(
-    config: GenerateConfig, prompts: Sequence[Prompt], pipeline: Family, identity: Mapping[str, Any]
+    config: GenerateConfig, prompts: Sequence[Prompt], pipeline: PipelineOrClass, identity: Mapping[str, Any]
 ) -> list[Item]:
     """The images in order, each once: for every prompt its seeds, for every seed the scales of the LoRA.
 
@@ -74,7 +74,7 @@ def plan_items(
     return list(items.values())
 
 
-def check_arguments(items: Sequence[Item], pipeline: Family) -> None:
+def check_arguments(items: Sequence[Item], pipeline: PipelineOrClass) -> None:
     """Raise PipelineError for a size, ScheduleError for a number of steps that the family cannot make: now, not when
     the first image is drawn.
     """
@@ -86,11 +86,11 @@ def check_arguments(items: Sequence[Item], pipeline: Family) -> None:
             pipe.scheduler.check_inference_steps(steps)
 
 
-def _instance(pipeline: Family) -> BasePipeline:
+def _instance(pipeline: PipelineOrClass) -> BasePipeline:
     return pipeline if isinstance(pipeline, BasePipeline) else pipeline.skeleton()
 
 
-def call_settings(config: GenerateConfig, pipeline: Family) -> dict[str, Any]:
+def call_settings(config: GenerateConfig, pipeline: PipelineOrClass) -> dict[str, Any]:
     """`--pipeline_settings` as arguments of `__call__`. Raises GenerateError for one that it does not take."""
     pipe = _instance(pipeline)
     settings, accepted = pipe.training_settings(), inspect.signature(type(pipe).__call__).parameters
@@ -117,7 +117,7 @@ def _item(
     prompt: Prompt,
     seed: int,
     scale: float,
-    pipeline: Family,
+    pipeline: PipelineOrClass,
     identity: Mapping[str, Any],
 ) -> Item:
     asked = {
@@ -158,7 +158,7 @@ def _name(prompt: str, content: Any) -> str:
     return f"{words}-{digest}" if words else digest
 
 
-def metadata_rows(config: GenerateConfig, items: Sequence[Item], pipeline: Family) -> list[dict[str, Any]]:
+def metadata_rows(config: GenerateConfig, items: Sequence[Item], pipeline: PipelineOrClass) -> list[dict[str, Any]]:
     """Rows of metadata.csv. `num_inference_steps` and `cfg_scale` are the student's, as direct_distill reads them."""
     column = "video" if makes_videos(pipeline) else "image"
     defaults = family_defaults(pipeline)
@@ -184,7 +184,7 @@ def metadata_rows(config: GenerateConfig, items: Sequence[Item], pipeline: Famil
     return rows
 
 
-def describe(item: Item) -> dict[str, Any]:
+def item_facts(item: Item) -> dict[str, Any]:
     """The item as JSON values, for the report."""
     values = asdict(item)
     del values["images"]

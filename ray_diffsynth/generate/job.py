@@ -8,7 +8,7 @@ from typing import Any
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate.items import IMAGES_FOLDER, check_arguments, plan_items
 from ray_diffsynth.generate.pool import Painted, paint_all
-from ray_diffsynth.generate.summary import Made, finish
+from ray_diffsynth.generate.summary import Made, write_results
 from ray_diffsynth.models.lora_file import LoraError, check_lora_file, lora_digest
 from ray_diffsynth.plan.prompts import GenerateError
 from ray_diffsynth.plan.run_plan import GeneratePlan, RunPlan
@@ -39,7 +39,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
             with Progress("generate", total=len(items), unit="images", initial=done) as progress:
                 painted = paint_all(missing, plan, size, progress.advance)
     made = Made(plan.family, pipeline, plan.loras, items, len(missing), painted.failures, painted.seconds)
-    counts = finish(config, made, output, seconds=time.monotonic() - started)
+    counts = write_results(config, made, output, seconds=time.monotonic() - started)
     if painted.failures:
         first = next(item for item in items if item.file in painted.failures)
         raise GenerateError(

@@ -14,7 +14,7 @@ from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.data.media import load_image
 from ray_diffsynth.data.video import load_first_frame
 from ray_diffsynth.generate.grid import LIMIT, columns_of, draw_grid
-from ray_diffsynth.generate.items import Family, Item, describe, family_defaults, metadata_rows
+from ray_diffsynth.generate.items import Item, PipelineOrClass, family_defaults, item_facts, metadata_rows
 from ray_diffsynth.generate.painter import png
 from ray_diffsynth.report import PageImage, make_report, thumbnail, write_json, write_page
 from ray_diffsynth.storage import file_size, join, write_bytes_atomic
@@ -29,7 +29,7 @@ class Made:
     """
 
     family: str
-    pipeline: Family
+    pipeline: PipelineOrClass
     loras: Sequence[str]
     items: Sequence[Item]
     tried: int
@@ -41,7 +41,7 @@ class Made:
         return [item for item in self.items if item.file not in self.failures]
 
 
-def finish(config: GenerateConfig, made: Made, output: str, *, seconds: float) -> dict[str, int]:
+def write_results(config: GenerateConfig, made: Made, output: str, *, seconds: float) -> dict[str, int]:
     """Write all files beside the images, print the last line, and return the counts. `seconds`: of the whole run."""
     good, total = made.good, len(made.items)
     counts = {
@@ -64,9 +64,11 @@ def finish(config: GenerateConfig, made: Made, output: str, *, seconds: float) -
         settings={"family": made.family, **family_defaults(made.pipeline), **_asked(config)},
         loras=[_lora(path) for path in made.loras],
         lora_scales=list(config.lora_scales) if made.loras else [],
-        shown=[describe(item) for item in shown],
+        shown=[item_facts(item) for item in shown],
         failures=[
-            {**describe(item), "reason": made.failures[item.file]} for item in made.items if item.file in made.failures
+            {**item_facts(item), "reason": made.failures[item.file]}
+            for item in made.items
+            if item.file in made.failures
         ],
     )
     write_json(output, report)
@@ -103,7 +105,7 @@ def _lora(path: str) -> dict[str, Any]:
     return {"folder": folder, "file": file, "bytes": file_size(path)}
 
 
-def _write_metadata(config: GenerateConfig, items: Sequence[Item], pipeline: Family, output: str) -> None:
+def _write_metadata(config: GenerateConfig, items: Sequence[Item], pipeline: PipelineOrClass, output: str) -> None:
     rows = metadata_rows(config, items, pipeline)
     if not rows:
         return

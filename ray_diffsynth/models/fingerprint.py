@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ray_diffsynth import storage
-from ray_diffsynth.models.folder import ModelFolderError, read_json
+from ray_diffsynth.models.folder import ModelFolderError, read_json_object
 from ray_diffsynth.models.locate import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def part_fingerprint(source: ModelSource, subfolder: str) -> str:
     if source.has(subfolder) or (source.folder(subfolder) / "config.json").is_file():
         files = source.weight_files(subfolder)
         config = source.folder(subfolder) / "config.json"
-        kept = {k: v for k, v in read_json(config).items() if k not in VOLATILE_KEYS}
+        kept = {k: v for k, v in read_json_object(config).items() if k not in VOLATILE_KEYS}
         parts = [("config.json", json.dumps(kept, sort_keys=True))]
     else:
         folder = source.companion(subfolder)
@@ -64,7 +64,9 @@ def part_sketch(source: ModelSource, subfolder: str) -> str | None:
     except ModelFolderError:
         return None
     whole = hashlib.blake2b(digest_size=16)
-    config = {k: v for k, v in read_json(source.folder(subfolder) / "config.json").items() if k not in VOLATILE_KEYS}
+    config = {
+        k: v for k, v in read_json_object(source.folder(subfolder) / "config.json").items() if k not in VOLATILE_KEYS
+    }
     whole.update(json.dumps(config, sort_keys=True).encode())
     for path in files:
         try:
@@ -79,10 +81,10 @@ def part_sketch(source: ModelSource, subfolder: str) -> str | None:
 
 
 def file_digest(path: Path) -> str:
-    """Hex blake2b of a file's bytes, from the memo when size, times and inode are those of the last time."""
+    """Hex blake2b of a file's bytes, from what is kept of the last time when size, times and inode are the same."""
     before = _stamp(path)
-    memo = _memo_file(path)
-    known = _read_memo(memo) if memo is not None else None
+    kept = _digest_file(path)
+    known = _read_known(kept) if kept is not None else None
     if known is not None and known.get("stamp") == before and isinstance(known.get("digest"), str):
         return str(known["digest"])
     digest = hashlib.blake2b(digest_size=16)
@@ -94,8 +96,8 @@ def file_digest(path: Path) -> str:
         raise ModelFolderError(f"{path} cannot be read: {err}") from err
     if _stamp(path) != before:
         raise ModelFolderError(f"{path} changed while it was read; wait until it is written, then start again")
-    if memo is not None and _settled(path):
-        _write_memo(memo, {"path": str(path.resolve()), "stamp": before, "digest": digest.hexdigest()})
+    if kept is not None and _settled(path):
+        _write_known(kept, {"path": str(path.resolve()), "stamp": before, "digest": digest.hexdigest()})
     return digest.hexdigest()
 
 
@@ -113,7 +115,7 @@ def _settled(path: Path) -> bool:
         return False
 
 
-def _memo_file(path: Path) -> Path | None:
+def _digest_file(path: Path) -> Path | None:
     """None for a user without a home, in a container."""
     base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if base.startswith("~"):
@@ -122,16 +124,16 @@ def _memo_file(path: Path) -> Path | None:
     return Path(base) / "ray_diffsynth" / "fingerprints" / f"{name}.json"
 
 
-def _read_memo(memo: Path) -> dict[str, object] | None:
+def _read_known(kept: Path) -> dict[str, object] | None:
     try:
-        value = json.loads(memo.read_text(encoding="utf-8"))
+        value = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None  # absent or damaged: the file is read again
     return value if isinstance(value, dict) else None
 
 
-def _write_memo(memo: Path, value: dict[str, object]) -> None:
+def _write_known(kept: Path, value: dict[str, object]) -> None:
     try:
-        storage.write_bytes_atomic(str(memo), json.dumps(value).encode())
+        storage.write_bytes_atomic(str(kept), json.dumps(value).encode())
     except OSError as err:
         logger.warning("the fingerprint of %s is not remembered: %s", value["path"], err)

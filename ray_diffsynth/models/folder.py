@@ -30,7 +30,7 @@ class ModelFolderError(UserError):
     """A model's folder or file is absent, incomplete or of a kind that cannot be loaded."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; ModelFolderError when it is absent or is not one."""
     try:
         data = path.read_bytes()
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def list_files(folder: Path, limit: int = 30) -> str:
+def files_as_text(folder: Path, limit: int = 30) -> str:
     """The files below ``folder``, relative and sorted, as text for an error; at most ``limit`` of them."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     more = f", … ({len(names) - limit} more)" if len(names) > limit else ""
@@ -64,15 +64,15 @@ def require_config(folder: Path) -> dict[str, Any]:
         )
     if not (folder / "config.json").is_file():
         raise ModelFolderError(
-            f"{folder} has no config.json, so the part's architecture is unknown (it holds: {list_files(folder)}); "
+            f"{folder} has no config.json, so the part's architecture is unknown (it holds: {files_as_text(folder)}); "
             "copy config.json from the same folder of the model's repository in diffusers layout"
         )
-    return read_json(folder / "config.json")
+    return read_json_object(folder / "config.json")
 
 
 def shards_of_index(index: Path) -> tuple[str, ...]:
     """File names of the shards that a ``*.safetensors.index.json`` lists, sorted."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFolderError(f"{index} has no weight_map; copy it again from the model's repository")
     return tuple(sorted({str(name) for name in weight_map.values()}))
@@ -118,7 +118,9 @@ def choose_weights(folder: Path, picked: tuple[str, ...] = ()) -> tuple[str, ...
     found = standard or tuple(sorted(p.name for p in folder.glob("*.safetensors")))
     if not found:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
-        why = f"{', '.join(pickled)} are pickles, which are not read" if pickled else f"it holds {list_files(folder)}"
+        why = (
+            f"{', '.join(pickled)} are pickles, which are not read" if pickled else f"it holds {files_as_text(folder)}"
+        )
         raise ModelFolderError(f"{folder} holds no *.safetensors ({why}); use the safetensors files of the model")
     return found
 
@@ -128,9 +130,9 @@ def part_name(folder: Path) -> str:
     if folder.name in KNOWN_PARTS or not (folder / "config.json").is_file():
         return folder.name
     index = folder.parent / "model_index.json"
-    if index.is_file() and folder.name in read_json(index):
+    if index.is_file() and folder.name in read_json_object(index):
         return folder.name
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     cls = str(config.get("_class_name") or "")
     if "Autoencoder" in cls:
         return "vae"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_diffsynth.data.placeholders import HEAD, looks_like_lfs_pointer, looks_like_pickle, text_of, wrong_content
-from ray_diffsynth.models.folder import ModelFolderError, read_json
+from ray_diffsynth.models.folder import ModelFolderError, read_json_object
 from ray_diffsynth.models.locate import ModelSource
 
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library reads no larger one
@@ -33,7 +33,7 @@ def check_companion(source: ModelSource, subfolder: str) -> None:
     for file in files:
         head, size = _beginning(file)
         if file.suffix == ".json":
-            read_json(file)
+            read_json_object(file)
         elif looks_like_lfs_pointer(head) or not (size or file.suffix in _MAY_BE_EMPTY):
             raise ModelFolderError(f"{file} is {wrong_content(head)}")
 

@@ -9,14 +9,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray_diffsynth.config import JobConfig
+from ray_diffsynth.config.options import split_names
 from ray_diffsynth.models.folder import (
     KNOWN_PARTS,
     PICKLE_SUFFIXES,
     ModelFolderError,
     choose_weights,
-    list_files,
+    files_as_text,
     part_name,
-    read_json,
+    read_json_object,
     require_config,
     standard_weights,
 )
@@ -124,9 +125,8 @@ def locate_model(
         return ModelSource(str(root), model, tokenizer_path=tokenizer, processor_path=processor)
 
     found = _Found()
-    for entry in (model_id_with_origin_paths or "").split(","):
-        if entry.strip():
-            found.add_pattern(*_split_entry(entry.strip()), base_path=base_path)
+    for entry in split_names(model_id_with_origin_paths):
+        found.add_pattern(*_split_entry(entry), base_path=base_path)
     for path in _parse_model_paths(model_paths):
         found.add_file(path)
     root, model_id = found.main()
@@ -160,7 +160,7 @@ def locate_configured(config: JobConfig, wanted: Collection[str] | None = None) 
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 class _Found:
@@ -178,7 +178,9 @@ class _Found:
         root = find_repository(model_id, weights, base_path=base_path, complete=lambda r: _has_all(r, pattern))
         matches = _matches(root, pattern)
         if not matches:
-            raise ModelFolderError(f"{model_id}:{pattern} matches nothing in {root}, which holds: {list_files(root)}")
+            raise ModelFolderError(
+                f"{model_id}:{pattern} matches nothing in {root}, which holds: {files_as_text(root)}"
+            )
         for match in matches:
             if match.is_dir():
                 self._add_folder(match, root, model_id)
@@ -281,7 +283,7 @@ def _whole_model(model: str, base_path: str | None, wanted: Collection[str] | No
         raise ModelFolderError(f"{root} holds one part, not a pipeline; use --model_paths, or give its parent folder")
     raise ModelFolderError(
         f"{root} is not a model in diffusers layout: it has no model_index.json and no <part>/config.json. "
-        f"It holds: {list_files(root)}"
+        f"It holds: {files_as_text(root)}"
     )
 
 
@@ -291,7 +293,7 @@ def _is_complete(root: Path, wanted: Collection[str] | None) -> bool:
         return False
     if wanted is None:
         try:
-            index = read_json(root / "model_index.json")
+            index = read_json_object(root / "model_index.json")
         except ModelFolderError:
             return False
         wanted = [k for k, v in index.items() if k in KNOWN_PARTS and isinstance(v, list) and v and v[0] is not None]
@@ -316,7 +318,9 @@ def _companion_path(text: str | None, subfolder: str, base_path: str | None) -> 
         raise ModelFolderError(f"--{subfolder}_path: {err}") from err
     folders = _companion_folders(root, pattern, subfolder)
     if not folders:
-        raise ModelFolderError(f"--{subfolder}_path {text} matches nothing in {root}, which holds: {list_files(root)}")
+        raise ModelFolderError(
+            f"--{subfolder}_path {text} matches nothing in {root}, which holds: {files_as_text(root)}"
+        )
     return str(folders[0])
 
 

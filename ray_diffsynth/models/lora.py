@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ray_diffsynth.config.options import split_names
 from ray_diffsynth.diffusion.randomness import generator
+from ray_diffsynth.errors import nearest
 from ray_diffsynth.models.lora_file import LoraError, export_lora, lora_scale, read_lora
 
 __all__ = [
@@ -144,11 +145,10 @@ def match_targets(
         if not found:
             raise LoraError(f"lora_target_modules={target_modules!r} matches no layer of {name}. {_existing(layers)}")
         return found
-    entries = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
-    wanted = [e.strip() for e in entries if e.strip()]
+    wanted = split_names(target_modules if isinstance(target_modules, str) else ",".join(target_modules))
     if not wanted:
         raise LoraError(f"lora_target_modules is empty; name layers of {name}. {_existing(layers)}")
-    if wanted == ["all-linear"]:
+    if wanted == ("all-linear",):
         return tuple(path for path, m in layers.items() if isinstance(m, nn.Linear))
     matched: set[str] = set()
     problems: list[str] = []
@@ -280,7 +280,7 @@ def _explain(module: nn.Module, layers: Iterable[str], entry: str) -> str:
             hint = f", which holds {', '.join(inside)}" if inside else ""
             return f"{entry!r} is a {type(child).__name__}, not a linear or convolution layer{hint}"
     near = [t for t in sorted(tails) if t.endswith(f"_{entry}")]  # q -> to_q
-    near = near or difflib.get_close_matches(entry, sorted(tails), n=3)
+    near = near or nearest(entry, sorted(tails))
     return f"{entry!r}" + (f" (did you mean {', '.join(near)}?)" if near else "")
 
 

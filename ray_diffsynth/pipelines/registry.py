@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_diffsynth.models.folder import ModelFolderError, read_json
+from ray_diffsynth.models.folder import ModelFolderError, read_json_object
 from ray_diffsynth.pipelines.own_module import FamilyError as FamilyError
 from ray_diffsynth.pipelines.own_module import import_own_module
 
@@ -139,7 +139,7 @@ def family_of(root: Path | str) -> str:
 
 def _class_names(path: Path) -> list[str]:
     try:
-        config = read_json(path)
+        config = read_json_object(path)
     except ModelFolderError as err:
         raise FamilyError(str(err)) from err
     return [str(name) for name in (config.get("_class_name"), *(config.get("architectures") or ())) if name]

@@ -14,7 +14,7 @@ class GenerateError(UserError):
     """Images that cannot be made, or were not."""
 
 
-def read_prompts(config: GenerateConfig, images: Mapping[str, bool] | None = None) -> list[Prompt]:
+def prompts_of(config: GenerateConfig, images: Mapping[str, bool] | None = None) -> list[Prompt]:
     """The prompts in order; `images`: see `image_params`.
 
     Raises DatasetError that names the line of a row that cannot be used, GenerateError if an image is missing.

@@ -34,7 +34,7 @@ from ray_diffsynth.pipelines.core.stages import (
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
 from ray_diffsynth.plan.cache_check import check_encoders, check_manifest, check_settings
 from ray_diffsynth.plan.cache_keys import GroupPlan, plan_group
-from ray_diffsynth.plan.prompts import read_prompts
+from ray_diffsynth.plan.prompts import prompts_of
 from ray_diffsynth.plan.split import Split
 from ray_diffsynth.resources import check_pools
 from ray_diffsynth.storage import absolute
@@ -288,7 +288,7 @@ def lora_targets(config: LoraConfig, pipe: BasePipeline, model: str) -> str:
 def plan_generate(config: GenerateConfig) -> GeneratePlan:
     """See `RunPlan.resolve`; DatasetError or GenerateError for prompts that cannot be read."""
     _, family, pipe = _pipeline(config)
-    prompts = read_prompts(config, image_params(pipe))
+    prompts = prompts_of(config, image_params(pipe))
     source = _with_weights(config, pipe, None)
     return GeneratePlan(
         config=config,

@@ -33,7 +33,7 @@ class DeviceError(Exception):
     """The GPU cannot be used by this process any more: each further call would fail as well."""
 
 
-def encode(
+def encode_samples(
     pipe: BasePipeline,
     group: UnitGroup,
     settings: Mapping[str, Any],
@@ -78,7 +78,7 @@ def encode(
             middle = len(batch) // 2
             for part in (batch[:middle], batch[middle:]):
                 first = len(results)
-                results += encode(pipe, group, settings, part, len(part), _shifted(on_batch, first))[0]
+                results += encode_samples(pipe, group, settings, part, len(part), _shifted(on_batch, first))[0]
     return results, batch_size
 
 

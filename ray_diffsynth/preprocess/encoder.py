@@ -10,7 +10,7 @@ import torch
 
 from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.preprocess.attempts import Attempt
-from ray_diffsynth.preprocess.encode_batches import DeviceError, encode
+from ray_diffsynth.preprocess.encode_batches import DeviceError, encode_samples
 from ray_diffsynth.preprocess.messages import EncoderError, EncoderSpec, described, give_up, pack, unpack
 from ray_diffsynth.preprocess.monitor import attempt_at, end_this_process
 from ray_diffsynth.preprocess.nodes import living
@@ -96,7 +96,7 @@ class Encoder:
                 self.monitor.begin_batch.remote(attempt, [key for key, _ in rows[start:end]])
 
         with collecting() as collected:
-            results, self.batch_sizes[shard["bucket"]] = encode(
+            results, self.batch_sizes[shard["bucket"]] = encode_samples(
                 self.pipe, self.group, self.spec.group.settings, inputs, size, on_batch
             )
         failed: dict[str, list[str]] = json.loads(shard["failed"])

@@ -40,7 +40,7 @@ from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.pipelines.qwen_image_edit import QwenImageEditPipeline
 from ray_diffsynth.pipelines.qwen_image_edit_plus import QwenImageEditPlusPipeline
 from ray_diffsynth.pipelines.wan_i2v import WanImageToVideoPipeline
-from ray_diffsynth.plan.prompts import read_prompts
+from ray_diffsynth.plan.prompts import prompts_of
 
 IDENTITY = {"weights": "a"}
 
@@ -51,20 +51,20 @@ def config(**changes: Any) -> GenerateConfig:
 
 
 def planned(given: GenerateConfig, identity: Any = IDENTITY) -> list[Item]:
-    return plan_items(given, read_prompts(given), QwenImagePipeline, identity)
+    return plan_items(given, prompts_of(given), QwenImagePipeline, identity)
 
 
 def test_prompts_from_files(tmp_path: Path) -> None:
     lines = tmp_path / "p.txt"
     lines.write_text("a cat\n\n  zwei Hunde, groß\n", encoding="utf-8")
-    assert [p.prompt for p in read_prompts(config(prompt_path=str(lines)))] == ["a cat", "zwei Hunde, groß"]
+    assert [p.prompt for p in prompts_of(config(prompt_path=str(lines)))] == ["a cat", "zwei Hunde, groß"]
     table = tmp_path / "p.csv"
     table.write_text('prompt,seed,height,width,negative_prompt\n"a, b",7,64,32,ugly\nc,,,,\n')
-    first, second = read_prompts(config(prompt_path=str(table)))
+    first, second = prompts_of(config(prompt_path=str(table)))
     assert (first.prompt, first.seed, first.height, first.width, first.negative_prompt) == ("a, b", 7, 64, 32, "ugly")
     assert (second.prompt, second.seed, second.height) == ("c", None, None)
     (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "x", "seed": 3}))
-    assert read_prompts(config(prompt_path=str(tmp_path / "q.jsonl")))[0].seed == 3
+    assert prompts_of(config(prompt_path=str(tmp_path / "q.jsonl")))[0].seed == 3
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ def test_a_file_that_cannot_be_used_is_refused_before_anything_is_made(
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(DatasetError, match=message):
-        read_prompts(config(prompt_path=str(tmp_path / name)))
+        prompts_of(config(prompt_path=str(tmp_path / name)))
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"a cat \xff\xfe")
     with pytest.raises(DatasetError, match="p.txt is not UTF-8"):
-        read_prompts(config(prompt_path=str(tmp_path / "p.txt")))
+        prompts_of(config(prompt_path=str(tmp_path / "p.txt")))
 
 
 def test_sizes_and_steps_that_cannot_be_are_refused_before_ray_starts() -> None:
@@ -171,7 +171,7 @@ def test_an_argument_that_the_family_does_not_take_is_refused() -> None:
 
     given = config(negative_prompt="ugly")
     with pytest.raises(GenerateError, match="Plain takes no negative_prompt"):
-        plan_items(given, read_prompts(given), Plain, IDENTITY)
+        plan_items(given, prompts_of(given), Plain, IDENTITY)
 
 
 def test_the_grid_has_a_column_for_each_strength() -> None:
@@ -267,7 +267,7 @@ def test_images_beside_the_prompts(tmp_path: Path) -> None:
     assert image_params(QwenImagePipeline.skeleton()) == {"input_image": False}
     rows = [{"prompt": "paint it", "edit_image": "a.png"}, {"prompt": "mix", "edit_image": ["a.png", "b.png"]}]
     given = edits(tmp_path, rows)
-    prompts = read_prompts(given, image_params(pipe))
+    prompts = prompts_of(given, image_params(pipe))
     one, two = plan_items(given, prompts, pipe, IDENTITY)
     assert dict(one.images) == {"edit_image": str(tmp_path / "a.png")}
     assert dict(two.images) == {"edit_image": (str(tmp_path / "a.png"), str(tmp_path / "b.png"))}
@@ -279,9 +279,9 @@ def test_images_beside_the_prompts(tmp_path: Path) -> None:
     # The name follows the content, wherever the file lies.
     shutil.copy(tmp_path / "a.png", tmp_path / "c.png")
     again = edits(tmp_path, [{**rows[0], "edit_image": "c.png"}])
-    assert plan_items(again, read_prompts(again, image_params(pipe)), pipe, IDENTITY)[0].file == one.file
+    assert plan_items(again, prompts_of(again, image_params(pipe)), pipe, IDENTITY)[0].file == one.file
     Image.new("RGB", (64, 32), "green").save(tmp_path / "c.png")
-    assert plan_items(again, read_prompts(again, image_params(pipe)), pipe, IDENTITY)[0].file != one.file
+    assert plan_items(again, prompts_of(again, image_params(pipe)), pipe, IDENTITY)[0].file != one.file
 
 
 @pytest.mark.parametrize("family", [QwenImageEditPipeline, WanImageToVideoPipeline])
@@ -289,13 +289,13 @@ def test_an_image_that_is_missing_is_said_before_anything_is_loaded(family: Any,
     needed = image_params(family.skeleton())
     name = next(name for name, is_needed in needed.items() if is_needed)
     with pytest.raises(GenerateError, match=f"has no {name}, which this family needs: give --prompt_path a csv"):
-        read_prompts(config(), needed)
+        prompts_of(config(), needed)
     given = edits(tmp_path, [{"prompt": "a", name: "absent.png"}])
     with pytest.raises(MediaError, match="absent.png: no such file"):
-        plan_items(given, read_prompts(given, needed), family, IDENTITY)
+        plan_items(given, prompts_of(given, needed), family, IDENTITY)
     given = edits(tmp_path, [{"prompt": "a", name: 3}])
     with pytest.raises(DatasetError, match=f"the column '{name}' holds 3, not the path"):
-        read_prompts(given, needed)
+        prompts_of(given, needed)
 
 
 def test_settings_of_the_pipeline() -> None:

@@ -14,9 +14,9 @@ from PIL import Image
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate.grid import LIMIT
 from ray_diffsynth.generate.items import Item, plan_items
-from ray_diffsynth.generate.summary import Made, finish
+from ray_diffsynth.generate.summary import Made, write_results
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
-from ray_diffsynth.plan.prompts import read_prompts
+from ray_diffsynth.plan.prompts import prompts_of
 from ray_diffsynth.report.load import load_lines
 from ray_diffsynth.report.page import lookup
 from tests.report.browser import Dom
@@ -27,13 +27,13 @@ NASTY = 'a <b>cat</b> & "dog", ö'
 def made(output: Path, *, failed: int = 0, reused: int = 0, loras: tuple[str, ...] = (), **options: Any) -> Dom:
     """The page of a run of which the last `failed` items failed; its images are plain colours."""
     config = GenerateConfig(model="org/model", prompt=NASTY, output_path=str(output), lora=",".join(loras), **options)
-    items = plan_items(config, read_prompts(config), QwenImagePipeline, {})
+    items = plan_items(config, prompts_of(config), QwenImagePipeline, {})
     bad: list[Item] = items[len(items) - failed :]
     (output / "pictures").mkdir(parents=True)
     for number, item in enumerate(items[: len(items) - failed]):
         Image.new("RGB", (300, 200), (number % 256, 80, 0)).save(output / item.file)
     failures = {item.file: "RuntimeError: no <memory>" for item in bad}
-    finish(
+    write_results(
         config,
         Made("qwen_image", QwenImagePipeline, loras, items, len(items) - reused, failures, 2.0),
         str(output),

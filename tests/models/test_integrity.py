@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ray_diffsynth.models.folder import ModelFolderError, read_json
+from ray_diffsynth.models.folder import ModelFolderError, read_json_object
 from ray_diffsynth.models.hub import find_repository
 from ray_diffsynth.models.integrity import check_companion, check_safetensors
 from ray_diffsynth.models.load import load_companion, load_part
@@ -75,7 +75,7 @@ def test_configs_are_told(name: str, tmp_path: Path) -> None:
     content, message = DAMAGED[name]
     (tmp_path / "model_index.json").write_bytes(content)
     with pytest.raises(ModelFolderError, match=message):
-        read_json(tmp_path / "model_index.json")
+        read_json_object(tmp_path / "model_index.json")
     with pytest.raises(FamilyError, match=message):
         family_of(tmp_path)
 

@@ -14,7 +14,7 @@ from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.preprocess.decode import Decoder
-from ray_diffsynth.preprocess.encode_batches import encode
+from ray_diffsynth.preprocess.encode_batches import encode_samples
 from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.messages import EncoderSpec, shard_row
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
@@ -50,7 +50,7 @@ class Bench:
         """What `encode` makes of samples that are the numbers 0, 1, 2 …"""
         self.patch.setattr(counting.ImageUnit, "process_batch", process)
         one = Encoder(self.spec)
-        return encode(one.pipe, one.group, {}, [{"input_image": n} for n in range(count)], batch_size)
+        return encode_samples(one.pipe, one.group, {}, [{"input_image": n} for n in range(count)], batch_size)
 
 
 def numbers(batch: list[dict[str, Any]]) -> list[int]:

@@ -16,7 +16,7 @@ from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.plan.run_plan import PreprocessPlan, RunPlan
 from ray_diffsynth.preprocess.decode import Decoder
-from ray_diffsynth.preprocess.encode_batches import encode
+from ray_diffsynth.preprocess.encode_batches import encode_samples
 from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.messages import EncoderSpec, shard_row, unpack
 from ray_diffsynth.preprocess.records import Failure
@@ -76,11 +76,11 @@ def test_what_is_not_finite_or_fails_is_that_samples_own(
         return [{"input_latents": torch.tensor([float("nan") if n == 1 else 1.0])} for n in numbers]
 
     monkeypatch.setattr(counting.ImageUnit, "process_batch", process_batch)
-    results, size = encode(encoder.pipe, encoder.group, {}, [{"input_image": n} for n in range(4)], 4)
+    results, size = encode_samples(encoder.pipe, encoder.group, {}, [{"input_image": n} for n in range(4)], 4)
     kinds = [result.error if isinstance(result, Failure) else "dict" for result in results]
     assert kinds == ["dict", "NonFiniteError", "ArithmeticError", "dict"] and size == 4
     batches: list[tuple[int, int]] = []
-    encode(
+    encode_samples(
         encoder.pipe, encoder.group, {}, [{"input_image": n} for n in (7, 7, 7, 2, 7)], 4, lambda *b: batches.append(b)
     )
     assert batches == [(0, 4), (0, 2), (2, 4), (2, 3), (3, 4), (4, 5)]

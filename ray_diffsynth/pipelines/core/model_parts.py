@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
-from ray_diffsynth.models.folder import read_json
+from ray_diffsynth.models.folder import read_json_object
 from ray_diffsynth.models.integrity import check_companion, check_part
 from ray_diffsynth.models.load import load_companion, load_part
 from ray_diffsynth.models.locate import ModelSource, locate_model
@@ -165,4 +165,4 @@ def scheduler_config(source: ModelSource) -> dict[str, Any] | None:
     path = source.folder("scheduler") / "scheduler_config.json"
     if not path.is_file():
         return None
-    return read_json(path)
+    return read_json_object(path)

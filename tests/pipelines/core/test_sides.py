@@ -18,7 +18,7 @@ from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.pipelines.core.sides import state_of
 from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState, make_state, run_units
-from ray_diffsynth.preprocess.encode_batches import encode
+from ray_diffsynth.preprocess.encode_batches import encode_samples
 from ray_diffsynth.tasks import SFT
 from ray_diffsynth.training.module import DiffusionTrainingModule
 
@@ -181,7 +181,7 @@ def test_stage_1_keeps_the_sides_too(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = module(pipe, split=False)
     rows = samples()
     for group in whole.stages.groups:
-        found, _ = encode(pipe, group, pipe.training_settings(), rows, 2)
+        found, _ = encode_samples(pipe, group, pipe.training_settings(), rows, 2)
         for row, values in zip(rows, found, strict=True):
             expected = whole.encode(row)
             assert typed(values) == typed({name: expected[name] for name in group.parameters if name in expected})
