@@ -14,7 +14,8 @@ from ray_diffsynth.diffusion.gradient_checkpoint import enable_checkpointing
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.model_parts import Part
 from ray_diffsynth.pipelines.core.sampling import ProgressBar, no_progress_bar
-from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState
+from ray_diffsynth.pipelines.core.state import UnitState
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline, diffusers_template
 from ray_diffsynth.pipelines.shared.image_units import image_units
 from ray_diffsynth.pipelines.shared.packing import pack_latents, unpack_latents

@@ -13,10 +13,11 @@ from ray_diffsynth.diffusion.out_of_memory import is_out_of_memory
 from ray_diffsynth.diffusion.transfer import map_tensors
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.errors import MissingModelError
+from ray_diffsynth.pipelines.core.errors import MissingInputError, MissingModelError, UnitError
 from ray_diffsynth.pipelines.core.graph import UnitGroup
+from ray_diffsynth.pipelines.core.runner import run_units
 from ray_diffsynth.pipelines.core.sides import row_of
-from ray_diffsynth.pipelines.core.unit import MissingInputError, UnitError, make_state, run_units
+from ray_diffsynth.pipelines.core.state import make_state
 from ray_diffsynth.preprocess.records import Failure
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from ray_diffsynth.models.lora import LoraInfo, add_lora, load_lora_file, lora_p
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.check import check_units
 from ray_diffsynth.pipelines.core.lora_keys import lora_names
+from ray_diffsynth.pipelines.core.runner import run_units
 from ray_diffsynth.pipelines.core.stages import plan_stages
-from ray_diffsynth.pipelines.core.unit import make_state, run_units
+from ray_diffsynth.pipelines.core.state import make_state
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
 from ray_diffsynth.tasks import SFT
 from ray_diffsynth.training.export import Trained, export_trained

@@ -10,7 +10,8 @@ from PIL import Image
 
 from ray_diffsynth.pipelines import qwen_image_edit as edit
 from ray_diffsynth.pipelines.core.errors import PipelineError
-from ray_diffsynth.pipelines.core.unit import make_state, run_units
+from ray_diffsynth.pipelines.core.runner import run_units
+from ray_diffsynth.pipelines.core.state import make_state
 from ray_diffsynth.pipelines.qwen_image_edit import QwenImageEditPipeline, scaled_size
 from ray_diffsynth.pipelines.qwen_image_edit_plus import QwenImageEditPlusPipeline
 from tests.families.cases import make_image

@@ -26,8 +26,9 @@ from torch import Tensor
 from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.errors import MissingInputError
 from ray_diffsynth.pipelines.core.model_parts import Part
-from ray_diffsynth.pipelines.core.unit import MissingInputError, PipelineUnit
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 
 FAMILY = "tests.preprocess.counting:CountingPipeline"
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from ray_diffsynth import storage
-from ray_diffsynth.pipelines.core.errors import MissingModelError
-from ray_diffsynth.pipelines.core.unit import MissingInputError
+from ray_diffsynth.pipelines.core.errors import MissingInputError, MissingModelError
 from ray_diffsynth.preprocess import decode, encoder, messages
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.encode_batches import DeviceError

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from ray_diffsynth.pipelines.core.image_conversion import ImageConversion
+from ray_diffsynth.pipelines.core.runner import PipelineUnitRunner
 from ray_diffsynth.pipelines.core.sampling import Sampling
-from ray_diffsynth.pipelines.core.unit import PipelineUnitRunner
 from ray_diffsynth.pipelines.core.versions import stated_versions
 
 LORA_AND_SAMPLING = (

@@ -15,8 +15,11 @@ import numpy as np
 import torch
 
 from ray_diffsynth.pipelines.core.content import content_of
+from ray_diffsynth.pipelines.core.errors import UnitError
 from ray_diffsynth.pipelines.core.graph import model_root
-from ray_diffsynth.pipelines.core.unit import SIDES, PipelineUnit, UnitError, UnitState, make_state, run_units
+from ray_diffsynth.pipelines.core.runner import run_units
+from ray_diffsynth.pipelines.core.state import SIDES, UnitState, make_state
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 
 
 def check_units(pipe: Any, inputs: Mapping[str, Any], units: Sequence[PipelineUnit] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The errors of a pipeline that is used as it cannot be."""
+"""The errors of pipelines and their units."""
 
 from __future__ import annotations
 
@@ -11,3 +11,11 @@ class PipelineError(UserError, ValueError):
 
 class MissingModelError(PipelineError):
     """A unit or `model_fn` runs a model that was not loaded."""
+
+
+class MissingInputError(UserError, KeyError):
+    """A unit (or `model_fn`) needs a parameter that nobody has written."""
+
+
+class UnitError(UserError, ValueError):
+    """A unit broke its own declaration."""

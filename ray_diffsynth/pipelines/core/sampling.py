@@ -11,7 +11,9 @@ from torch import Tensor
 from ray_diffsynth.diffusion.flow_match import NUM_TRAIN_TIMESTEPS, FlowMatchScheduler
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.model_call import ModelCall
-from ray_diffsynth.pipelines.core.unit import UnitState, missing_input, run_units
+from ray_diffsynth.pipelines.core.runner import run_units
+from ray_diffsynth.pipelines.core.state import UnitState
+from ray_diffsynth.pipelines.core.unit import missing_input
 
 ProgressBar: TypeAlias = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 """Wraps the timesteps of a loop, e.g. tqdm."""

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ray_diffsynth.pipelines.core.errors import PipelineError
-from ray_diffsynth.pipelines.core.unit import SIDES, PipelineUnit, UnitState, make_state
+from ray_diffsynth.pipelines.core.state import SIDES, UnitState, make_state
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 
 
 def sided_parameters(

@@ -15,7 +15,7 @@ from ray_diffsynth.diffusion.flow_match import NUM_TRAIN_TIMESTEPS, FlowMatchSch
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.sampling import ProgressBar, check_output_type, no_progress_bar
-from ray_diffsynth.pipelines.core.unit import UnitState
+from ray_diffsynth.pipelines.core.state import UnitState
 
 MAX_SEQUENCE_LENGTH = 512  # prompt tokens; what diffusers' pipelines of these families use by default
 

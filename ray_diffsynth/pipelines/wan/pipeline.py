@@ -17,7 +17,7 @@ from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.model_parts import Part, scheduler_config
 from ray_diffsynth.pipelines.core.sampling import ProgressBar, check_output_type, no_progress_bar
-from ray_diffsynth.pipelines.core.unit import UnitState
+from ray_diffsynth.pipelines.core.state import UnitState
 from ray_diffsynth.pipelines.shared.initial_latents import FlowMatchUnit_InitialLatents
 from ray_diffsynth.pipelines.shared.text import warn_of_cut
 from ray_diffsynth.pipelines.shared.tiling import CAUSAL_VAE_TILING_VERSION, causal_vae_tiling

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ray_diffsynth.diffusion import FlowMatchScheduler, gradient_checkpoint_forward
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.errors import PipelineError
+from ray_diffsynth.pipelines.core.errors import MissingInputError, PipelineError
 from ray_diffsynth.pipelines.core.graph import cached_parameters, split_units
-from ray_diffsynth.pipelines.core.unit import MissingInputError, PipelineUnit, make_state, run_units
+from ray_diffsynth.pipelines.core.runner import run_units
+from ray_diffsynth.pipelines.core.state import make_state
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 
 
 class ToyVAE(nn.Module):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ray_diffsynth.pipelines import check_units
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.content import content_of
+from ray_diffsynth.pipelines.core.errors import MissingInputError, UnitError
 from ray_diffsynth.pipelines.core.model_parts import Part
-from ray_diffsynth.pipelines.core.unit import MissingInputError, PipelineUnit, UnitError
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 
 Process = Callable[..., Any]
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.errors import PipelineError
+from ray_diffsynth.pipelines.core.errors import MissingInputError, PipelineError
 from ray_diffsynth.pipelines.core.sampling import check_output_type
-from ray_diffsynth.pipelines.core.unit import MissingInputError, PipelineUnit, UnitState
+from ray_diffsynth.pipelines.core.state import UnitState
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 
 
 class StartUnit(PipelineUnit):

@@ -16,8 +16,10 @@ from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.model_parts import Part
+from ray_diffsynth.pipelines.core.runner import run_units
 from ray_diffsynth.pipelines.core.sides import state_of
-from ray_diffsynth.pipelines.core.unit import PipelineUnit, UnitState, make_state, run_units
+from ray_diffsynth.pipelines.core.state import UnitState, make_state
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.preprocess.encode_batches import encode_samples
 from ray_diffsynth.tasks import SFT
 from ray_diffsynth.training.module import DiffusionTrainingModule

@@ -8,15 +8,10 @@ import torch
 
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.unit import (
-    MissingInputError,
-    PipelineUnit,
-    PipelineUnitRunner,
-    UnitError,
-    UnitState,
-    make_state,
-    run_units,
-)
+from ray_diffsynth.pipelines.core.errors import MissingInputError, UnitError
+from ray_diffsynth.pipelines.core.runner import PipelineUnitRunner, run_units
+from ray_diffsynth.pipelines.core.state import UnitState, make_state
+from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.core.versions import CacheKeyError
 
 

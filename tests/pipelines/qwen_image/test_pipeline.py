@@ -13,9 +13,10 @@ from PIL import Image
 
 from ray_diffsynth.data.warnings import DESCRIPTIONS, DataWarning, collecting
 from ray_diffsynth.models.locate import locate_model
-from ray_diffsynth.pipelines.core.errors import PipelineError
+from ray_diffsynth.pipelines.core.errors import MissingInputError, PipelineError
 from ray_diffsynth.pipelines.core.graph import cached_parameters, group_units, split_units
-from ray_diffsynth.pipelines.core.unit import MissingInputError, UnitState, make_state, run_units
+from ray_diffsynth.pipelines.core.runner import run_units
+from ray_diffsynth.pipelines.core.state import UnitState, make_state
 from ray_diffsynth.pipelines.qwen_image.model import model_fn
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class

@@ -14,8 +14,9 @@ from PIL import Image
 
 from ray_diffsynth.data.warnings import DataWarning, collecting
 from ray_diffsynth.models.lora import match_targets
-from ray_diffsynth.pipelines.core.errors import PipelineError
-from ray_diffsynth.pipelines.core.unit import MissingInputError, UnitState, run_units
+from ray_diffsynth.pipelines.core.errors import MissingInputError, PipelineError
+from ray_diffsynth.pipelines.core.runner import run_units
+from ray_diffsynth.pipelines.core.state import UnitState
 from ray_diffsynth.pipelines.registry import family_of
 from ray_diffsynth.pipelines.wan import pipeline as wan
 from ray_diffsynth.pipelines.wan.model import TEXT_TOKENS, model_fn
