@@ -15,7 +15,7 @@ from ray_diffsynth.data.media import content_hash
 from ray_diffsynth.data.prompts import Prompt
 from ray_diffsynth.errors import did_you_mean
 from ray_diffsynth.pipelines.core.base import BasePipeline
-from ray_diffsynth.pipelines.core.stages import checked_setting
+from ray_diffsynth.pipelines.core.settings import checked_setting
 from ray_diffsynth.plan.prompts import GenerateError as GenerateError
 
 IMAGES_FOLDER = "pictures"

@@ -23,14 +23,9 @@ from ray_diffsynth.models.fingerprint import part_sketch
 from ray_diffsynth.models.locate import ModelFolderError, ModelSource, locate_configured
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.calling import image_params
-from ray_diffsynth.pipelines.core.stages import (
-    Stages,
-    check_caption_dropout,
-    check_columns,
-    dataset_spec,
-    plan_stages,
-    settings_of,
-)
+from ray_diffsynth.pipelines.core.columns import check_columns, dataset_spec
+from ray_diffsynth.pipelines.core.settings import settings_of
+from ray_diffsynth.pipelines.core.stages import Stages, check_caption_dropout, plan_stages
 from ray_diffsynth.pipelines.registry import choose_family, get_pipeline_class
 from ray_diffsynth.plan.cache_check import check_encoders, check_manifest, check_settings
 from ray_diffsynth.plan.cache_keys import GroupPlan, plan_group

@@ -13,8 +13,9 @@ from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.diffusion.transfer import as_stored, moved
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.runner import run_units
+from ray_diffsynth.pipelines.core.settings import settings_of
 from ray_diffsynth.pipelines.core.sides import row_of, state_of
-from ray_diffsynth.pipelines.core.stages import Stages, plan_stages, settings_of
+from ray_diffsynth.pipelines.core.stages import Stages, plan_stages
 from ray_diffsynth.pipelines.core.state import make_state
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.tasks import LossOutput, Task

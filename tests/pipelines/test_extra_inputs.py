@@ -13,7 +13,8 @@ from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.samples import bucket_of, load_inputs
 from ray_diffsynth.data.scan import scan_file
 from ray_diffsynth.diffusion.randomness import SampleKey
-from ray_diffsynth.pipelines.core.stages import dataset_spec, plan_stages
+from ray_diffsynth.pipelines.core.columns import dataset_spec
+from ray_diffsynth.pipelines.core.stages import plan_stages
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.qwen_image.model import model_fn
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline

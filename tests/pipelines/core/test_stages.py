@@ -15,14 +15,10 @@ from ray_diffsynth.data.samples import PIXEL_TRANSFORMS, bucket_of
 from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.models.locate import locate_model
 from ray_diffsynth.pipelines.core.base import BasePipeline
+from ray_diffsynth.pipelines.core.columns import check_columns, dataset_spec
 from ray_diffsynth.pipelines.core.errors import PipelineError
-from ray_diffsynth.pipelines.core.stages import (
-    check_caption_dropout,
-    check_columns,
-    dataset_spec,
-    plan_stages,
-    settings_of,
-)
+from ray_diffsynth.pipelines.core.settings import settings_of
+from ray_diffsynth.pipelines.core.stages import check_caption_dropout, plan_stages
 from ray_diffsynth.pipelines.core.unit import PipelineUnit
 from ray_diffsynth.pipelines.core.versions import CacheKeyError
 from ray_diffsynth.pipelines.flux import FluxPipeline
