@@ -18,7 +18,7 @@ from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.calling import image_params
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.registry import get_pipeline_class
-from ray_diffsynth.plan.prompts import read_prompts
+from ray_diffsynth.plan.prompts import prompts_of
 from ray_diffsynth.plan.run_plan import RunPlan
 from tests.families.cases import make_image
 from tests.training.helpers import make_config
@@ -105,7 +105,7 @@ def test_generating_from_a_image(
         num_inference_steps=2, cfg_scale=1.0, **options,
     )  # fmt: skip
     pipe = configured(family, root)
-    items = plan_items(config, read_prompts(config, image_params(pipe)), pipe, {})
+    items = plan_items(config, prompts_of(config, image_params(pipe)), pipe, {})
     paint = Painter(RunPlan.resolve(config))
     one, two = ((tmp_path / paint(item)).read_bytes() for item in items)
     assert one != two, "it is made from its image"
