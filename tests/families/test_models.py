@@ -92,7 +92,7 @@ def test_caption_dropout_of_edits_is_refused_in_both_forms(
         ("wan_i2v", "input_image", {"num_frames": 5}),
     ],
 )
-def test_generating_from_a_image(
+def test_generating_from_an_image(
     family: str, column: str, options: dict[str, Any], model_folder: ModelFolder, tmp_path: Path
 ) -> None:
     root = model_folder(family)

@@ -13,7 +13,7 @@ from ray_diffsynth import pipelines
 def test_each_public_name_is_there_and_known_to_type_checkers() -> None:
     tree = ast.parse(Path(str(pipelines.__file__)).read_text(encoding="utf-8"))
     imports = {
-        name.asname: str(node.module).removeprefix("ray_diffsynth.pipelines.")
+        str(name.asname): str(node.module).removeprefix("ray_diffsynth.pipelines.")
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("ray_diffsynth.pipelines.")
         for name in node.names

@@ -33,7 +33,7 @@ def test_images_are_scaled_as_diffusers_does(size: tuple[int, int], area: int) -
     assert scaled_size(Image.new("RGB", size), area) == (round(side / 32) * 32, round(side / ratio / 32) * 32)
 
 
-def test_a_image_of_any_size_is_scaled_on_the_way_in(
+def test_an_image_of_any_size_is_scaled_on_the_way_in(
     pipe: QwenImageEditPlusPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(edit, "EDIT_AREA", 64 * 64)

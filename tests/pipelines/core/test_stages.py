@@ -235,7 +235,7 @@ def file(height: int, width: int, frames: int = 1) -> SourceFile:
     return SourceFile("a", "", width, height, "digest", frames, 16.0 if frames > 1 else 0.0)
 
 
-def test_a_image_that_is_distilled_keeps_its_size() -> None:
+def test_an_image_that_is_distilled_keeps_its_size() -> None:
     task, pipe = DirectDistill(), QwenImagePipeline.skeleton()
     assert task.as_sampled and not SFT.as_sampled
     spec = dataset_spec(pipe, config(), {}, keep_size=True)

@@ -256,7 +256,7 @@ def test_parts_named_by_patterns(tiny_qwen: Path) -> None:
         )
 
 
-def test_a_image_is_needed_in_training(training: QwenImagePipeline) -> None:
+def test_an_image_is_needed_in_training(training: QwenImagePipeline) -> None:
     state = UnitState({**training.training_settings(), "height": 32, "width": 32}, {"prompt": "p"})
     with pytest.raises(MissingInputError, match=r"ImageUnit_ImageEncoder needs 'input_image'.*metadata column"):
         run_units(training.units, training, [state])
