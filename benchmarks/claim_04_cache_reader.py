@@ -23,7 +23,7 @@ def measure() -> list[Row]:
 
     from ray_diffsynth.cache.reader import CacheReader
     from ray_diffsynth.data.buckets import Bucket, rows_per_shard
-    from ray_diffsynth.training.data.epoch_order import epoch_plan
+    from ray_diffsynth.training.data.epoch_order import epoch_order
 
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
@@ -62,15 +62,15 @@ def measure() -> list[Row]:
 
     in_order = [list(range(start, start + BATCH)) for start in range(0, SAMPLES, BATCH)]
     name = "1024x1024"
-    plan = epoch_plan(
+    epoch = epoch_order(
         {name: range(SAMPLES)},
         rows_per_shard={name: rows_per_shard(Bucket.parse(name))},
         seed=0,
         epoch=0,
         batch_size=BATCH,
-        lanes=1,
+        virtual_ranks=1,
     )
-    shuffled = [[int(row) for row in batch] for batch in plan.rows.reshape(-1, BATCH)]
+    shuffled = [[int(row) for row in batch] for batch in epoch.rows.reshape(-1, BATCH)]
     for work in (lambda: plain(True), lambda: through_reader(in_order)):  # files into the page cache
         work()
     found = in_turn(lambda: plain(True), lambda: through_reader(in_order), TIMES)

@@ -37,7 +37,7 @@ def measure() -> list[Row]:
     def worker(arguments: dict[str, Any]) -> None:
         member = f"ray-{arguments['config'].num_workers}"
         # Not job's: a function whose name is taken is sent with globals of its own.
-        work.__globals__["RayContext"] = in_turn(job.RayContext, port, member, TURN)
+        work.__globals__["RayRuntime"] = in_turn(job.RayRuntime, port, member, TURN)
         work(arguments)
 
     job._worker = worker

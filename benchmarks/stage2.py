@@ -56,10 +56,10 @@ def train_in_turn(config: Any, turns: Turns, member: str, after: str | None = No
     after: the member that must be ready before this one starts: transformers loads one model at a time in a process.
     """
     from ray_diffsynth.plan.run_plan import RunPlan
-    from ray_diffsynth.training.runtime import LocalContext
+    from ray_diffsynth.training.runtime import LocalRuntime
     from ray_diffsynth.training.trainer import train
 
-    class Worker(in_turn(LocalContext, turns.port, member, steps)):  # type: ignore[misc]
+    class Worker(in_turn(LocalRuntime, turns.port, member, steps)):  # type: ignore[misc]
         def report(self, metrics: Mapping[str, Any]) -> None:
             if metrics["step"] == metrics["steps"]:
                 self.turn.next()
@@ -75,9 +75,9 @@ class Timed:
     """A worker of plain Python that notes when each step was done, counted from when it was made."""
 
     def __init__(self, stop_after: int | None = None) -> None:
-        from ray_diffsynth.training.runtime import LocalContext
+        from ray_diffsynth.training.runtime import LocalRuntime
 
-        self._plain = LocalContext("cpu", progress=False)
+        self._plain = LocalRuntime("cpu", progress=False)
         self.world_rank, self.world_size, self.device = 0, 1, self._plain.device
         self.began = time.perf_counter()
         self.done: list[float] = []

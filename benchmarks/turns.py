@@ -112,7 +112,7 @@ def main() -> None:
     from ray_diffsynth.training import local
 
     port, member, steps, *words = sys.argv[1:]
-    local.LocalContext = in_turn(local.LocalContext, int(port), member, int(steps))  # type: ignore[misc]
+    local.LocalRuntime = in_turn(local.LocalRuntime, int(port), member, int(steps))  # type: ignore[misc]
     script = ROOT / "jobs" / "train.py"
     sys.argv = [str(script), *words]
     runpy.run_path(str(script), run_name="__main__")

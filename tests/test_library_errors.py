@@ -24,7 +24,7 @@ from ray_diffsynth.models.locate import ModelSource, locate_model
 from ray_diffsynth.pipelines.registry import FamilyError, family_of
 from ray_diffsynth.plan.prompts import prompts_of
 from ray_diffsynth.training.report.metrics_log import read_metrics
-from ray_diffsynth.training.report.sample_grids import Shown, encode, shown_by
+from ray_diffsynth.training.report.sample_grids import GridInfo, encode_grid, read_grid_info
 from ray_diffsynth.training.report.trackers import TrackerError, _import
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -170,15 +170,15 @@ def test_a_tracker_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_sample_grid_that_is_damaged() -> None:
-    shown = Shown("Step 1", ["a cat"], {"seed": 1})
-    data = encode(Image.new("RGB", (64, 64), "red"), shown)
-    assert shown_by(data) == shown
+    shown = GridInfo("Step 1", ["a cat"], {"seed": 1})
+    data = encode_grid(Image.new("RGB", (64, 64), "red"), shown)
+    assert read_grid_info(data) == shown
     for size in range(0, len(data), 7):
-        assert shown_by(data[:size]) in (None, shown)
+        assert read_grid_info(data[:size]) in (None, shown)
     for place in range(0, len(data)):
         damaged = bytearray(data)
         damaged[place] ^= 0x55
-        shown_by(bytes(damaged))
+        read_grid_info(bytes(damaged))
 
 
 def test_metrics_with_a_line_that_is_none(tmp_path: Path) -> None:

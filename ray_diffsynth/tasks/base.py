@@ -18,7 +18,7 @@ class LossOutput:
 
     loss: 0-d fp32, the mean of ``per_sample``; what is differentiated.
     per_sample: (B,) fp32, detached: each sample's weighted loss.
-    sigma: (B,) fp32 in [0, 1]: the noise level at which each sample was seen.
+    sigma: (B,) fp32 in [0, 1]: the noise level that each sample was trained at.
     """
 
     loss: torch.Tensor

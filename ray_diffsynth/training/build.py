@@ -1,4 +1,4 @@
-"""The module that trains: models loaded, LoRAs added, what is frozen packed or left."""
+"""The module that trains: models loaded, LoRAs added, what is frozen in 8 bits or as it is."""
 
 from __future__ import annotations
 

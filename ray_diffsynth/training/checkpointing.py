@@ -13,12 +13,12 @@ from ray_diffsynth.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from ray_diffsynth.training.distributed import same_everywhere
+from ray_diffsynth.training.distributed import all_equal
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.export import Trained, export_trained, newest_file
 from ray_diffsynth.training.identity import check_identity, identity_defaults
 from ray_diffsynth.training.optimization import Optimization
-from ray_diffsynth.training.runtime import Context
+from ray_diffsynth.training.runtime import WorkerRuntime
 from ray_diffsynth.training.start import mark_going_on
 
 
@@ -29,14 +29,14 @@ class Checkpointing:
     exported; saved: folder of the newest checkpoint that was written.
     """
 
-    def __init__(self, plan: TrainPlan, context: Context) -> None:
+    def __init__(self, plan: TrainPlan, runtime: WorkerRuntime) -> None:
         """Raises CheckpointError, and TrainingError if the workers see different checkpoints."""
-        self._plan, self._config, self._context = plan, plan.config, context
+        self._plan, self._config, self._runtime = plan, plan.config, runtime
         self.found = newest_checkpoint(plan.output_path)
         self.start = self.found.step if self.found else 0
         self.files: list[str] = []
         self.saved: str | None = None
-        if not same_everywhere(self.start, context.world_size, context.device):
+        if not all_equal(self.start, runtime.world_size, runtime.device):
             raise TrainingError(
                 f"the workers see different checkpoints in {plan.output_path}; all nodes must share --output_path"
             )
@@ -48,8 +48,8 @@ class Checkpointing:
     def begin(self, identity: dict[str, Any], counts: dict[str, Any], *, steps_per_epoch: int, total: int) -> None:
         """Fix what the checkpoints of this run are compared by, and compare the one that it goes on from.
 
-        counts: what a message says of two runs that differ. Raises CheckpointError for one of another run, or beyond
-        the run's `total` steps.
+        counts: numbers that a message about two different runs names. Raises CheckpointError for one of another run,
+        or beyond the run's `total` steps.
         """
         self._identity, self._counts = identity, counts
         self._steps_per_epoch, self._total = steps_per_epoch, total
@@ -64,7 +64,7 @@ class Checkpointing:
                 f"the checkpoint {where} is beyond the {total} steps that this command asks for; raise max_steps or "
                 "num_epochs, go back with --resume <an earlier checkpoint>, or start anew with another --output_path"
             )
-        if self._context.world_rank == 0:
+        if self._runtime.world_rank == 0:
             mark_going_on(self._config)
 
     def forget(self) -> None:

@@ -1,4 +1,4 @@
-"""Several workers: how they meet, DDP, and the few collectives that the loop needs."""
+"""Several workers: the process group, DDP, and the few collectives that the loop needs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ray_diffsynth.training.runtime import Context
+from ray_diffsynth.training.runtime import WorkerRuntime
 
 T = TypeVar("T")
 
 
-def connect(context: Context) -> None:
+def init_distributed(runtime: WorkerRuntime) -> None:
     """Choose the worker's GPU, and meet the other workers if that has not been done for it (torchrun)."""
-    on_gpu = context.device.type == "cuda"
+    on_gpu = runtime.device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(context.device)
-    if context.world_size > 1 and not dist.is_initialized():
+        torch.cuda.set_device(runtime.device)
+    if runtime.world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
 
 
-def distribute(module: nn.Module, world_size: int) -> nn.Module:
+def wrap_ddp(module: nn.Module, world_size: int) -> nn.Module:
     """`module` in DDP when there are several workers; frozen weights and buffers, which all have read, are left out.
 
     DDP takes the device that the module lies on, and leaves the inputs where they are: a worker's number on its machine
@@ -51,14 +51,14 @@ def sync_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
         grad.copy_(part.view_as(grad))
 
 
-def total(value: torch.Tensor, world_size: int) -> torch.Tensor:
+def all_reduce_sum(value: torch.Tensor, world_size: int) -> torch.Tensor:
     """The sum of `value` over the workers, on each of them."""
     if world_size > 1:
         dist.all_reduce(value)
     return value
 
 
-def gather(own: list[T], world_size: int) -> list[T]:
+def all_gather(own: list[T], world_size: int) -> list[T]:
     """The lists of all workers, joined in their order, on each of them."""
     if world_size == 1:
         return own
@@ -67,13 +67,13 @@ def gather(own: list[T], world_size: int) -> list[T]:
     return [item for part in found for item in part]
 
 
-def meet(world_size: int) -> None:
+def barrier(world_size: int) -> None:
     """Wait until every worker is here."""
     if world_size > 1:
         dist.barrier()
 
 
-def same_everywhere(number: int, world_size: int, device: torch.device) -> bool:
+def all_equal(number: int, world_size: int, device: torch.device) -> bool:
     """Whether every worker passes the same number."""
     if world_size == 1:
         return True

@@ -14,7 +14,7 @@ from ray_diffsynth.tasks import task_family
 from ray_diffsynth.training.checkpoint import Checkpoint, CheckpointError
 from ray_diffsynth.training.data.source import SampleSource
 
-SHOWN = 80
+MAX_VALUE_LENGTH = 80
 """Characters of a value in a message."""
 
 
@@ -72,7 +72,7 @@ def check_identity(
 def _describe(
     name: str, there: Any, here: Any, position: Mapping[str, Any], position_here: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What to say of one entry."""
+    """The line of a message about one entry."""
     if name == "data" and "samples" in position_here:
         yield _data(position.get("samples"), position_here["samples"])
     elif name == "lr_total_steps":
@@ -109,7 +109,7 @@ def _length(there: Any, here: Any, position: Mapping[str, Any], position_here: M
 
 def _both(there: Any, here: Any) -> str:
     first, second = _text(there), _text(here)
-    if max(len(first), len(second)) > SHOWN:  # from where they differ, with a little before it
+    if max(len(first), len(second)) > MAX_VALUE_LENGTH:  # from where they differ, with a little before it
         start = max(0, len(os.path.commonprefix([first, second])) - 10)
         first, second = (f"{'…' if start else ''}{text[start:]}" for text in (first, second))
     return f"{_short(first)} there, {_short(second)} here"
@@ -122,4 +122,4 @@ def _text(value: Any) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 1]}…"

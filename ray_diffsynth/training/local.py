@@ -13,8 +13,8 @@ from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.identity import check_chosen
-from ray_diffsynth.training.report.summary import finish
-from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.report.summary import write_training_report
+from ray_diffsynth.training.runtime import LocalRuntime
 from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.trainer import train
 
@@ -27,31 +27,31 @@ def run(config: TrainConfig) -> dict[str, Any]:
     SIGTERM lets it save a checkpoint; then SystemExit(143).
     """
     started = time.monotonic()
-    context = LocalContext()
+    runtime = LocalRuntime()
     if threading.current_thread() is threading.main_thread():
-        context.catch_sigterm()
+        runtime.catch_sigterm()
     for name in ("resources", "ray_address", "sample_resources"):
-        if context.world_rank == 0 and getattr(config, name) is not None:
+        if runtime.world_rank == 0 and getattr(config, name) is not None:
             logger.warning("--%s has no effect here: this run is without Ray", name)
-    if config.resume != "auto" and context.world_size > 1:
+    if config.resume != "auto" and runtime.world_size > 1:
         raise TrainingError(
             f"--resume {config.resume} does not work under torchrun, where every process starts alike; use "
             "--resume auto, and a new --output_path to start anew"
         )
     plan = RunPlan.resolve(config)
-    if context.world_rank == 0:  # the others read nothing that it moves
+    if runtime.world_rank == 0:  # the others read nothing that it moves
         start = Start.of(config)
         if start.chosen is not None:
             check_chosen(plan, start.chosen, start.resume)
         start.begin()
     config = replace(config, resume="auto")
     try:
-        result = train(replace(plan, config=config), context)
+        result = train(replace(plan, config=config), runtime)
     finally:
-        context.close()
+        runtime.close()
     report = {}
-    if context.world_rank == 0:
-        report = finish(config, result, workers=context.world_size, seconds=time.monotonic() - started)
-    if context.stop_requested() and not result.finished:
+    if runtime.world_rank == 0:
+        report = write_training_report(config, result, workers=runtime.world_size, seconds=time.monotonic() - started)
+    if runtime.stop_requested() and not result.finished:
         raise SystemExit(128 + signal.SIGTERM)
     return report

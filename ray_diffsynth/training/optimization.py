@@ -9,7 +9,7 @@ from torch import nn
 
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.training.checkpoint import Checkpoint
-from ray_diffsynth.training.distributed import distribute, sync_gradients
+from ray_diffsynth.training.distributed import sync_gradients, wrap_ddp
 from ray_diffsynth.training.ema import Ema
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.module import DiffusionTrainingModule
@@ -59,7 +59,7 @@ class Optimization:
         if checkpoint:
             self.state.restore(checkpoint)
         to_training(optimizer)
-        self.model: nn.Module = module if config.shard_base else distribute(module, world_size)
+        self.model: nn.Module = module if config.shard_base else wrap_ddp(module, world_size)
 
     @property
     def ema(self) -> Ema | None:

@@ -1,4 +1,7 @@
-"""What the loop knows of the world around it; Ray's side is in `job`, the plain one here."""
+"""What a worker knows of the run around it: its rank and device, where it reports, whether it should stop.
+
+The training loop takes a `WorkerRuntime`. `LocalRuntime` serves plain `python` and torchrun, `training.ray.worker` Ray.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from ray_diffsynth.training.report.metrics_log import TrainingProgress
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt, plan_samples
 
 
-class Context(Protocol):
-    """One worker of a run.
+class WorkerRuntime(Protocol):
+    """Where one worker of a run computes, and whom it talks to.
 
-    world_rank, world_size: this worker and how many there are; torch.distributed is set up (or will be, from the
-    environment) when there is more than one. device: where it computes.
+    world_rank, world_size: this worker's number, from 0, and how many there are; torch.distributed is set up (or will
+    be, from the environment) when there is more than one. device: where it computes.
     """
 
     @property
@@ -31,7 +34,7 @@ class Context(Protocol):
     def device(self) -> torch.device: ...
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Metrics of a step; called by rank 0 alone, must not wait for the other workers."""
+        """Take the metrics of a step: the line of metrics.jsonl. Called by rank 0 alone; waits for no other worker."""
         ...
 
     def stop_requested(self) -> bool:
@@ -39,18 +42,18 @@ class Context(Protocol):
         ...
 
     def own_samples(self, plan: TrainPlan) -> Sequence[SamplePrompt]:
-        """The sample pictures that the workers draw themselves, between steps; none where an actor does it."""
+        """The sample images that the workers draw themselves, between steps; none where an actor does it."""
         ...
 
     def draw_samples(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Have sample pictures made with these trained weights (by parameter name); called by rank 0, does not wait.
+        """Have sample images drawn with these trained weights (by parameter name); called by rank 0, does not wait.
 
         Not called where the workers draw themselves.
         """
         ...
 
 
-class LocalContext:
+class LocalRuntime:
     """Plain `python` (one worker) or torchrun (its environment variables). SIGTERM asks the run to save and end."""
 
     def __init__(self, device: str | None = None, *, progress: bool = True) -> None:

@@ -11,20 +11,20 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ray_diffsynth.training.distributed import same_everywhere
+from ray_diffsynth.training.distributed import all_equal
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.module import DiffusionTrainingModule
 
 logger = logging.getLogger(__name__)
 
 
-def shard_base(module: DiffusionTrainingModule, device: torch.device, world_size: int, lanes: int) -> None:
+def shard_base(module: DiffusionTrainingModule, device: torch.device, world_size: int, virtual_ranks: int) -> None:
     """Move `module` (on the CPU) to `device`; of the denoising models each worker keeps 1 / world_size.
 
     A block's weights are gathered when it computes and let go again. Trained parameters are left out of it: LoRAs are
     small, and so their checkpoints and optimizer are those of an unsharded run. Call `sync_gradients` after backward.
 
-    Raises TrainingError: lanes that do not divide, a model that is trained in full.
+    Raises TrainingError: virtual ranks that do not divide, a model that is trained in full.
     """
     pipe = module.pipe
     pipe.device = device
@@ -32,10 +32,10 @@ def shard_base(module: DiffusionTrainingModule, device: torch.device, world_size
         logger.warning("--shard_base has no effect with one worker, which has nobody to share the base with")
         pipe.to(device)
         return
-    if lanes % world_size:
+    if virtual_ranks % world_size:
         raise TrainingError(
-            f"--shard_base needs equally many batches on each worker: {lanes} lanes do not divide among {world_size} "
-            "workers; use another --num_workers"
+            f"--shard_base needs equally many batches on each worker: {virtual_ranks} virtual ranks do not divide "
+            f"among {world_size} workers; use another --num_workers"
         )
     mesh = init_device_mesh(device.type, (world_size,))
     for name in pipe.in_iteration_models:
@@ -59,7 +59,7 @@ def check_equal_work(samples: Sequence[Mapping[str, Any]], world_size: int, devi
     """
     counts = sorted({int(sample["num_inference_steps"]) for sample in samples if "num_inference_steps" in sample})
     # Rows of one batch with equal steps run together: the model runs as often as the sum of the differing numbers.
-    if counts and not same_everywhere(sum(counts), world_size, device):
+    if counts and not all_equal(sum(counts), world_size, device):
         raise TrainingError(
             "--shard_base needs the same num_inference_steps in all rows, as the workers compute every block together; "
             f"a batch here has {', '.join(map(str, counts))}, another worker's others: leave --shard_base out, or make "

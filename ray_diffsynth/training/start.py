@@ -1,8 +1,9 @@
 """Where a run begins: anew, at a chosen checkpoint, or where an earlier attempt of the same run came to.
 
-`<output_path>/run.json` says which run the files there are of: the options of the command that started it, and whether
-it has finished. So `--resume never`, or a folder, starts a run once, and the same command after a kill goes on with it.
-What another run left is set aside in `<output_path>/previous-<n>`, that nobody's numbers, pictures or files are mixed.
+`<output_path>/run.json` names the run that the files there are of: the options of the command that started it, and
+whether it has finished. So `--resume never`, or a folder, starts a run once, and the same command after a kill goes on
+with it.
+What another run left is set aside in `<output_path>/previous-<n>`, that nobody's numbers, images or files are mixed.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Start:
 
 
 def mark_going_on(config: TrainConfig) -> None:
-    """Note that the run in `config.output_path` is now the one that `config` says: its checkpoint was found to fit.
+    """Note that the run in `config.output_path` is now the one of `config`: its checkpoint was found to fit.
 
     Not before: a command that is refused leaves the run to the command that began it.
     """
@@ -204,8 +205,8 @@ def _set_aside(output_path: str) -> str | None:
         os.makedirs(aside)
     for name in names:
         move(join(output_path, name), join(aside, name))
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    logger.warning("set the files of the earlier run aside (%s): they lie in %s", shown, aside)
+    listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    logger.warning("set the files of the earlier run aside (%s): they lie in %s", listed, aside)
     return aside
 
 

@@ -1,4 +1,4 @@
-"""The training loop, without Ray: one optimizer step is one microbatch from every lane of the plan."""
+"""The training loop, without Ray: one optimizer step is one microbatch from every virtual rank of the epoch order."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.tasks import LossOutput
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.checkpointing import Checkpointing
-from ray_diffsynth.training.data.epoch_order import lanes_of
-from ray_diffsynth.training.data.loader import Feed, Microbatch
+from ray_diffsynth.training.data.epoch_order import virtual_ranks_of
+from ray_diffsynth.training.data.loader import Microbatch, MicrobatchLoader
 from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import CacheSource
-from ray_diffsynth.training.distributed import connect, same_everywhere, total
+from ray_diffsynth.training.distributed import all_equal, all_reduce_sum, init_distributed
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.export import describe
 from ray_diffsynth.training.identity import identity
@@ -32,20 +32,20 @@ from ray_diffsynth.training.module import fix_unused, freeze
 from ray_diffsynth.training.optimization import Optimization
 from ray_diffsynth.training.precision import Precision
 from ray_diffsynth.training.quantize import describe_packed
-from ray_diffsynth.training.report.nonfinite import Seen
+from ray_diffsynth.training.report.nonfinite import MicrobatchRecord
 from ray_diffsynth.training.report.reporting import Reporting
-from ray_diffsynth.training.report.row_warnings import SaidOfData
+from ray_diffsynth.training.report.row_warnings import RowWarnings
 from ray_diffsynth.training.report.step_stats import SIGMA_BUCKETS, StepOutcome, StepSums
 from ray_diffsynth.training.report.trackers import check_trackers
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.runtime import Context
+from ray_diffsynth.training.runtime import WorkerRuntime
 from ray_diffsynth.training.shard import check_equal_work, shard_base
 from ray_diffsynth.training.validation import ValidationLoss, choose_rows
 
 Batches = Iterator[tuple[Microbatch, Sequence[dict[str, Any]]]]
 
 
-def train(plan: TrainPlan, context: Context) -> TrainResult:
+def train(plan: TrainPlan, runtime: WorkerRuntime) -> TrainResult:
     """Train from the newest checkpoint in `plan.output_path` (or from the start) to the end, or until asked to stop.
 
     Raises UserErrors: a model that this machine does not have, a checkpoint of another run, a loss that is not finite,
@@ -53,27 +53,27 @@ def train(plan: TrainPlan, context: Context) -> TrainResult:
     """
     plan = plan.on_this_machine()
     check_trackers(plan.config)
-    connect(context)
+    init_distributed(runtime)
     with collecting() as own:
-        return Trainer(plan, context, own).run()
+        return Trainer(plan, runtime, own).run()
 
 
 class Trainer:
     """One attempt: from a checkpoint, or the start, onwards.
 
-    optimization: what a step changes. checkpointing: what is kept of it. reporting: what is told of it.
+    optimization: what a step changes. checkpointing: what is kept of it. reporting: what is reported of it.
     """
 
-    def __init__(self, plan: TrainPlan, context: Context, own: DataWarnings) -> None:
-        """own: where what is said of the data on this worker is collected."""
-        self.plan, self.context, self.config = plan, context, plan.config
-        self.precision = Precision(context.device, self.config.dtype)
+    def __init__(self, plan: TrainPlan, runtime: WorkerRuntime, own: DataWarnings) -> None:
+        """own: where warnings of the data on this worker are collected."""
+        self.plan, self.runtime, self.config = plan, runtime, plan.config
+        self.precision = Precision(runtime.device, self.config.dtype)
         self.data = open_data(plan)
-        self.checkpointing = Checkpointing(plan, context)
-        warnings = SaidOfData(own, self.checkpointing.position("warnings", ()))
-        self.reporting = Reporting(plan, context, self.checkpointing, warnings)
-        self.reporting.tell_row_warnings()
-        if not same_everywhere(zlib.crc32(self.data.identity.encode()), context.world_size, context.device):
+        self.checkpointing = Checkpointing(plan, runtime)
+        warnings = RowWarnings(own, self.checkpointing.position("warnings", ()))
+        self.reporting = Reporting(plan, runtime, self.checkpointing, warnings)
+        self.reporting.log_row_warnings()
+        if not all_equal(zlib.crc32(self.data.identity.encode()), runtime.world_size, runtime.device):
             raise TrainingError(
                 f"the workers see different samples in {self.config.dataset_base_path}; all nodes must see the same "
                 "files"
@@ -83,28 +83,28 @@ class Trainer:
 
     def _plan_steps(self) -> None:
         """Fix the order of samples and the number of steps, before the model is loaded."""
-        config, context = self.config, self.context
+        config, runtime = self.config, self.runtime
         # Fixed when the run starts, so that another number of workers trains the same batches.
-        lanes = max(context.world_size, config.worker_range[1]) * config.gradient_accumulation_steps
-        lanes = int(self.checkpointing.position("lanes", lanes))
+        virtual_ranks = max(runtime.world_size, config.worker_range[1]) * config.gradient_accumulation_steps
+        virtual_ranks = int(self.checkpointing.position("lanes", virtual_ranks))
         rows = choose_rows(config.validation_samples, len(self.data.sample_ids), config.seed)
         self.validation = ValidationLoss(self.data, rows, config.seed, config.batch_size, config.shard_base)
-        self.loader = Feed(
+        self.loader = MicrobatchLoader(
             self.data,
             config.seed,
             config.batch_size,
-            lanes,
+            virtual_ranks,
             config.dataset_repeat,
             held_out=tuple(int(row) for row in rows),
             caption_dropout=config.caption_dropout,
-            pin=context.device.type == "cuda",
+            pin=runtime.device.type == "cuda",
         )
         if config.caption_dropout:
             self.data.empty_caption()  # raises now if there is none
         per_epoch = self.loader.steps_per_epoch
         self.total = total_steps(config.num_epochs, config.max_steps, per_epoch)
         if config.num_epochs is not None and config.max_steps is not None:
-            self.reporting.say(describe_length(config.num_epochs, config.max_steps, per_epoch))
+            self.reporting.log(describe_length(config.num_epochs, config.max_steps, per_epoch))
         if config.lr_warmup_steps >= self.total:
             raise TrainingError(
                 f"--lr_warmup_steps {config.lr_warmup_steps} leaves nothing of the run's {self.total} steps: the "
@@ -120,12 +120,12 @@ class Trainer:
         }
         self.checkpointing.begin(found, counts, steps_per_epoch=per_epoch, total=self.total)
         if isinstance(self.data, CacheSource):
-            self.data.serve(len(lanes_of(context.world_rank, context.world_size, lanes)))
+            self.data.keep_open_for(len(virtual_ranks_of(runtime.world_rank, runtime.world_size, virtual_ranks)))
         self.reporting.plan(self.validation, self.loader, self.total)
 
     def _build(self) -> None:
         """Load the model, put the checkpoint in, and make optimizer and DDP."""
-        config, device, world = self.config, self.context.device, self.context.world_size
+        config, device, world = self.config, self.runtime.device, self.runtime.world_size
         checkpoint, reporting = self.checkpointing.found, self.reporting
         with reporting.explaining_memory():
             self.module, self.trained = build_module(
@@ -134,7 +134,7 @@ class Trainer:
         reporting.built(self.module)
         with reporting.explaining_memory():
             if config.shard_base:
-                shard_base(self.module, device, world, self.loader.lanes)
+                shard_base(self.module, device, world, self.loader.virtual_ranks)
             self.unused: list[str] = checkpoint.position["unused"] if checkpoint else self._probe()
             freeze(self.module, self.unused)
             self.optimization = Optimization(
@@ -145,11 +145,11 @@ class Trainer:
             reporting.draw_start()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what loading took is not what a step takes
-        reporting.say(describe(self.trained, list(self.optimization.state.parameters.values())))
+        reporting.log(describe(self.trained, list(self.optimization.state.parameters.values())))
         for name in self.module.pipe.in_iteration_models if config.fp8_base else ():
-            reporting.say(describe_packed(name, getattr(self.module.pipe, name)))
+            reporting.log(describe_packed(name, getattr(self.module.pipe, name)))
         if checkpoint:
-            reporting.say(
+            reporting.log(
                 f"going on from step {self.checkpointing.start} of {self.total}, saved in "
                 f"{self.plan.output_path}/checkpoints"
             )
@@ -157,7 +157,7 @@ class Trainer:
     def run(self) -> TrainResult:
         started = time.monotonic()
         start = done = self.checkpointing.start
-        rank, world = self.context.world_rank, self.context.world_size
+        rank, world = self.runtime.world_rank, self.runtime.world_size
         batches = self.loader.read(done, self.total, rank, world, self.config.dataset_num_workers)
         with self.reporting as reporting, closing(batches):
             while done < self.total:
@@ -169,47 +169,47 @@ class Trainer:
                     reporting.first_step()
                 self._after(done, outcome)
                 if done == start + self.loader.steps_per_epoch:  # every sample was met
-                    reporting.tell_row_warnings()
+                    reporting.log_row_warnings()
                 if outcome.stop:
-                    reporting.say(f"asked to stop: saved step {done}, run the same command again to go on")
+                    reporting.log(f"asked to stop: saved step {done}, run the same command again to go on")
                     break
-        reporting.tell_row_warnings()
+        reporting.log_row_warnings()
         return self._result(done, time.monotonic() - started)
 
     def _step(self, step: int, batches: Batches) -> StepOutcome:
         """One optimizer step."""
-        optimization, world = self.optimization, self.context.world_size
-        began, waited = time.perf_counter(), 0.0
-        # DDP divides by the number of workers; what is wanted is the mean over the lanes.
-        scale = world / self.loader.lanes
-        sums = StepSums.zeros(self.context.device)
-        sums.values[1] = self.context.stop_requested()
+        optimization, world = self.optimization, self.runtime.world_size
+        began, data_wait = time.perf_counter(), 0.0
+        # DDP divides by the number of workers; what is wanted is the mean over the virtual ranks.
+        scale = world / self.loader.virtual_ranks
+        sums = StepSums.zeros(self.runtime.device)
+        sums.values[1] = self.runtime.stop_requested()
         rate = optimization.begin_step(step)
-        seen: list[Seen] = []
+        records: list[MicrobatchRecord] = []
         last = False
         while not last:
             asked = time.perf_counter()
             microbatch, samples = next(batches)
-            waited += time.perf_counter() - asked
+            data_wait += time.perf_counter() - asked
             last = microbatch.last
             with optimization.accumulating(last=last):
                 output = self._forward(optimization.model, microbatch, samples)
                 optimization.backward(output.loss * scale)
-            seen.append(Seen(microbatch, samples, output))
+            records.append(MicrobatchRecord(microbatch, samples, output))
             sums.add(output.loss, output.per_sample, output.sigma)
         optimization.sync()
-        loss_sum, stops, *by_sigma = total(sums.values, world).tolist()
+        loss_sum, stops, *by_sigma = all_reduce_sum(sums.values, world).tolist()
         if not math.isfinite(loss_sum):  # known to every worker, so that all of them end
-            raise self.reporting.not_finite(step, seen, "loss")
+            raise self.reporting.not_finite(step, records, "loss")
         norm = optimization.clip()
         if not (math.isfinite(norm) or optimization.leaves_out_not_finite):
-            raise self.reporting.not_finite(step, seen, "gradient")
+            raise self.reporting.not_finite(step, records, "gradient")
         optimization.step(step)
         return StepOutcome(
-            loss=loss_sum / self.loader.lanes,
+            loss=loss_sum / self.loader.virtual_ranks,
             grad_norm=norm,
             learning_rate=rate,
-            waited=waited,
+            data_wait=data_wait,
             seconds=time.perf_counter() - began,
             stop=stops > 0,
             sigma_sums=by_sigma[:SIGMA_BUCKETS],
@@ -218,9 +218,9 @@ class Trainer:
 
     def _forward(self, model: nn.Module, microbatch: Microbatch, samples: Sequence[dict[str, Any]]) -> LossOutput:
         if self.config.shard_base:
-            check_equal_work(samples, self.context.world_size, self.context.device)
+            check_equal_work(samples, self.runtime.world_size, self.runtime.device)
         # Dropout and whatever else of a model draws from the global generator is keyed like the rest: by position.
-        seed = generator("model", self.config.seed, microbatch.step, microbatch.lane).initial_seed()
+        seed = generator("model", self.config.seed, microbatch.step, microbatch.virtual_rank).initial_seed()
         torch.manual_seed(seed)
         with self.precision.autocast():
             return cast(LossOutput, model(samples, microbatch.keys))
@@ -232,7 +232,7 @@ class Trainer:
         unused = fix_unused(self.module, output.loss)
         if unused:
             named = ", ".join(unused[:4])
-            self.reporting.say(f"{len(unused)} of the trained parameters get no gradient and stay as they are: {named}")
+            self.reporting.log(f"{len(unused)} of the trained parameters get no gradient and stay as they are: {named}")
         return unused
 
     def _after(self, done: int, outcome: StepOutcome) -> None:
@@ -252,9 +252,9 @@ class Trainer:
                 + self.checkpointing.restart_advice()
             )
         warnings = self.reporting.row_warnings
-        warnings.sum(self.context.world_size)
-        if self.context.world_rank == 0:
-            position = {"lanes": self.loader.lanes, "unused": self.unused, "warnings": warnings.all.rows()}
+        warnings.gather(self.runtime.world_size)
+        if self.runtime.world_rank == 0:
+            position = {"lanes": self.loader.virtual_ranks, "unused": self.unused, "warnings": warnings.all.rows()}
             self.checkpointing.save(
                 done, self.optimization, self.module.pipe, self.trained, export=export, position=position
             )

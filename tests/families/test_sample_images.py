@@ -16,7 +16,7 @@ from ray_diffsynth.pipelines.core.calling import image_params
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.report import drawing
-from ray_diffsynth.training.report.drawing import Drawing, encode_samples
+from ray_diffsynth.training.report.drawing import SampleDrawer, encode_samples
 from ray_diffsynth.training.report.sample_prompts import plan_samples
 from tests.families.cases import FamilyCase, make_image
 from tests.training.helpers import make_config
@@ -29,8 +29,8 @@ def test_they_are_those_of_generate(
 ) -> None:
     """Encoded once and drawn twice, with the LoRA of a run that begins: the images of the model as it came."""
     made: list[Any] = []
-    keep = drawing._picture
-    monkeypatch.setattr(drawing, "_picture", lambda result: keep(made.append(result) or result))
+    keep = drawing._to_image
+    monkeypatch.setattr(drawing, "_to_image", lambda result: keep(made.append(result) or result))
     needed = [name for name, is_needed in image_params(pipe).items() if is_needed]
     rows: list[dict[str, Any]] = [{"prompt": text, **dict.fromkeys(needed, f"{text}.png")} for text in ("a", "b")]
     for seed, text in enumerate("ab"):
@@ -47,7 +47,7 @@ def test_they_are_those_of_generate(
     encoded = encode_samples(plan, samples, range(2), CPU)
     module, _ = build_module(plan, CPU)
     schedule = module.pipe.scheduler.timesteps.clone()
-    draws = Drawing(plan, module, samples, encoded)
+    draws = SampleDrawer(plan, module, samples, encoded)
     for _ in range(2):
         for number in range(2):
             draws.draw(number)

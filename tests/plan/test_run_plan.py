@@ -43,10 +43,10 @@ def test_a_plan_travels_whole_and_cannot_be_changed(
 
 @pytest.mark.parametrize(("trained", "models"), [("dit", ("dit",)), ("text_encoder", ("dit", "text_encoder"))])
 def test_the_split_that_travels_is_the_one_that_was_planned(
-    trained: str, models: tuple[str, ...], tiny_qwen: Path, pictures: Path, tmp_path: Path
+    trained: str, models: tuple[str, ...], tiny_qwen: Path, images: Path, tmp_path: Path
 ) -> None:
     options = {"lora_base_model": trained, "lora_target_modules": "q_proj" if trained != "dit" else None}
-    plan = RunPlan.resolve(make_config(tiny_qwen, pictures, tmp_path, task="sft", **options))
+    plan = RunPlan.resolve(make_config(tiny_qwen, images, tmp_path, task="sft", **options))
     pipe = plan.configured()
     stages = plan_stages(pipe, plan.task, plan.config.trained, plan.sample.inputs)
     assert plan.split.stages(pipe) == stages and plan.split.stages(pipe).stage2_models(pipe) == models
@@ -59,7 +59,7 @@ def test_the_split_that_travels_is_the_one_that_was_planned(
 
 
 def test_a_machine_whose_cache_of_the_hub_lies_elsewhere_finds_the_model_there(
-    tiny_qwen: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = [Path(shutil.copytree(tiny_qwen, tmp_path / "driver"))]
     monkeypatch.setattr(locate, "find_repository", lambda *_, **__: at[0])
@@ -75,9 +75,9 @@ def test_a_machine_whose_cache_of_the_hub_lies_elsewhere_finds_the_model_there(
     assert plan.on_this_machine(["text_encoder"]).source.root == str(tmp_path / "worker")
 
 
-def test_lora_targets_are_named_before_anything_is_loaded(tiny_qwen: Path, pictures: Path, tmp_path: Path) -> None:
+def test_lora_targets_are_named_before_anything_is_loaded(tiny_qwen: Path, images: Path, tmp_path: Path) -> None:
     none = {"lora_target_modules": None}
-    plan = RunPlan.resolve(make_config(tiny_qwen, pictures, tmp_path, task="sft", **none))
+    plan = RunPlan.resolve(make_config(tiny_qwen, images, tmp_path, task="sft", **none))
     assert plan.lora_targets == {"dit": ",".join(plan.pipeline.lora_targets)}
     with pytest.raises(ConfigError, match="--lora_target_modules is missing: .* has no default for 'text_encoder'"):
-        RunPlan.resolve(make_config(tiny_qwen, pictures, tmp_path, task="sft", lora_base_model="text_encoder", **none))
+        RunPlan.resolve(make_config(tiny_qwen, images, tmp_path, task="sft", lora_base_model="text_encoder", **none))

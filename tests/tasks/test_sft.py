@@ -22,10 +22,10 @@ class Scaled:
         self.scheduler.set_timesteps(1000, training=True)
         self.torch_dtype = torch.float32
         self.factor = factor
-        self.seen: Mapping[str, Any] = {}
+        self.inputs: Mapping[str, Any] = {}
 
     def predict(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        self.seen = batch
+        self.inputs = batch
         prediction: torch.Tensor = self.factor * batch["latents"]
         return prediction
 
@@ -51,8 +51,8 @@ def test_formula(weighting: str) -> None:
             expected = expected * pipe.scheduler.training_weight(torch.tensor(sigma * 1000))[0]
         assert float(output.per_sample[i]) == pytest.approx(float(expected), rel=1e-5)
     assert float(output.loss) == pytest.approx(float(output.per_sample.mean()))
-    assert set(pipe.seen) == {"input_latents", *SFT.provides}
-    assert torch.equal(pipe.seen["timestep"] / 1000, output.sigma)
+    assert set(pipe.inputs) == {"input_latents", *SFT.provides}
+    assert torch.equal(pipe.inputs["timestep"] / 1000, output.sigma)
 
 
 def test_a_sample_has_its_own_noise_whatever_the_batch() -> None:
@@ -76,8 +76,8 @@ def test_the_model_gets_the_pipelines_dtype_and_the_loss_is_fp32() -> None:
     pipe = Scaled()
     pipe.torch_dtype = torch.bfloat16
     output = SFT().loss(pipe, {"input_latents": latents(2).bfloat16()}, keys(2))
-    assert pipe.seen["latents"].dtype is torch.bfloat16
-    assert pipe.seen["timestep"].dtype is output.loss.dtype is torch.float32
+    assert pipe.inputs["latents"].dtype is torch.bfloat16
+    assert pipe.inputs["timestep"].dtype is output.loss.dtype is torch.float32
 
 
 def test_bad_settings_are_named() -> None:

@@ -1,4 +1,4 @@
-"""A tiny model, a few drawn pictures in two sizes, and caches of them written without Ray."""
+"""A tiny model, a few drawn images in two sizes, and caches of them written without Ray."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.training.helpers import Runs, make_config, write_cache
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures of 64x64 and four of 32x64."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six images of 64x64 and four of 32x64."""
     root = tmp_path_factory.mktemp("pictures")
     table = draw_dataset(root, 6, height=64, width=64).read_text().splitlines()
     other = draw_dataset(root / "wide", 4, seed=1, height=32, width=64).read_text().splitlines()
@@ -30,15 +30,15 @@ CacheMaker = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def make_cache(tiny_qwen: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheMaker:
-    """make_cache(**config changes) -> a cache of `pictures` for that configuration; made once for each."""
+def make_cache(tiny_qwen: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheMaker:
+    """make_cache(**config changes) -> a cache of `images` for that configuration; made once for each."""
     made: dict[str, Path] = {}
 
     def make(**changes: Any) -> Path:
         key = repr(sorted(changes.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("cache")
-            plan = RunPlan.resolve(make_config(tiny_qwen, pictures, folder, task="sft", **changes))
+            plan = RunPlan.resolve(make_config(tiny_qwen, images, folder, task="sft", **changes))
             data = open_data(plan)
             assert isinstance(data, DatasetSource)
             made[key] = write_cache(plan, data, folder)

@@ -24,7 +24,7 @@ from ray_diffsynth.tasks import SFT, task_family
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.data.source import DatasetSource, shard_sizes
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.runtime import LocalRuntime
 from ray_diffsynth.training.trainer import train
 from tests.shard_names import stem
 
@@ -70,7 +70,7 @@ def unresolved(config: TrainConfig) -> TrainPlan:
 
 def train_here(config: TrainConfig) -> TrainResult:
     """Train in this process, without Ray."""
-    return train(RunPlan.resolve(config), LocalContext("cpu", progress=False))
+    return train(RunPlan.resolve(config), LocalRuntime("cpu", progress=False))
 
 
 def write_cache(plan: TrainPlan, data: DatasetSource, cache: Path) -> Path:

@@ -69,7 +69,7 @@ def test_a_mistake_is_told_before_ray_starts(
     assert not (tmp_path / "out").exists()
 
 
-def test_sample_pictures_need_the_whole_model(
+def test_sample_images_need_the_whole_model(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "ray_session", lambda *arguments, **options: pytest.fail("Ray would start"))

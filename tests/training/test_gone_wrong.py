@@ -17,7 +17,7 @@ from ray_diffsynth.models.lora import add_lora, leave_casts_to_autocast
 from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
 from ray_diffsynth.training import trainer
 from ray_diffsynth.training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint
-from ray_diffsynth.training.data.loader import Feed
+from ray_diffsynth.training.data.loader import MicrobatchLoader
 from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import DatasetSource
 from ray_diffsynth.training.ema import Ema
@@ -216,13 +216,13 @@ def test_an_option_that_a_checkpoint_does_not_know_had_its_default(
 
 @pytest.mark.slow
 def test_a_sample_of_another_worker_is_named_too(
-    runs: Runs, tiny_qwen: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, tiny_qwen: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two workers reads latents that are not numbers; both name the sample."""
-    plan = RunPlan.resolve(make_config(tiny_qwen, pictures, tmp_path, task="sft"))
+    plan = RunPlan.resolve(make_config(tiny_qwen, images, tmp_path, task="sft"))
     data = open_data(plan)
     assert isinstance(data, DatasetSource)
-    bad = int(Feed(data, seed=0, batch_size=1, lanes=2, repeat=1).plan(0).rows[0, 1, 0])
+    bad = int(MicrobatchLoader(data, seed=0, batch_size=1, virtual_ranks=2, repeat=1).order(0).rows[0, 1, 0])
     encode, count = DiffusionTrainingModule.encode, iter(range(10))
 
     def encoded(self: DiffusionTrainingModule, sample: Any) -> dict[str, Any]:
@@ -233,8 +233,8 @@ def test_a_sample_of_another_worker_is_named_too(
     poisoned_cache = Runs.__new__(Runs)
     poisoned_cache.__dict__ = {**runs.__dict__, "cache": write_cache(plan, data, tmp_path / "cache")}
     assert poisoned_cache(tmp_path / "out", workers=2, log_with="none") == [1, 1]
-    said = runs.messages().split("step 1: the loss is not finite for ")[1:]
-    assert [text.split()[0] for text in said] == [data.sample_ids[bad]] * 2
+    logged = runs.messages().split("step 1: the loss is not finite for ")[1:]
+    assert [text.split()[0] for text in logged] == [data.sample_ids[bad]] * 2
     (sample,) = json.loads((tmp_path / "out/nonfinite-step-1.json").read_text())["samples"]
     assert (sample["sample_id"], sample["lane"]) == (data.sample_ids[bad], 1)
     tensors = safetensors.torch.load_file(tmp_path / "out/nonfinite-step-1.worker-1.safetensors")
@@ -268,7 +268,7 @@ def full(*_: Any, **__: Any) -> Any:
     [
         ("ray_diffsynth.training.build.add_lora", {}),
         ("ray_diffsynth.training.optimization.make_optimizer", {}),
-        ("ray_diffsynth.training.optimization.distribute", {}),
+        ("ray_diffsynth.training.optimization.wrap_ddp", {}),
         ("ray_diffsynth.training.validation.ValidationLoss.loss", {"validation_samples": 1, "validation_steps": 1}),
     ],
 )

@@ -51,12 +51,12 @@ def lora_trained(file: Path) -> bool:
 
 
 def test_two_loras_train_together_and_export_to_two_files(
-    tiny_qwen: Path, pictures: Path, make_cache: CacheMaker, tmp_path: Path
+    tiny_qwen: Path, images: Path, make_cache: CacheMaker, tmp_path: Path
 ) -> None:
     cache = make_cache(**BOTH)
     assert cached(cache) == {"input_latents", "prompt"}
     run(tiny_qwen, cache, tmp_path / "split", **BOTH)
-    run(tiny_qwen, pictures, tmp_path / "whole", task="sft", **BOTH)
+    run(tiny_qwen, images, tmp_path / "whole", task="sft", **BOTH)
     files = same_files(tmp_path / "split", tmp_path / "whole")
     of_text, of_dit = sorted(files, key=lambda file: "text" not in file.name)
     assert (of_text.name, of_dit.name) == (f"step-{STEPS}.text_encoder.safetensors", f"step-{STEPS}.safetensors")
@@ -83,13 +83,13 @@ def test_two_loras_train_together_and_export_to_two_files(
     ids=["full", "lora"],
 )
 def test_a_part_of_the_text_encoder(
-    tiny_qwen: Path, pictures: Path, make_cache: CacheMaker, tmp_path: Path, changes: dict[str, Any]
+    tiny_qwen: Path, images: Path, make_cache: CacheMaker, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """One layer by its dotted name; the others keep their weights, and stage 2 loads the whole encoder for it."""
     cache = make_cache(**changes)
     assert cached(cache) == {"input_latents", "prompt"}
     run(tiny_qwen, cache, tmp_path / "split", **changes)
-    run(tiny_qwen, pictures, tmp_path / "whole", task="sft", **changes)
+    run(tiny_qwen, images, tmp_path / "whole", task="sft", **changes)
     files = same_files(tmp_path / "split", tmp_path / "whole")
     if "trainable_models" not in changes:
         (file,) = files
@@ -101,13 +101,13 @@ def test_a_part_of_the_text_encoder(
         assert not any(value.shape == after[key].shape and torch.equal(value, after[key]) for value in before.values())
 
 
-def test_a_part_in_bfloat16_and_one_that_is_not_there(tiny_qwen: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_part_in_bfloat16_and_one_that_is_not_there(tiny_qwen: Path, images: Path, tmp_path: Path) -> None:
     """The trained part is in fp32 among frozen layers in bf16."""
     changes: dict[str, Any] = {"trainable_models": LAYER, "dtype": "bfloat16", "task": "sft", "batch_size": 2}
-    result = run(tiny_qwen, pictures, tmp_path / "run", **changes)
+    result = run(tiny_qwen, images, tmp_path / "run", **changes)
     assert result.loss is not None and 0 < result.loss < 10
     with pytest.raises(TrainingError, match="no model 'text_encoder.model.layer' to train"):
-        run(tiny_qwen, pictures, tmp_path / "none", **{**changes, "trainable_models": "text_encoder.model.layer"})
+        run(tiny_qwen, images, tmp_path / "none", **{**changes, "trainable_models": "text_encoder.model.layer"})
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,8 @@ def styled_model(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def styled_pictures(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = Path(shutil.copytree(pictures, tmp_path_factory.mktemp("styled") / "data"))
+def styled_images(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = Path(shutil.copytree(images, tmp_path_factory.mktemp("styled") / "data"))
     head, *lines = (root / "metadata.csv").read_text().splitlines()
     rows = [f"{head},style", *(f"{line},{STYLES[number % 2]}" for number, line in enumerate(lines))]
     (root / "metadata.csv").write_text("\n".join(rows) + "\n")
@@ -130,12 +130,12 @@ def styled_pictures(pictures: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("trained", ["dit", "styler"])
-def test_a_conditioner_of_ones_own(styled_model: Path, styled_pictures: Path, tmp_path: Path, trained: str) -> None:
+def test_a_conditioner_of_ones_own(styled_model: Path, styled_images: Path, tmp_path: Path, trained: str) -> None:
     """Frozen, it is cached like any encoder; trained, its unit moves to stage 2 and reads the embeddings before it."""
     changes: dict[str, Any] = {"family": "tests.training.own_family", "extra_inputs": "style"}
     if trained == "styler":
         changes |= {"trainable_models": "styler", "lora_base_model": "dit"}
-    plan = RunPlan.resolve(make_config(styled_model, styled_pictures, tmp_path, task="sft", **changes))
+    plan = RunPlan.resolve(make_config(styled_model, styled_images, tmp_path, task="sft", **changes))
     data = open_data(plan)
     assert isinstance(data, DatasetSource)
     cache = write_cache(plan, data, tmp_path / "cache")
@@ -144,7 +144,7 @@ def test_a_conditioner_of_ones_own(styled_model: Path, styled_pictures: Path, tm
         trained == "styler"
     )
     run(styled_model, cache, tmp_path / "split", **changes)
-    run(styled_model, styled_pictures, tmp_path / "whole", task="sft", **changes)
+    run(styled_model, styled_images, tmp_path / "whole", task="sft", **changes)
     files = same_files(tmp_path / "split", tmp_path / "whole")
     if trained == "styler":
         after = load_file(next(file for file in files if "styler" in file.name))["table.weight"]

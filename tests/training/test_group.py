@@ -57,14 +57,14 @@ def never() -> bool:
 def test_a_fixed_group_waits_for_what_is_free_and_says_what_is_missing(
     cluster: list[tuple[Nodes, Nodes]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    group = Group(2, 2, {"CPU": 1.0, "GPU": 1.0}, lanes=2)
+    group = Group(2, 2, {"CPU": 1.0, "GPU": 1.0}, virtual_ranks=2)
     lost = {"a": TWO["a"]}
     cluster += [*[(lost, lost)] * 40, (TWO, TWO)]
     assert wait_for_room(group, never) == 2 and not cluster
-    said = (
+    logged = (
         "waiting for room for 2 workers of {'CPU': 1.0, 'GPU': 1.0}: 1 would fit; free are 2 of 2 CPU, 1 of 1 GPU on 1"
     )
-    assert caplog.text.count(said) == 1
+    assert caplog.text.count(logged) == 1
     cluster += [(TWO, ONE_HELD)]  # there, but another job has it
     with pytest.raises(
         ClusterError, match="no room for 2 workers .* 1 would fit; free are 4 of 4 CPU, 1 of 2 GPU on 2"
@@ -76,7 +76,7 @@ def test_a_fixed_group_waits_for_what_is_free_and_says_what_is_missing(
 
 
 def test_an_elastic_group_waits_a_moment_for_what_is_still_held(cluster: list[tuple[Nodes, Nodes]]) -> None:
-    group = Group(1, 8, {"GPU": 1.0}, lanes=8)
+    group = Group(1, 8, {"GPU": 1.0}, virtual_ranks=8)
     cluster += [(TWO, {"a": {}, "b": {}}), (TWO, ONE_HELD), (TWO, TWO)]
     assert wait_for_room(group, never) == 2
     cluster += [(TWO, ONE_HELD)]  # and if somebody else holds it, it takes what there is
@@ -84,7 +84,7 @@ def test_an_elastic_group_waits_a_moment_for_what_is_still_held(cluster: list[tu
 
 
 def test_a_group_grows_by_what_is_free_alone(cluster: list[tuple[Nodes, Nodes]]) -> None:
-    watch = Watch(None, Group(1, 8, {"GPU": 1.0}, lanes=8), 1, threading.Event())
+    watch = Watch(None, Group(1, 8, {"GPU": 1.0}, virtual_ranks=8), 1, threading.Event())
     for free, larger in (({"a": {}, "b": {}}, False), (ONE_HELD, True)):
         cluster += [(TWO, free)]
         assert watch._larger(elastic.nodes()) is larger
@@ -116,11 +116,11 @@ class Cluster:
             yield SimpleNamespace(regroup="there is room for more workers")
 
         @contextmanager
-        def shown(collector: object) -> Iterator[None]:
+        def progress_bar(collector: object) -> Iterator[None]:
             yield
 
         monkeypatch.setattr(job, "Watch", watched)
-        monkeypatch.setattr(job, "_shown", shown)
+        monkeypatch.setattr(job, "_progress_bar", progress_bar)
 
     def made(self, environment: dict[str, str], handle: Any) -> Any:
         self.environment = environment
@@ -192,7 +192,7 @@ def test_a_worker_without_a_gpu_of_its_own_computes_on_the_cpu(monkeypatch: pyte
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: ids)
-    assert worker.RayContext(None).device.type == ("cuda" if ids else "cpu")
+    assert worker.RayRuntime(None).device.type == ("cuda" if ids else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     assert ray_session.own_device() == ("cuda" if ids else "cpu")
@@ -213,14 +213,14 @@ def test_ddp_takes_the_device_that_the_module_lies_on(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(distributed, "DistributedDataParallel", Parallel)
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-    distributed.distribute(module, 2)
+    distributed.wrap_ddp(module, 2)
     assert made[0] == {"ignored": ["1.weight", "1.bias"]} and made[1].get("device_ids") is None
-    assert distributed.distribute(module, 1) is module
+    assert distributed.wrap_ddp(module, 1) is module
 
 
 def test_the_messages_of_rank_0_go_to_the_driver() -> None:
-    said: list[tuple[str, int]] = []
-    collector = SimpleNamespace(say=SimpleNamespace(remote=lambda *message: said.append(message)))
+    logged: list[tuple[str, int]] = []
+    collector = SimpleNamespace(log=SimpleNamespace(remote=lambda *message: logged.append(message)))
     log = logging.getLogger("ray_diffsynth.training.trainer")
     before = logging.getLogger("ray_diffsynth").level
     for rank in (0, 1):
@@ -229,7 +229,7 @@ def test_the_messages_of_rank_0_go_to_the_driver() -> None:
             log.warning("damaged")
             log.debug("nothing")
     log.warning("after")
-    assert said == [("going on from step 4", logging.INFO), ("damaged", logging.WARNING)]
+    assert logged == [("going on from step 4", logging.INFO), ("damaged", logging.WARNING)]
     assert logging.getLogger("ray_diffsynth").level == before
 
 
@@ -240,7 +240,7 @@ def test_metrics_are_sent_no_oftener_than_the_driver_looks(monkeypatch: pytest.M
     now, sent = [100.0], list[int]()
     monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
     collector = SimpleNamespace(add=SimpleNamespace(remote=lambda metrics: sent.append(metrics["step"])))
-    train_context = worker.RayContext(collector)
+    train_context = worker.RayRuntime(collector)
     for step in range(1, 8):
         train_context.report({"step": step})
         now[0] += 0.2
@@ -252,8 +252,8 @@ def test_metrics_are_sent_no_oftener_than_the_driver_looks(monkeypatch: pytest.M
 
 
 def test_a_sampler_says_at_once_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    collector = SimpleNamespace(say=SimpleNamespace(remote=said.append))
+    logged: list[str] = []
+    collector = SimpleNamespace(log=SimpleNamespace(remote=logged.append))
     monkeypatch.setattr(worker.ray, "get", lambda value: value)
     monkeypatch.setattr(worker.ray, "get_gpu_ids", list)
     actor = worker.SamplerActor.__ray_metadata__.modified_class(  # type: ignore[attr-defined]
@@ -261,8 +261,8 @@ def test_a_sampler_says_at_once_what_went_wrong(monkeypatch: pytest.MonkeyPatch)
     )
     actor.draw(4, {})
     actor.draw(8, {})
-    assert len(said) == 1 and said[0].startswith("the sample pictures ended early: step 4: ")
-    assert "/nowhere" in said[0] and actor.finish() == []
+    assert len(logged) == 1 and logged[0].startswith("the sample images ended early: step 4: ")
+    assert "/nowhere" in logged[0] and actor.finish() == []
 
 
 def test_workers_that_would_wait_for_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,7 @@ def test_workers_that_would_wait_for_each_other_are_refused(monkeypatch: pytest.
     def same(number: int, world_size: int, device: torch.device) -> bool:
         return number == 4
 
-    monkeypatch.setattr(shard, "same_everywhere", same)
+    monkeypatch.setattr(shard, "all_equal", same)
     cpu = torch.device("cpu")
     shard.check_equal_work([{"num_inference_steps": 4}, {"num_inference_steps": 4}], 2, cpu)
     shard.check_equal_work([{"input_latents": torch.zeros(1)}], 2, cpu)

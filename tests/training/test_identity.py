@@ -27,7 +27,7 @@ def test_differences_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "positions", "said"),
+    ("name", "values", "positions", "message"),
     [
         ("data", ("aa", "bb"), ({"samples": 12}, {"samples": 13}), "data: 12 samples then, 13 now"),
         ("data", ("aa", "bb"), ({"samples": 12}, {"samples": 12}), "data: 12 samples then and now, but not the same"),
@@ -54,10 +54,10 @@ def test_differences_are_named() -> None:
         ("lora_target_modules", ("a," * 60 + "x", "a," * 60 + "y"), ({}, {}), "…a,a,a,a,a,x there, …a,a,a,a,a,y here"),
     ],
 )
-def test_the_words_of_a_difference(name: str, values: Any, positions: Any, said: str) -> None:
+def test_the_words_of_a_difference(name: str, values: Any, positions: Any, message: str) -> None:
     with pytest.raises(CheckpointError) as error:
         check_identity({name: values[0]}, {name: values[1]}, "x", positions=positions)
-    assert said in str(error.value) and "lr_total_steps" not in str(error.value)
+    assert message in str(error.value) and "lr_total_steps" not in str(error.value)
 
 
 def test_what_has_no_effect_is_no_part_of_it(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
@@ -73,6 +73,6 @@ def test_what_has_no_effect_is_no_part_of_it(tiny_qwen: Path, make_cache: CacheM
         train_here(make_config(tiny_qwen, make_cache(), tmp_path, max_steps=1))
 
 
-def test_unsplit_the_sizes_are_part_of_it(tiny_qwen: Path, pictures: Path, tmp_path: Path) -> None:
-    plan = RunPlan.resolve(make_config(tiny_qwen, pictures, tmp_path, task="sft", max_pixels=4096))
+def test_unsplit_the_sizes_are_part_of_it(tiny_qwen: Path, images: Path, tmp_path: Path) -> None:
+    plan = RunPlan.resolve(make_config(tiny_qwen, images, tmp_path, task="sft", max_pixels=4096))
     assert identity(plan, open_data(plan))["max_pixels"] == 4096

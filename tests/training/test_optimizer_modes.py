@@ -1,4 +1,4 @@
-"""Schedule-free optimizers: steps in training mode; files, validation and pictures with the averaged weights."""
+"""Schedule-free optimizers: steps in training mode; files, validation and images with the averaged weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ray_diffsynth.training.optimizer_modes import evaluated, has_modes, to_trai
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.runtime import LocalRuntime
 from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import Runs, make_config
@@ -36,9 +36,9 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def run(model: Path, base: Path, output: Path, context: LocalContext | None = None, **changes: Any) -> TrainResult:
+def run(model: Path, base: Path, output: Path, runtime: LocalRuntime | None = None, **changes: Any) -> TrainResult:
     config = make_config(model, base, output, **{**OPTIONS, **changes})
-    return train(RunPlan.resolve(config), context or LocalContext("cpu", progress=False))
+    return train(RunPlan.resolve(config), runtime or LocalRuntime("cpu", progress=False))
 
 
 def test_switching_there_and_back_changes_no_bit() -> None:
@@ -65,7 +65,7 @@ def test_switching_there_and_back_changes_no_bit() -> None:
         assert torch.equal(weight, before) and not has_modes(plain)
 
 
-class Drawn(LocalContext):
+class Drawn(LocalRuntime):
     """As where an actor draws: keeps the weights that it is asked to draw with."""
 
     def __init__(self) -> None:

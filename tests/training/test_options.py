@@ -21,7 +21,7 @@ from ray_diffsynth.models.lora import read_lora
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.data.captions import drop_captions, is_dropped
-from ray_diffsynth.training.data.loader import Feed
+from ray_diffsynth.training.data.loader import MicrobatchLoader
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.optim import OptimizerError, base_learning_rate, learning_rate, make_optimizer
 from ray_diffsynth.training.quantize import ScaledLinear, quantize
@@ -158,10 +158,10 @@ def test_captions_are_dropped_by_key() -> None:
 
 
 def test_caption_dropout_in_the_unsplit_task_and_without_an_empty_caption(
-    tiny_qwen: Path, pictures: Path, make_cache: CacheMaker, tmp_path: Path
+    tiny_qwen: Path, images: Path, make_cache: CacheMaker, tmp_path: Path
 ) -> None:
-    run(tiny_qwen, pictures, tmp_path / "all", task="sft", caption_dropout=1.0)
-    run(tiny_qwen, pictures, tmp_path / "none", task="sft")
+    run(tiny_qwen, images, tmp_path / "all", task="sft", caption_dropout=1.0)
+    run(tiny_qwen, images, tmp_path / "none", task="sft")
     assert losses(tmp_path / "all") != losses(tmp_path / "none")
     with pytest.raises(CacheError, match="holds no empty caption"):  # this cache was not written by stage 1
         run(tiny_qwen, make_cache(), tmp_path / "cache", caption_dropout=0.5)
@@ -182,12 +182,12 @@ def test_held_out_samples_are_never_trained_on() -> None:
     source = Numbers(**{"64x64": range(0, 30), "64x128": range(30, 47)})
     held_out = tuple(int(row) for row in choose_rows(9, 47, seed=1))
     assert len(held_out) == 9 and held_out == tuple(int(row) for row in choose_rows(9, 47, seed=1))
-    feed = Feed(source, seed=3, batch_size=2, lanes=3, repeat=2, held_out=held_out)
-    plan = feed.plan(0)
-    seen = Counter(plan.rows.reshape(-1).tolist())
-    assert set(seen) == set(range(47)) - set(held_out)
-    assert min(seen.values()) >= 2 and sum(seen.values()) - 2 * (47 - 9) == plan.padded
-    assert plan.steps == feed.steps_per_epoch
+    loader = MicrobatchLoader(source, seed=3, batch_size=2, virtual_ranks=3, repeat=2, held_out=held_out)
+    order = loader.order(0)
+    counted = Counter(order.rows.reshape(-1).tolist())
+    assert set(counted) == set(range(47)) - set(held_out)
+    assert min(counted.values()) >= 2 and sum(counted.values()) - 2 * (47 - 9) == order.padded
+    assert order.steps == loader.steps_per_epoch
     with pytest.raises(ValidationError, match="leaves nothing to train on"):
         choose_rows(47, 47, seed=1)
 

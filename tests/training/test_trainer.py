@@ -20,7 +20,7 @@ from ray_diffsynth.training.data.source import SourceError
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from ray_diffsynth.training.result import TrainResult
-from ray_diffsynth.training.runtime import LocalContext
+from ray_diffsynth.training.runtime import LocalRuntime
 from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
@@ -29,7 +29,7 @@ from tests.training.helpers import make_config
 CPU = "cpu"
 
 
-class StopAt(LocalContext):
+class StopAt(LocalRuntime):
     """A worker that is asked to end, or dies, after `step` steps."""
 
     def __init__(self, step: int, *, die: bool = False) -> None:
@@ -43,9 +43,9 @@ class StopAt(LocalContext):
             self.request_stop()
 
 
-def run(model: Path, base: Path, output: Path, context: LocalContext | None = None, **changes: Any) -> TrainResult:
+def run(model: Path, base: Path, output: Path, runtime: LocalRuntime | None = None, **changes: Any) -> TrainResult:
     return train(
-        RunPlan.resolve(make_config(model, base, output, **changes)), context or LocalContext(CPU, progress=False)
+        RunPlan.resolve(make_config(model, base, output, **changes)), runtime or LocalRuntime(CPU, progress=False)
     )
 
 
@@ -55,11 +55,11 @@ def losses(output: Path) -> list[float]:
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_split_equals_unsplit_bit_for_bit(
-    tiny_qwen: Path, without_encoders: Path, pictures: Path, make_cache: CacheMaker, tmp_path: Path, batch_size: int
+    tiny_qwen: Path, without_encoders: Path, images: Path, make_cache: CacheMaker, tmp_path: Path, batch_size: int
 ) -> None:
-    """Law 1, and law 5: the split run's model folder has no encoder weights at all."""
+    """The split is exact, and its second stage needs no encoder: the model folder has no encoder weights at all."""
     split = run(without_encoders, make_cache(), tmp_path / "split", batch_size=batch_size, max_steps=8)
-    whole = run(tiny_qwen, pictures, tmp_path / "whole", task="sft", batch_size=batch_size, max_steps=8)
+    whole = run(tiny_qwen, images, tmp_path / "whole", task="sft", batch_size=batch_size, max_steps=8)
     assert split.steps == whole.steps == 8
     assert (tmp_path / "split/step-8.safetensors").read_bytes() == (tmp_path / "whole/step-8.safetensors").read_bytes()
     assert losses(tmp_path / "split") == losses(tmp_path / "whole")
@@ -70,8 +70,8 @@ def test_loss_falls_and_files_are_named_by_epoch(tiny_qwen: Path, make_cache: Ca
     assert result.finished
     assert (result.steps_per_epoch, result.padded, result.samples) == (5, 0, 10)
     assert [Path(f).name for f in result.files] == [f"epoch-{e}.safetensors" for e in range(30)]
-    seen = losses(tmp_path)
-    assert sum(seen[-25:]) < 0.97 * sum(seen[:25])
+    loss = losses(tmp_path)
+    assert sum(loss[-25:]) < 0.97 * sum(loss[:25])
     keys = safetensors.torch.load_file(tmp_path / "epoch-29.safetensors")
     assert all(key.startswith("diffusion_model.transformer_blocks.") for key in keys)
 
@@ -176,9 +176,9 @@ def test_targets_that_match_nothing(tiny_qwen: Path, make_cache: CacheMaker, tmp
 
 
 def test_accumulation_is_a_larger_batch(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path) -> None:
-    """Lanes are microbatches of one step: ten of one sample are five of two, the same samples with the same noise."""
-    for name, batch_size, lanes in (("one", 1, 10), ("two", 2, 5)):
-        options = {"batch_size": batch_size, "gradient_accumulation_steps": lanes, "max_steps": 3}
+    """Ten virtual ranks with a sample each train what five with two do: the same samples with the same noise."""
+    for name, batch_size, virtual_ranks in (("one", 1, 10), ("two", 2, 5)):
+        options = {"batch_size": batch_size, "gradient_accumulation_steps": virtual_ranks, "max_steps": 3}
         result = run(tiny_qwen, make_cache(), tmp_path / name, **options)
         assert result.steps_per_epoch == 1
     one, two = (read_metrics(str(tmp_path / name)) for name in ("one", "two"))
@@ -214,13 +214,13 @@ def test_bfloat16_with_fp32_lora(tiny_qwen: Path, make_cache: CacheMaker, tmp_pa
     ids=["full", "lora"],
 )
 def test_training_the_text_encoder_moves_its_unit_to_stage_2(
-    tiny_qwen: Path, pictures: Path, make_cache: CacheMaker, tmp_path: Path, changes: dict[str, Any]
+    tiny_qwen: Path, images: Path, make_cache: CacheMaker, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     cache = make_cache(**changes)
     manifest = json.loads((cache / "manifest.json").read_text())
     assert sorted(manifest["parameters"]) == ["input_latents", "prompt"]
     run(tiny_qwen, cache, tmp_path / "split", max_steps=3, learning_rate=1e-3, **changes)
-    run(tiny_qwen, pictures, tmp_path / "whole", task="sft", max_steps=3, learning_rate=1e-3, **changes)
+    run(tiny_qwen, images, tmp_path / "whole", task="sft", max_steps=3, learning_rate=1e-3, **changes)
     trained = tmp_path / "split/step-3.safetensors"
     assert trained.read_bytes() == (tmp_path / "whole/step-3.safetensors").read_bytes()
     state = safetensors.torch.load_file(trained)

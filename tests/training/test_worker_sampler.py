@@ -60,11 +60,11 @@ def assert_same_run(one: Path, other: Path) -> None:
     ],
     ids=["fp32", "dropout-bf16", "unsplit-text-encoder", "full"],
 )
-def test_a_run_with_pictures_trains_what_the_run_without_does(
-    tiny_qwen: Path, pictures: Path, make_cache: CacheMaker, tmp_path: Path, options: dict[str, Any]
+def test_a_run_with_images_trains_what_the_run_without_does(
+    tiny_qwen: Path, images: Path, make_cache: CacheMaker, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     size = {"height": 64, "width": 64}
-    base = pictures if "task" in options else make_cache(**{k: v for k, v in options.items() if k == "dtype"})
+    base = images if "task" in options else make_cache(**{k: v for k, v in options.items() if k == "dtype"})
     options = {"save_steps": 2, "validation_samples": 2, "log_with": "none", **options}
     run(tiny_qwen, base, tmp_path / "plain", **options, **size)
     run(tiny_qwen, base, tmp_path / "drawn", **{**options, **DRAWN})
@@ -97,12 +97,12 @@ def test_step_0_is_the_base_model_and_encoders_are_read_once(
 def test_encoder_and_decoder_run_outside_autocast(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, set[bool]] = {}
+    found_in: dict[str, set[bool]] = {}
     load = on_demand.load_part
 
     def watched(source: Any, subfolder: str, *arguments: Any, **options: Any) -> Any:
         model = load(source, subfolder, *arguments, **options)
-        found = seen.setdefault(subfolder, set())
+        found = found_in.setdefault(subfolder, set())
         for layer in model.modules():
             layer.register_forward_pre_hook(lambda module, args: found.add(torch.is_autocast_enabled("cpu")))
         return model
@@ -110,10 +110,10 @@ def test_encoder_and_decoder_run_outside_autocast(
     monkeypatch.setattr(on_demand, "load_part", watched)
     with CudaAutocast():
         run(tiny_qwen, make_cache(dtype="bfloat16"), tmp_path, dtype="bfloat16", **DRAWN)
-    assert seen == {"text_encoder": {False}, "vae": {False}}
+    assert found_in == {"text_encoder": {False}, "vae": {False}}
 
 
-def test_a_failure_ends_only_the_pictures(
+def test_a_failure_ends_only_the_images(
     tiny_qwen: Path,
     make_cache: CacheMaker,
     tmp_path: Path,
@@ -126,7 +126,7 @@ def test_a_failure_ends_only_the_pictures(
     monkeypatch.setattr(QwenImagePipeline, "decode_latents", fail)
     with caplog.at_level(logging.WARNING):
         run(tiny_qwen, make_cache(), tmp_path / "drawn", save_steps=2, **DRAWN)
-    assert caplog.text.count("the sample pictures ended early: step 0: RuntimeError: no picture today") == 1
+    assert caplog.text.count("the sample images ended early: step 0: RuntimeError: no picture today") == 1
     assert not (tmp_path / "drawn/samples").exists()
     run(tiny_qwen, make_cache(), tmp_path / "plain", save_steps=2, height=64, width=64)
     assert_same_run(tmp_path / "drawn", tmp_path / "plain")

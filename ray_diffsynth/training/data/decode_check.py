@@ -14,11 +14,11 @@ from ray_diffsynth.storage import StorageError
 
 T = TypeVar("T")
 
-CHECKED_PICTURES, CHECKED_VIDEOS = 2000, 100
-"""Samples up to which a dataset of pictures, or of videos, is decoded first. Of a larger one a damaged sample is met at
+CHECKED_IMAGES, CHECKED_VIDEOS = 2000, 100
+"""Samples up to which a dataset of images, or of videos, is decoded first. Of a larger one a damaged sample is met at
 its step, where another one of its size takes its place."""
 MACHINE_ERRORS = (*TRANSIENT, MemoryError, StorageError, VideoSupportError)
-"""Errors that say nothing of the sample: they end the attempt, and the next one tries again."""
+"""Errors of the machine, not of the sample: they end the attempt, and the next one tries again."""
 
 
 def undecodable(items: Sequence[T], load: Callable[[T], Any]) -> dict[int, str]:
@@ -29,7 +29,7 @@ def undecodable(items: Sequence[T], load: Callable[[T], Any]) -> dict[int, str]:
 
     def problem(item: T) -> str:
         try:
-            with collecting():  # it is said when the sample is trained on
+            with collecting():  # it is logged when the sample is trained on
                 load(item)
         except MACHINE_ERRORS:
             raise

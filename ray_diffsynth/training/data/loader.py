@@ -11,7 +11,7 @@ from typing import Any
 from ray_diffsynth.diffusion.randomness import SampleKey
 from ray_diffsynth.diffusion.transfer import pinned
 from ray_diffsynth.training.data.captions import drop_captions
-from ray_diffsynth.training.data.epoch_order import Plan, epoch_plan, lanes_of, steps_per_epoch
+from ray_diffsynth.training.data.epoch_order import EpochOrder, epoch_order, steps_per_epoch, virtual_ranks_of
 from ray_diffsynth.training.data.source import SampleSource, prefetch, shard_sizes
 
 DEPTH = 4
@@ -20,19 +20,23 @@ DEPTH = 4
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one lane trains on in one step. last: the worker's last lane of the step; gradients are summed after it."""
+    """What one virtual rank trains on in one step.
+
+    step: counts from 0. rows: index rows, `batch_size` of them; keys: of their noise and timesteps, one a row. last:
+    whether it is the worker's last virtual rank of the step, after which the gradients are summed.
+    """
 
     step: int
     epoch: int
-    lane: int
+    virtual_rank: int
     last: bool
     rows: tuple[int, ...]
     keys: tuple[SampleKey, ...]
 
 
 @dataclass(frozen=True)
-class Feed:
-    """A run's order of samples, as a function of position. `step` counts optimizer steps from the start of the run.
+class MicrobatchLoader:
+    """Reads a run's microbatches, whose order is a function of position; steps count from 0 at the start of the run.
 
     held_out: rows that are not trained on. caption_dropout: part of the samples that get the empty caption.
     pin: put tensors where a GPU fetches them by itself.
@@ -41,7 +45,7 @@ class Feed:
     source: SampleSource
     seed: int
     batch_size: int
-    lanes: int
+    virtual_ranks: int
     repeat: int
     held_out: tuple[int, ...] = ()
     caption_dropout: float = 0.0
@@ -52,49 +56,49 @@ class Feed:
         return steps_per_epoch(
             self.source.buckets,
             batch_size=self.batch_size,
-            lanes=self.lanes,
+            virtual_ranks=self.virtual_ranks,
             repeat=self.repeat,
             without=self.held_out,
         )
 
     @property
     def trained_samples(self) -> int:
-        """How many samples one pass has."""
+        """How many samples are trained on, each once in a pass."""
         return len(self.source.sample_ids) - len(self.held_out)
 
     @property
     def samples_per_step(self) -> int:
-        return self.lanes * self.batch_size
+        return self.virtual_ranks * self.batch_size
 
-    def plan(self, epoch: int) -> Plan:
-        return epoch_plan(
+    def order(self, epoch: int) -> EpochOrder:
+        return epoch_order(
             self.source.buckets,
             rows_per_shard=shard_sizes(self.source.buckets),
             seed=self.seed,
             epoch=epoch,
             batch_size=self.batch_size,
-            lanes=self.lanes,
+            virtual_ranks=self.virtual_ranks,
             repeat=self.repeat,
             without=self.held_out,
         )
 
     def microbatches(self, start: int, stop: int, rank: int, world_size: int) -> Iterator[Microbatch]:
         """Those of worker `rank` in the steps from `start` up to `stop`."""
-        own = lanes_of(rank, world_size, self.lanes)
+        own = virtual_ranks_of(rank, world_size, self.virtual_ranks)
         per_epoch = self.steps_per_epoch
         epochs = range(start // per_epoch, -(-stop // per_epoch))
-        # Each epoch's plan is made while the one before it is trained on.
-        for epoch, plan in prefetch(epochs, self.plan, depth=1, threads=1):
+        # Each epoch's order is made while the one before it is trained on.
+        for epoch, order in prefetch(epochs, self.order, depth=1, threads=1):
             first = epoch * per_epoch
             for step in range(max(start, first), min(stop, first + per_epoch)):
-                for lane in own:
-                    rows = plan.rows[step - first, lane].tolist()
-                    repeats = plan.repeats[step - first, lane].tolist()
+                for virtual_rank in own:
+                    rows = order.rows[step - first, virtual_rank].tolist()
+                    repeats = order.repeats[step - first, virtual_rank].tolist()
                     keys = [
                         SampleKey(self.seed, epoch, repeat, self.source.sample_ids[row])
                         for row, repeat in zip(rows, repeats, strict=True)
                     ]
-                    yield Microbatch(step, epoch, lane, lane == own[-1], tuple(rows), tuple(keys))
+                    yield Microbatch(step, epoch, virtual_rank, virtual_rank == own[-1], tuple(rows), tuple(keys))
 
     def read(
         self, start: int, stop: int, rank: int, world_size: int, threads: int = 0

@@ -27,7 +27,7 @@ def open_data(plan: TrainPlan) -> SampleSource:
 def check_data(plan: TrainPlan) -> None:
     """Raise DatasetError for metadata that cannot be read; a cache was looked at when the run was planned."""
     if not plan.config.reads_cache:
-        with collecting():  # the workers say it
+        with collecting():  # the workers log them
             read_rows(plan.sample, _metadata_path(plan))
 
 

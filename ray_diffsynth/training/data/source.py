@@ -1,4 +1,4 @@
-"""Where samples come from: the cache of stage 1, or, unsplit, the pictures themselves. Both in the same order."""
+"""Where samples come from: the cache of stage 1, or, unsplit, the images themselves. Both in the same order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ray_diffsynth.data.warnings import about, warn
 from ray_diffsynth.diffusion.transfer import map_tensors
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.plan.cache_check import SourceError as SourceError
-from ray_diffsynth.training.data.decode_check import CHECKED_PICTURES, CHECKED_VIDEOS, MACHINE_ERRORS, undecodable
+from ray_diffsynth.training.data.decode_check import CHECKED_IMAGES, CHECKED_VIDEOS, MACHINE_ERRORS, undecodable
 from ray_diffsynth.training.data.epoch_order import open_shards
 
 T = TypeVar("T")
@@ -70,9 +70,12 @@ class CacheSource:
     def fetch(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         return [{name: self._cast(value) for name, value in row.items()} for row in self.reader.read(rows)]
 
-    def serve(self, lanes: int) -> None:
-        """Keep what so many lanes read at a time, however large the shards are: else each is read again and again."""
-        self.reader.keep_at_least = open_shards(lanes) * len(self.reader.manifest.groups)
+    def keep_open_for(self, virtual_ranks: int) -> None:
+        """Keep in memory what so many virtual ranks read at a time, however large the shards are.
+
+        Otherwise each shard would be read again and again.
+        """
+        self.reader.keep_at_least = open_shards(virtual_ranks) * len(self.reader.manifest.groups)
 
     def empty_caption(self) -> Mapping[str, Any]:
         if self._empty is None:
@@ -103,10 +106,10 @@ def _scanned(path: str, spec: SampleSpec) -> SourceFile:
 
 
 class DatasetSource:
-    """Pictures and metadata, decoded when they are asked for (`--task sft`), in the order of a cache's index.
+    """Images and metadata, decoded when they are asked for (`--task sft`), in the order of a cache's index.
 
-    Rows that cannot be used (no picture, smaller than a bucket, damaged, …) are left out, warned of and counted in
-    `rejected`, as stage 1 does. Up to `CHECKED_PICTURES` samples all are decoded first; in a larger dataset a damaged
+    Rows that cannot be used (no image, smaller than a bucket, damaged, …) are left out, warned of and counted in
+    `rejected`, as stage 1 does. Up to `CHECKED_IMAGES` samples all are decoded first; in a larger dataset a damaged
     one is replaced when it is reached, by the next of its bucket that can be decoded: the same on any worker.
     """
 
@@ -128,7 +131,7 @@ class DatasetSource:
             fits.add(row["sample_id"], size_fits(files, bucket, spec))
             found.append((bucket, row, [file.digest for found in files.values() for file in found]))
         fits.warn_all()
-        if len(found) <= (CHECKED_VIDEOS if spec.size.video else CHECKED_PICTURES):
+        if len(found) <= (CHECKED_VIDEOS if spec.size.video else CHECKED_IMAGES):
             bad = undecodable(found, lambda item: load_inputs(item[1], item[0], spec))
             self.rejected += [(found[position][1]["sample_id"], why) for position, why in bad.items()]
             found = [item for position, item in enumerate(found) if position not in bad]
@@ -184,7 +187,7 @@ def prefetch(items: Iterable[T], fetch: Callable[[T], R], *, depth: int, threads
     source = iter(items)
     try:
         for item in source:
-            # In the context of who asks: what is said of the data goes where it collects it.
+            # In the caller's context: warnings of the data go where it collects them.
             pending.append((item, pool.submit(copy_context().run, fetch, item)))
             if len(pending) > depth:
                 first, future = pending.popleft()

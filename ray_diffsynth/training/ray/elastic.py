@@ -30,15 +30,16 @@ SETTLE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Group:
-    """Which numbers of workers a run may have. lanes: batches of a step, which the workers share; None for a new run.
+    """Which numbers of workers a run may have.
 
-    even: the lanes must divide among the workers. resources: of one worker.
+    virtual_ranks: microbatches of a step, which the workers share; None for a new run. even: they must divide among
+    the workers. resources: of one worker, as Ray names them.
     """
 
     least: int
     most: int
     resources: Mapping[str, float]
-    lanes: int | None = None
+    virtual_ranks: int | None = None
     even: bool = False
 
     @property
@@ -47,9 +48,11 @@ class Group:
 
     def choose(self, room: int) -> int:
         """The most workers for which there is room; 0 if not even the least."""
-        most = min(self.most, room, self.lanes or self.most)
-        least = min(self.least, most) if self.lanes and self.lanes < self.least else self.least
-        fitting = [n for n in range(least, most + 1) if not (self.even and self.lanes and self.lanes % n)]
+        most = min(self.most, room, self.virtual_ranks or self.most)
+        least = min(self.least, most) if self.virtual_ranks and self.virtual_ranks < self.least else self.least
+        fitting = [
+            n for n in range(least, most + 1) if not (self.even and self.virtual_ranks and self.virtual_ranks % n)
+        ]
         return max(fitting, default=0)
 
 
@@ -114,7 +117,7 @@ def wait_for_room(group: Group, stopped: Callable[[], bool], *, ask: bool = True
     What others hold is no room. For a moment it waits for more, which a group that has just ended may still hold.
     ask: whether nodes that are listed may be gone.
     """
-    began, said = time.monotonic(), False
+    began, logged = time.monotonic(), False
     while not stopped():
         there = answering(nodes()) if ask else nodes()
         unused = free(there)
@@ -127,9 +130,9 @@ def wait_for_room(group: Group, stopped: Callable[[], bool], *, ask: bool = True
                 f"there was no room for {_missing(group, there, unused)} in {seconds / 60:g} minutes; the same command "
                 "goes on when there is"
             )
-        if not said and waited > SETTLE_SECONDS:
+        if not logged and waited > SETTLE_SECONDS:
             logger.warning("waiting for room for %s", _missing(group, there, unused))
-            said = True
+            logged = True
         time.sleep(POLL_SECONDS / 4 if waited < SETTLE_SECONDS else POLL_SECONDS)
     return 0
 

@@ -23,6 +23,7 @@ import ray.train
 import ray.train.torch
 
 from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.config.validation import SampleImageConfig
 from ray_diffsynth.errors import UserError, first_line, worker_failures
 from ray_diffsynth.models.lora_file import check_lora_file
 from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
@@ -44,14 +45,14 @@ from ray_diffsynth.training.ray.failure import WorkerError, is_lost_connection, 
 from ray_diffsynth.training.ray.worker import (
     POLL_SECONDS,
     Collector,
-    RayContext,
+    RayRuntime,
     SamplerActor,
     messages_to_driver,
 )
 from ray_diffsynth.training.report.metrics_log import TrainingProgress
-from ray_diffsynth.training.report.sample_grids import Shown, is_drawn
+from ray_diffsynth.training.report.sample_grids import GridInfo, is_drawn
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt, plan_samples
-from ray_diffsynth.training.report.summary import finish
+from ray_diffsynth.training.report.summary import write_training_report
 from ray_diffsynth.training.report.trackers import check_trackers, fallback
 from ray_diffsynth.training.result import TrainResult, merged
 from ray_diffsynth.training.start import Start
@@ -89,7 +90,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     with ray_session(config.ray_address, verbose=config.verbose), sigterm() as terminated:
         group = worker_group(config)
         result, workers = _fit_until_done(plan, group, samples, terminated)
-    report = finish(plan.config, result, workers=workers, seconds=time.monotonic() - started)
+    report = write_training_report(plan.config, result, workers=workers, seconds=time.monotonic() - started)
     if terminated.is_set() and not result.finished:
         raise SystemExit(TERMINATED)
     return report
@@ -150,10 +151,11 @@ def worker_group(config: TrainConfig) -> Group:
     least, most = config.worker_range
     if most == 0:
         least = most = max(1, int(gpus // gpu)) if gpu else 1
-    lanes = _lanes(config.output_path)
-    if lanes is not None and lanes < most:
-        logger.warning("the run was started with %d lanes, so %d workers go on with it, not %d", lanes, lanes, most)
-        least, most = min(least, lanes), lanes
+    virtual_ranks = _virtual_ranks(config.output_path)
+    if virtual_ranks is not None and virtual_ranks < most:
+        message = "the run was started with %d virtual ranks, so %d workers go on with it, not %d"
+        logger.warning(message, virtual_ranks, virtual_ranks, most)
+        least, most = min(least, virtual_ranks), virtual_ranks
     nodes = [resources.get("CPU", 0.0) for resources in alive_nodes().values()]
     share = max(nodes) // math.ceil(most / len(nodes))
     cpu = wanted.pop("CPU", 1.0 if gpu else max(1.0, share))
@@ -163,12 +165,12 @@ def worker_group(config: TrainConfig) -> Group:
             f"{most} workers of {cpu:g} CPU and {gpu:g} GPU do not fit a cluster of {cpus:g} CPU and {gpus:g} GPU: "
             f"its {len(nodes)} nodes hold {fitting} of {resources}; lower --num_workers or --resources"
         )
-    lanes = lanes or (most * config.gradient_accumulation_steps)
-    return Group(least, most, resources, lanes, even=config.shard_base)
+    virtual_ranks = virtual_ranks or (most * config.gradient_accumulation_steps)
+    return Group(least, most, resources, virtual_ranks, even=config.shard_base)
 
 
-def _lanes(output_path: str) -> int | None:
-    """Lanes of the run that is gone on with; None for a new one."""
+def _virtual_ranks(output_path: str) -> int | None:
+    """Virtual ranks of the run that is gone on with; None for a new one."""
     for name in reversed(list_checkpoints(output_path)):
         try:
             return int(read_state(join(checkpoints_folder(output_path), name))["position"]["lanes"])
@@ -192,7 +194,7 @@ def _fit_until_done(
         "folder": os.getcwd(),
     }
     failures, workers, results = 0, group.most, list[TrainResult]()
-    with _shown(collector):
+    with _progress_bar(collector):
         while not terminated.is_set():
             workers = wait_for_room(group, terminated.is_set, ask=bool(failures or results))
             if not workers:
@@ -249,8 +251,8 @@ def _fit(arguments: dict[str, Any], group: Group, workers: int) -> None:
     ).fit()
 
 
-def sampler_resources(config: TrainConfig, group: Group) -> dict[str, float] | None:
-    """What the actor that makes sample pictures reserves; None if the workers leave it no GPU and draw themselves.
+def sampler_resources(config: SampleImageConfig, group: Group) -> dict[str, float] | None:
+    """What the actor that makes sample images reserves; None if the workers leave it no GPU and draw themselves.
 
     Without GPUs it reserves nothing, and computes beside the workers. Raises ClusterError for --sample_resources that
     no machine has, or that the workers need, which would wait for ever.
@@ -274,19 +276,19 @@ def sampler_resources(config: TrainConfig, group: Group) -> dict[str, float] | N
 
 
 def _sampler(plan: TrainPlan, group: Group, samples: list[SamplePrompt], collector: Any = None) -> Any:
-    """The actor that makes sample pictures; None if there are none, or the workers draw them."""
+    """The actor that makes sample images; None if there are none, or the workers draw them."""
     if not samples:
         return None
     wanted = sampler_resources(plan.config, group)
     if wanted is None:
-        logger.info("no GPU is left for the sample pictures: the workers draw them between steps, which takes time")
+        logger.info("no GPU is left for the sample images: the workers draw them between steps, which takes time")
         return None
     cpu, gpu = wanted.pop("CPU", 0.0), wanted.pop("GPU", 0.0)
     options = SamplerActor.options(  # type: ignore[attr-defined]
         num_cpus=cpu, num_gpus=gpu, resources=wanted or None
     )
     fresh = not list_checkpoints(plan.output_path)
-    start = fresh or not is_drawn(plan.output_path, 0, Shown.of(plan.config, samples, 0))
+    start = fresh or not is_drawn(plan.output_path, 0, GridInfo.of(plan.config, samples, 0))
     if not start:  # all that it draws comes with the weights of a step
         plan = replace(plan, config=replace(plan.config, lora_checkpoint=None))
     actor = options.remote(plan, samples, start, collector)
@@ -296,11 +298,11 @@ def _sampler(plan: TrainPlan, group: Group, samples: list[SamplePrompt], collect
 
 
 def _end_sampler(sampler: Any) -> None:
-    """Wait for the last pictures; it has said itself what went wrong with any, but not if it is lost."""
+    """Wait for the last images; it logs itself what went wrong with any, but not that it is lost."""
     try:
         ray.get(sampler.finish.remote())
     except ray.exceptions.RayError as lost:
-        logger.warning("the sample pictures ended early: %s", first_line(lost))
+        logger.warning("the sample images ended early: %s", first_line(lost))
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -316,29 +318,29 @@ def _worker(arguments: dict[str, Any]) -> None:
         os.chdir(arguments["folder"])
     for name, value in ray.get(arguments["collector"].environment.remote()).items():
         os.environ.setdefault(name, value)
-    context = RayContext(arguments["collector"], arguments["sampler"], arguments["samples"])
+    runtime = RayRuntime(arguments["collector"], arguments["sampler"], arguments["samples"])
     try:
-        with messages_to_driver(context):
-            result = train(arguments["plan"], context)
+        with messages_to_driver(runtime):
+            result = train(arguments["plan"], runtime)
     except (UserError, ray.exceptions.RayError):
         raise
     except Exception as error:
-        if context.world_size > 1 and is_lost_connection(error):
+        if runtime.world_size > 1 and is_lost_connection(error):
             raise
-        raise WorkerError.of(error, context.world_rank, context.world_size) from None
-    if context.world_rank == 0:
-        context.send_metrics()
+        raise WorkerError.of(error, runtime.world_rank, runtime.world_size) from None
+    if runtime.world_rank == 0:
+        runtime.send_metrics()
         if result.finished:
-            context.wait_for_samples()
-        ray.get(context.collector.finish.remote(result.to_dict()))
+            runtime.wait_for_samples()
+        ray.get(runtime.collector.finish.remote(result.to_dict()))
 
 
 @contextmanager
-def _shown(collector: Any) -> Iterator[None]:
+def _progress_bar(collector: Any) -> Iterator[None]:
     """A progress line from what `collector` gets, while the block runs."""
     progress, ended = TrainingProgress(), threading.Event()
 
-    def show() -> None:
+    def update() -> None:
         over = False
         while not over:
             over = ended.wait(POLL_SECONDS)
@@ -348,7 +350,7 @@ def _shown(collector: Any) -> Iterator[None]:
             for message, level in messages:
                 logger.log(level, "%s", message)
 
-    thread = threading.Thread(target=show, name="progress", daemon=True)
+    thread = threading.Thread(target=update, name="progress", daemon=True)
     thread.start()
     try:
         yield

@@ -18,11 +18,11 @@ from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 
 POLL_SECONDS = 0.5
-PENDING_PICTURES = 4
+MAX_PENDING_GRIDS = 4
 """Grids that may wait for the actor that makes them; further ones are left out."""
 
 
-class RayContext:
+class RayRuntime:
     """A worker of Ray Train. collector, sampler: handles of the actors below; samples: those that no actor draws."""
 
     def __init__(self, collector: Any, sampler: Any = None, samples: Sequence[SamplePrompt] = ()) -> None:
@@ -70,14 +70,14 @@ class RayContext:
             return
         if self._drawing:
             _, self._drawing = ray.wait(self._drawing, num_returns=len(self._drawing), timeout=0)
-        if len(self._drawing) >= PENDING_PICTURES:
-            self.collector.say.remote(f"no sample pictures of step {step}: {PENDING_PICTURES} grids are still waiting")
+        if len(self._drawing) >= MAX_PENDING_GRIDS:
+            self.collector.log.remote(f"no sample images of step {step}: {MAX_PENDING_GRIDS} grids are still waiting")
             return
         arrays = {name: value.float().numpy() for name, value in weights.items()}
         self._drawing.append(self.sampler.draw.remote(step, arrays))
 
     def wait_for_samples(self) -> None:
-        """Until the pictures that were asked for are made: they need the weights that this process holds."""
+        """Until the images that were asked for are made: they need the weights that this process holds."""
         if self._drawing:
             ray.wait(self._drawing, num_returns=len(self._drawing))
 
@@ -90,14 +90,14 @@ class _ToDriver(logging.Handler):
         self._collector = collector
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._collector.say.remote(record.getMessage(), record.levelno)
+        self._collector.log.remote(record.getMessage(), record.levelno)
 
 
 @contextmanager
-def messages_to_driver(context: RayContext) -> Iterator[None]:
+def messages_to_driver(runtime: RayRuntime) -> Iterator[None]:
     """Within it the user sees what rank 0 says; the others would say the same."""
     log = logging.getLogger("ray_diffsynth")
-    handler = _ToDriver(context.collector) if context.world_rank == 0 else logging.NullHandler()
+    handler = _ToDriver(runtime.collector) if runtime.world_rank == 0 else logging.NullHandler()
     before = log.level, log.propagate
     log.addHandler(handler)
     log.propagate = False
@@ -136,14 +136,14 @@ class Collector:
     def add(self, metrics: dict[str, Any]) -> None:
         self._latest = metrics
 
-    def say(self, message: str, level: int = logging.WARNING) -> None:
+    def log(self, message: str, level: int = logging.WARNING) -> None:
         self._messages.append((message, level))
 
     def warn(self, rows: list[list[str]]) -> None:
-        """What was said of the prompts of sample pictures (`DataWarnings.rows`): for the terminal and the report."""
+        """Take warnings of the prompts of sample images (`DataWarnings.rows`), for the terminal and the report."""
         self._warnings += rows
         for line in DataWarnings.of(rows).lines():
-            self.say(f"--validation_prompts: {line}")
+            self.log(f"--validation_prompts: {line}")
 
     def warnings(self) -> list[list[str]]:
         return self._warnings
@@ -175,7 +175,7 @@ class Collector:
 
 @ray.remote
 class SamplerActor:
-    """`Sampler` in a process of its own, which loads the model by the first call; a failure ends only the pictures.
+    """`ImageSampler` in a process of its own, which loads the model by the first call; a failure ends only the images.
 
     start: make those of step 0 before all others. collector: gets the message of a failure.
     """
@@ -183,12 +183,12 @@ class SamplerActor:
     def __init__(self, plan: TrainPlan, samples: list[SamplePrompt], start: bool, collector: Any) -> None:
         self._plan, self._samples, self._start, self._collector = plan, samples, start, collector
         self._sampler: Any = None
-        self._told = DataWarnings()
+        self._warned = DataWarnings()
         self._drawn: list[str] = []
         self._error: str | None = None
 
     def begin(self) -> None:
-        """Load the model now, and make the pictures of step 0, without waiting for a step that asks for its own."""
+        """Load the model now, and make the images of step 0, without waiting for a step that asks for its own."""
         self._attempt(0, self._ready)
 
     def draw(self, step: int, weights: Mapping[str, Any]) -> None:
@@ -199,11 +199,11 @@ class SamplerActor:
         self._attempt(step, make)
 
     def _ready(self) -> Any:
-        from ray_diffsynth.training.report.sample_images import Sampler
+        from ray_diffsynth.training.report.sample_images import ImageSampler
 
         if self._sampler is None:
             device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-            sampler = Sampler(self._plan, self._samples, device)
+            sampler = ImageSampler(self._plan, self._samples, device)
             if self._start:  # here, as calls of the driver and of a worker come in any order, and a step's weights stay
                 self._drawn.append(sampler.draw(0, {}))
             self._sampler = sampler
@@ -213,16 +213,16 @@ class SamplerActor:
         if self._error is not None:
             return
         try:
-            with collecting() as said:
+            with collecting() as found:
                 make()
-            told = set(self._told)
-            if new := DataWarnings(warning for warning in said if warning not in told):
-                self._told.merge(new)
+            known = set(self._warned)
+            if new := DataWarnings(warning for warning in found if warning not in known):
+                self._warned.merge(new)
                 ray.get(self._collector.warn.remote(new.rows()))
         except Exception as error:  # training goes on
             self._error = f"step {step}: {type(error).__name__}: {error}"
-            ray.get(self._collector.say.remote(f"the sample pictures ended early: {self._error}"))
+            ray.get(self._collector.log.remote(f"the sample images ended early: {self._error}"))
 
     def finish(self) -> list[str]:
-        """Files that were made; waits for the pictures that were asked for before."""
+        """Files that were made; waits for the images that were asked for before."""
         return self._drawn

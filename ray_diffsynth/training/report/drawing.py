@@ -1,4 +1,4 @@
-"""Drawing with a model that trains: prompts encoded once, as stage 1 would; then pictures with the trained weights."""
+"""Drawing with a model that trains: prompts encoded once, as stage 1 would; then images with the trained weights."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def encode_samples(
     return encoded
 
 
-class Drawing:
+class SampleDrawer:
     """Draws with the models of `module`; others, such as the VAE, are read when they are needed.
 
     It has a pipeline of its own: the schedule, units and settings of the one that trains stay as they are.
@@ -104,11 +104,11 @@ class Drawing:
 
     @torch.no_grad()
     def draw(self, number: int) -> Image.Image:
-        """The picture of a sample (of a video its middle frame); moves no random generator, leaves every mode."""
+        """The image of a sample (of a video its middle frame); moves no random generator, leaves every mode."""
         self._current, self._calls = number, {}
         devices = [self.pipe.device] if self.pipe.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), _eval_mode(self.module):
-            return _picture(call_pipeline(self.pipe, self.samples[number]))
+            return _to_image(call_pipeline(self.pipe, self.samples[number]))
 
     def release(self) -> None:
         """Let go of what was read beside the models of the module."""
@@ -136,11 +136,11 @@ class Drawing:
 
 def call_pipeline(pipe: Any, sample: SamplePrompt) -> Any:
     """What `__call__` makes of a sample."""
-    pictures = {
+    images = {
         name: load_image(paths) if isinstance(paths, str) else [load_image(path) for path in paths]
-        for name, paths in sample.pictures
+        for name, paths in sample.images
     }
-    return pipe(sample.prompt, seed=sample.seed, **dict(sample.arguments), **pictures)
+    return pipe(sample.prompt, seed=sample.seed, **dict(sample.arguments), **images)
 
 
 def _replace_calls(
@@ -169,8 +169,8 @@ def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def _picture(made: Any) -> Image.Image:
-    """A picture; of a video its middle frame."""
+def _to_image(made: Any) -> Image.Image:
+    """An image; of a video its middle frame."""
     if isinstance(made, Image.Image):
         return made.convert("RGB")
     frame = made[len(made) // 2]

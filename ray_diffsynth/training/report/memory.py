@@ -111,9 +111,9 @@ def advice(found: Footprint, config: TrainConfig, workers: int, error: BaseExcep
     """The message for an allocation that failed."""
     ways = savings(found, config, workers)
     held = f"frozen weights {_gb(found.base)}, trained weights with gradients and optimizer {_gb(found.trained)}"
-    tries = "; ".join(ways) if ways else "smaller pictures (--max_pixels in preprocess), or a GPU with more memory"
-    said = next(iter(str(error).splitlines()), type(error).__name__)
-    return f"out of memory ({said}). Held: {held}. Try, with what it would save: {tries}"
+    tries = "; ".join(ways) if ways else "smaller images (--max_pixels in preprocess), or a GPU with more memory"
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"out of memory ({reason}). Held: {held}. Try, with what it would save: {tries}"
 
 
 def _bytes(tensor: torch.Tensor) -> int:

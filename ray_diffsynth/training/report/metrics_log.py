@@ -1,4 +1,4 @@
-"""What a run says of itself while it runs: `metrics.jsonl`, and the progress line."""
+"""The numbers of a running training: `metrics.jsonl`, and the progress line."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class TrainingProgress:
             done = metrics["samples_seen"] - metrics["samples"]
             self._progress = Progress("train", metrics["samples_total"], initial=done)
             self._progress.__enter__()
-        shown = {name: metrics[name] for name in ("loss",) if name in metrics}
-        self._progress.update(metrics["samples_seen"], step=f"{metrics['step']}/{metrics['steps']}", **shown)
+        postfix = {name: metrics[name] for name in ("loss",) if name in metrics}
+        self._progress.update(metrics["samples_seen"], step=f"{metrics['step']}/{metrics['steps']}", **postfix)
 
     def close(self) -> None:
         if self._progress is not None:

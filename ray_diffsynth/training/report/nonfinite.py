@@ -14,14 +14,14 @@ from safetensors.torch import save
 from ray_diffsynth.storage import write_bytes_atomic
 from ray_diffsynth.tasks import LossOutput
 from ray_diffsynth.training.data.loader import Microbatch
-from ray_diffsynth.training.distributed import gather, meet
+from ray_diffsynth.training.distributed import all_gather, barrier
 from ray_diffsynth.training.report.metrics_log import output_file
 
 ADVICE = "lower --learning_rate, use --dtype bfloat16 or float32, or look at these samples"
 
 
 @dataclass(frozen=True)
-class Seen:
+class MicrobatchRecord:
     """A microbatch of the step, what was read for it, and its loss."""
 
     microbatch: Microbatch
@@ -30,21 +30,28 @@ class Seen:
 
 
 def dump_not_finite(
-    output_path: str, step: int, seen: Sequence[Seen], what: Literal["loss", "gradient"], rank: int, world_size: int
+    output_path: str,
+    step: int,
+    records: Sequence[MicrobatchRecord],
+    what: Literal["loss", "gradient"],
+    rank: int,
+    world_size: int,
 ) -> str:
     """Write down the samples of the step, on all workers, that may be the reason; returns the message, on each.
 
     Those with a loss that is not finite, or all when each one's is. `nonfinite-step-N.json` holds their ids and losses,
-    a safetensors file of each worker their tensors, `<lane>-<position>/<name>`. All workers must call it.
+    a safetensors file of each worker their tensors, `<virtual rank>-<position>/<name>`. All workers must call it.
     """
-    own = list(_entries(seen, step, rank))
-    entries = gather(own, world_size)
+    own = list(_entries(records, step, rank))
+    entries = all_gather(own, world_size)
     bad = [entry for entry in entries if not math.isfinite(float(entry["loss"]))] or entries
     tensors = {
-        f"{item.microbatch.lane}-{position}/{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for item in seen
+        f"{item.microbatch.virtual_rank}-{position}/{name}": value.detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
+        for item in records
         for position, sample in enumerate(item.samples)
-        if any((entry["lane"], entry["position"]) == (item.microbatch.lane, position) for entry in bad)
+        if any((entry["lane"], entry["position"]) == (item.microbatch.virtual_rank, position) for entry in bad)
         for name, value in sample.items()
         if isinstance(value, torch.Tensor)
     }
@@ -54,7 +61,7 @@ def dump_not_finite(
     if rank == 0:
         content = {"step": step + 1, "not_finite": what, "samples": bad}
         write_bytes_atomic(path, json.dumps(content, indent=1).encode())
-    meet(world_size)  # the first worker that raises ends the others, which must have written by then
+    barrier(world_size)  # the first worker that raises ends the others, which must have written by then
     ids = ", ".join(dict.fromkeys(str(entry["sample_id"]) for entry in bad))
     if what == "loss":
         return f"step {step + 1}: the loss is not finite for {ids} (see {path}); {ADVICE}"
@@ -64,8 +71,8 @@ def dump_not_finite(
     )
 
 
-def _entries(seen: Sequence[Seen], step: int, rank: int) -> Iterator[dict[str, Any]]:
-    for item in seen:
+def _entries(records: Sequence[MicrobatchRecord], step: int, rank: int) -> Iterator[dict[str, Any]]:
+    for item in records:
         losses, sigmas = item.output.per_sample.tolist(), item.output.sigma.tolist()
         for position, (key, loss, sigma) in enumerate(zip(item.microbatch.keys, losses, sigmas, strict=True)):
             yield {
@@ -74,7 +81,7 @@ def _entries(seen: Sequence[Seen], step: int, rank: int) -> Iterator[dict[str, A
                 "repeat": key.repeat,
                 "loss": str(loss),
                 "sigma": sigma,
-                "lane": item.microbatch.lane,
+                "lane": item.microbatch.virtual_rank,
                 "position": position,
                 "tensors": _tensor_file(step, rank),
             }

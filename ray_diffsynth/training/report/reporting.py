@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics, validation loss, sample images, row warnings, memory."""
+"""What a run reports while it trains: metrics, validation loss, sample images, row warnings, memory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, Literal, Self
 
 from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.checkpointing import Checkpointing
-from ray_diffsynth.training.data.loader import Feed
+from ray_diffsynth.training.data.loader import MicrobatchLoader
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.optimization import Optimization
 from ray_diffsynth.training.precision import Precision
 from ray_diffsynth.training.report import memory
 from ray_diffsynth.training.report.metrics_log import MetricsLog
-from ray_diffsynth.training.report.nonfinite import Seen, dump_not_finite
-from ray_diffsynth.training.report.row_warnings import SaidOfData
-from ray_diffsynth.training.report.sample_images import WorkerSampler
+from ray_diffsynth.training.report.nonfinite import MicrobatchRecord, dump_not_finite
+from ray_diffsynth.training.report.row_warnings import RowWarnings
+from ray_diffsynth.training.report.sample_images import TrainingImageSampler
 from ray_diffsynth.training.report.step_stats import StepOutcome, Window
 from ray_diffsynth.training.report.trackers import Trackers
-from ray_diffsynth.training.runtime import Context
+from ray_diffsynth.training.runtime import WorkerRuntime
 from ray_diffsynth.training.validation import ValidationLoss
 
 logger = logging.getLogger(__name__)
@@ -35,28 +35,28 @@ class Reporting:
     """
 
     def __init__(
-        self, plan: TrainPlan, context: Context, checkpointing: Checkpointing, row_warnings: SaidOfData
+        self, plan: TrainPlan, runtime: WorkerRuntime, checkpointing: Checkpointing, row_warnings: RowWarnings
     ) -> None:
-        self._plan, self._config, self._context = plan, plan.config, context
+        self._plan, self._config, self._runtime = plan, plan.config, runtime
         self._checkpointing, self.row_warnings = checkpointing, row_warnings
         self.loss: float | None = None
         self.validation_loss: float | None = None
         self._window = Window()
         self._log: MetricsLog | None = None
         self._trackers: Trackers | None = None
-        self._sampler: WorkerSampler | None = None
+        self._sampler: TrainingImageSampler | None = None
         self._module: DiffusionTrainingModule | None = None
         self._stack = ExitStack()
 
     @property
     def is_main(self) -> bool:
-        return self._context.world_rank == 0
+        return self._runtime.world_rank == 0
 
-    def plan(self, validation: ValidationLoss, loader: Feed, total: int) -> None:
+    def plan(self, validation: ValidationLoss, loader: MicrobatchLoader, total: int) -> None:
         """Once it is known what is trained on. Encodes the prompts of sample images, before the model takes memory."""
         self._validation, self._loader, self._total = validation, loader, total
-        samples = self._context.own_samples(self._plan)
-        self._sampler = WorkerSampler(self._plan, samples, self._context) if samples else None
+        samples = self._runtime.own_samples(self._plan)
+        self._sampler = TrainingImageSampler(self._plan, samples, self._runtime) if samples else None
 
     def __enter__(self) -> Self:
         if self.is_main:
@@ -70,15 +70,15 @@ class Reporting:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def say(self, text: str) -> None:
-        """Tell it once, whatever the number of workers."""
+    def log(self, text: str) -> None:
+        """Log it once, whatever the number of workers."""
         if self.is_main:
             logger.info(text)
 
-    def tell_row_warnings(self) -> None:
-        """Say what happened to the rows, over all workers; what was said before is not said again."""
-        self.row_warnings.sum(self._context.world_size)
-        for line in self.row_warnings.untold() if self.is_main else ():
+    def log_row_warnings(self) -> None:
+        """Log what happened to the rows, over all workers; what was logged before is not logged again."""
+        self.row_warnings.gather(self._runtime.world_size)
+        for line in self.row_warnings.unreported() if self.is_main else ():
             logger.warning("%s", line)
 
     def built(self, module: DiffusionTrainingModule) -> None:
@@ -91,9 +91,9 @@ class Reporting:
             self._sampler.draw(0, self._module)
 
     def first_step(self) -> None:
-        """What the first step of this attempt shows."""
-        if self._context.device.type == "cuda":
-            self.say(memory.report(self.footprint(), self._config, self._context.world_size))
+        """Warn of what is known after the first step of this attempt."""
+        if self._runtime.device.type == "cuda":
+            self.log(memory.report(self.footprint(), self._config, self._runtime.world_size))
 
     def step(
         self,
@@ -109,7 +109,7 @@ class Reporting:
         self._window.add(outcome)
         extra: dict[str, Any] = {}
         if len(self._validation.rows) and self._is_due(done, config.validation_steps):
-            rank, world = self._context.world_rank, self._context.world_size
+            rank, world = self._runtime.world_rank, self._runtime.world_size
             with self.explaining_memory(), optimization.evaluated():
                 self.validation_loss = self._validation.loss(module, precision, rank, world)
             extra["validation_loss"] = self.validation_loss
@@ -118,10 +118,10 @@ class Reporting:
                 metrics = {**self._metrics(done, outcome), **extra}
                 self._log.write(metrics)
                 self._trackers.write(metrics)
-                self._context.report(metrics)
+                self._runtime.report(metrics)
                 self._window = Window()
             if self._images_due(done) and self._sampler is None:
-                self._context.draw_samples(done, optimization.weights())
+                self._runtime.draw_samples(done, optimization.weights())
 
     def saved(self) -> None:
         """A checkpoint was written: what is logged up to it must not be lost."""
@@ -137,7 +137,7 @@ class Reporting:
     def explaining_memory(self) -> AbstractContextManager[None]:
         """An allocation that fails in it becomes an error that says what to try."""
         advice = self._checkpointing.restart_advice
-        return memory.explained(self.footprint, self._config, self._context.world_size, advice)
+        return memory.explained(self.footprint, self._config, self._runtime.world_size, advice)
 
     def footprint(self) -> memory.Footprint:
         """What the model that trains takes; before it is loaded, about what its files say."""
@@ -146,12 +146,14 @@ class Reporting:
         states = 2 if self._config.customized_optimizer is None else 1
         pipe = self._module.pipe
         denoising = [getattr(pipe, name) for name in pipe.in_iteration_models]
-        return memory.Footprint.of(self._module, denoising, states, self._context.device)
+        return memory.Footprint.of(self._module, denoising, states, self._runtime.device)
 
-    def not_finite(self, step: int, seen: Sequence[Seen], what: Literal["loss", "gradient"]) -> TrainingError:
+    def not_finite(
+        self, step: int, records: Sequence[MicrobatchRecord], what: Literal["loss", "gradient"]
+    ) -> TrainingError:
         """The error that ends the run, its samples written down. Every worker must call it."""
-        rank, world = self._context.world_rank, self._context.world_size
-        text = dump_not_finite(self._plan.output_path, step, seen, what, rank, world)
+        rank, world = self._runtime.world_rank, self._runtime.world_size
+        text = dump_not_finite(self._plan.output_path, step, records, what, rank, world)
         return TrainingError(text + self._checkpointing.restart_advice())
 
     def _is_due(self, done: int, every: int | None) -> bool:
@@ -175,6 +177,6 @@ class Reporting:
             "samples": each,
             "samples_seen": done * each,
             "samples_total": self._total * each,
-            "workers": self._context.world_size,
-            **self._window.numbers(each, self._context.device),
+            "workers": self._runtime.world_size,
+            **self._window.numbers(each, self._runtime.device),
         }

@@ -1,4 +1,4 @@
-"""The grids of sample pictures as files: `samples/step-<number>.png`, each of which says inside what it shows."""
+"""The grids of sample images as files: `samples/step-<number>.png`, each of which says inside what it shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.config.lora import LoraConfig
 from ray_diffsynth.report import PageImage
 from ray_diffsynth.report.image_grid import ImageGrid
 from ray_diffsynth.storage import exists, join, list_files, read_bytes
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SAMPLES_FOLDER = "samples"
 """Where the grids lie."""
-MAX_PICTURES = 12
+MAX_GRIDS = 12
 """Grids that the report shows."""
 BASE = "Base model"
 """Title of step 0, when no LoRA was loaded."""
@@ -31,10 +31,10 @@ _KEY = "ray_diffsynth"
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a grid shows, written into its file: `title` stands below it, `prompts` are its pictures row by row.
+class GridInfo:
+    """What a grid shows, written into its file: `title` stands below it, `prompts` are its images row by row.
 
-    `options`: `samples`, of each its seed, the arguments of `__call__` and the pictures that it is made from.
+    `options`: `samples`, of each its seed, the arguments of `__call__` and the images that it is made from.
     """
 
     title: str
@@ -42,14 +42,14 @@ class Shown:
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, config: TrainConfig, samples: Sequence[SamplePrompt], step: int) -> Shown:
+    def of(cls, config: LoraConfig, samples: Sequence[SamplePrompt], step: int) -> GridInfo:
         """Of a grid after `step` steps; step 0 is what the training starts from."""
-        options = json.loads(json.dumps([[s.seed, dict(s.arguments), dict(s.pictures)] for s in samples]))
+        options = json.loads(json.dumps([[s.seed, dict(s.arguments), dict(s.images)] for s in samples]))
         title = f"Step {step}" if step else start_title(config)
         return cls(title, [sample.prompt for sample in samples], {"samples": options})
 
 
-def start_title(config: TrainConfig) -> str:
+def start_title(config: LoraConfig) -> str:
     """`Base model`, or `Start, with my_lora.safetensors` when the training goes on from LoRA files."""
     files = [config.preset_lora_path] if config.preset_lora_path else []
     files += config.lora_checkpoints.values()
@@ -60,36 +60,36 @@ def grid_name(step: int) -> str:
     return f"step-{step:08d}.png"
 
 
-def encode(sheet: Image.Image, shown: Shown) -> bytes:
-    """The grid's file."""
-    info = PngInfo()
-    info.add_itxt(_KEY, json.dumps(asdict(shown), ensure_ascii=False))
+def encode_grid(sheet: Image.Image, info: GridInfo) -> bytes:
+    """The grid as the bytes of a PNG that says inside what it shows."""
+    text = PngInfo()
+    text.add_itxt(_KEY, json.dumps(asdict(info), ensure_ascii=False))
     data = io.BytesIO()
-    sheet.save(data, format="PNG", pnginfo=info)
+    sheet.save(data, format="PNG", pnginfo=text)
     return data.getvalue()
 
 
-def shown_by(data: bytes) -> Shown | None:
-    """What the grid in a file's bytes shows; None for a picture of someone else, and for what is none."""
+def read_grid_info(data: bytes) -> GridInfo | None:
+    """What the grid in a file's bytes shows; None for an image that no grid is, and for what is no image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             text = image.info.get(_KEY)
-        return None if text is None else Shown(**json.loads(text))
+        return None if text is None else GridInfo(**json.loads(text))
     # Pillow of a damaged PNG; JSON, or fields, of another version.
     except (OSError, ValueError, SyntaxError, TypeError, RecursionError, Image.DecompressionBombError):
         return None
 
 
-def is_drawn(output_path: str, step: int, shown: Shown) -> bool:
+def is_drawn(output_path: str, step: int, info: GridInfo) -> bool:
     """Whether the grid of `step` is there, and shows this."""
     path = join(output_path, SAMPLES_FOLDER, grid_name(step))
-    return exists(path) and shown_by(read_bytes(path)) == shown
+    return exists(path) and read_grid_info(read_bytes(path)) == info
 
 
-def grid(pictures: Sequence[Image.Image]) -> Image.Image:
-    """The pictures in rows, about as many rows as columns, each in its place also when sizes differ."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    return ImageGrid.uniform(pictures, columns, background="black").image
+def make_grid(images: Sequence[Image.Image]) -> Image.Image:
+    """The images in rows, about as many rows as columns, each in its place also when sizes differ."""
+    columns = math.ceil(math.sqrt(len(images)))
+    return ImageGrid.uniform(images, columns, background="black").image
 
 
 def _step(name: str) -> int | None:
@@ -98,21 +98,21 @@ def _step(name: str) -> int | None:
 
 
 def sample_grids(output_path: str, until: int) -> tuple[list[dict[str, Any]], list[PageImage]]:
-    """The grids of a run's first `until` steps for its report, as JSON values and as pictures; evenly chosen when many.
+    """The grids of a run's first `until` steps for its report, as JSON values and as images; evenly chosen when many.
 
     The first and the last are among them: what the training started from, and where it came to.
     """
     folder = join(output_path, SAMPLES_FOLDER)
     names = [name for name in list_files(folder, suffix=".png") if (_step(name) or 0) <= until]
-    if len(names) > MAX_PICTURES:
-        names = [names[round(i * (len(names) - 1) / (MAX_PICTURES - 1))] for i in range(MAX_PICTURES)]
+    if len(names) > MAX_GRIDS:
+        names = [names[round(i * (len(names) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
     values: list[dict[str, Any]] = []
-    pictures: list[PageImage] = []
+    images: list[PageImage] = []
     for name in names:
         data = read_bytes(join(folder, name))
         step = _step(name)
-        shown = shown_by(data) or Shown(name.removesuffix(".png") if step is None else f"Step {step}", [], {})
-        values.append({"file": f"{SAMPLES_FOLDER}/{name}", "step": step, **asdict(shown)})
-        alt = f"Sample pictures, {shown.title}" + "".join(f"; {prompt}" for prompt in shown.prompts)
-        pictures.append(PageImage(data, shown.title, alt, "png"))
-    return values, pictures
+        info = read_grid_info(data) or GridInfo(name.removesuffix(".png") if step is None else f"Step {step}", [], {})
+        values.append({"file": f"{SAMPLES_FOLDER}/{name}", "step": step, **asdict(info)})
+        alt = f"Sample pictures, {info.title}" + "".join(f"; {prompt}" for prompt in info.prompts)
+        images.append(PageImage(data, info.title, alt, "png"))
+    return values, images

@@ -1,4 +1,4 @@
-"""What the sample pictures of a run show: its prompts with the sizes, seeds and pictures that `__call__` gets."""
+"""What the sample images of a run show: its prompts with the sizes, seeds and images that `__call__` gets."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ OPTION = "--validation_prompts"
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A picture or video of a grid. `arguments`: what `__call__` gets; `pictures`: parameter -> path, or several."""
+    """An image or video of a grid. `arguments`: what `__call__` gets; `images`: parameter -> path, or several."""
 
     prompt: str
     seed: int
     arguments: tuple[tuple[str, Any], ...] = ()
-    pictures: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+    images: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
 
 def plan_samples(plan: TrainPlan) -> list[SamplePrompt]:
-    """The pictures of a grid, in order; none without --validation_prompts.
+    """The images of a grid, in order; none without --validation_prompts.
 
-    Raises TrainingError or DatasetError: no prompts, a model that sampling needs and the model folder lacks, a picture
+    Raises TrainingError or DatasetError: no prompts, a model that sampling needs and the model folder lacks, an image
     that the family needs; PipelineError for a size and ScheduleError for a number of steps that it cannot make. All
     before anything is loaded.
     """
@@ -44,9 +44,9 @@ def plan_samples(plan: TrainPlan) -> list[SamplePrompt]:
         return []
     check_models(plan)
     pipe = plan.configured()
-    pictures = image_params(pipe)
-    prompts = read_prompts(given, pictures)
-    if lacking := missing_images(prompts, pictures, option=OPTION):
+    images = image_params(pipe)
+    prompts = read_prompts(given, images)
+    if lacking := missing_images(prompts, images, option=OPTION):
         raise TrainingError(lacking)
     if plan.config.sample_inference_steps is not None:
         pipe.scheduler.check_inference_steps(plan.config.sample_inference_steps)
@@ -54,16 +54,16 @@ def plan_samples(plan: TrainPlan) -> list[SamplePrompt]:
     return [_sample(plan, pipe, size, number, prompt) for number, prompt in enumerate(prompts)]
 
 
-def read_prompts(given: str, pictures: Mapping[str, bool]) -> list[Prompt]:
+def read_prompts(given: str, images: Mapping[str, bool]) -> list[Prompt]:
     """The rows of the file `given`, if it is one, else the prompts between its |. Raises TrainingError, DatasetError.
 
-    pictures: see `image_params`.
+    images: see `image_params`.
     """
     # os.path: unlike pathlib it takes a prompt that is too long for a file's name.
     suffix = os.path.splitext(given.strip())[1].lower()
     is_table = suffix in READERS
     if os.path.isfile(given) or (is_table and "|" not in given and exists(given)):
-        return read_prompt_file(given, pictures, option=OPTION, lines=() if is_table else (suffix,))
+        return read_prompt_file(given, images, option=OPTION, lines=() if is_table else (suffix,))
     if "|" not in given and given.strip().endswith((".txt", ".md", *READERS)):
         raise TrainingError(
             f"{OPTION} {given} does not exist; give a text file with a prompt a line, a csv or jsonl file with the "

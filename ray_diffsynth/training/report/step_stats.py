@@ -1,4 +1,4 @@
-"""What a step says of itself: the line that metrics.jsonl, the trackers and the progress bar get."""
+"""The statistics of a step: the line that metrics.jsonl, the trackers and the progress bar get."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sigma_name(bucket: int) -> str:
 class StepSums:
     """What the workers add up in one all-reduce a step: losses, requests to stop, and losses by sigma.
 
-    values: [sum of the lanes' losses, workers that were asked to stop, per bucket sum and number of samples].
+    values: [sum of the virtual ranks' losses, workers that were asked to stop, per bucket sum and number of samples].
     """
 
     values: torch.Tensor
@@ -42,12 +42,17 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """One optimizer step. loss: mean over its lanes. waited: seconds of `seconds` that the data was not there."""
+    """What one optimizer step gave, the same on every worker but for the times.
+
+    loss: mean over the virtual ranks. grad_norm: before clipping. data_wait: seconds, of `seconds` in all, that the
+    data was not there. stop: whether a worker was asked to end. sigma_sums, sigma_counts: sum of the losses and number
+    of samples of each of the `SIGMA_BUCKETS`.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
-    waited: float
+    data_wait: float
     seconds: float
     stop: bool
     sigma_sums: list[float]
@@ -60,14 +65,14 @@ class Window:
 
     steps: int = 0
     seconds: float = 0.0
-    waited: float = 0.0
+    data_wait: float = 0.0
     sums: list[float] = field(default_factory=lambda: [0.0] * SIGMA_BUCKETS)
     counts: list[float] = field(default_factory=lambda: [0.0] * SIGMA_BUCKETS)
 
     def add(self, outcome: StepOutcome) -> None:
         self.steps += 1
         self.seconds += outcome.seconds
-        self.waited += outcome.waited
+        self.data_wait += outcome.data_wait
         self.sums = [a + b for a, b in zip(self.sums, outcome.sigma_sums, strict=True)]
         self.counts = [a + b for a, b in zip(self.counts, outcome.sigma_counts, strict=True)]
 
@@ -75,7 +80,7 @@ class Window:
         """Rates and losses by sigma over the window, and the most memory since the start."""
         found: dict[str, Any] = {
             "samples_per_second": self.steps * samples_per_step / self.seconds,
-            "data_wait": self.waited / self.seconds,
+            "data_wait": self.data_wait / self.seconds,
         }
         if device.type == "cuda":
             found["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -17,7 +17,7 @@ from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.start import mark_finished
 
 
-def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: float) -> dict[str, Any]:
+def write_training_report(config: TrainConfig, result: TrainResult, *, workers: int, seconds: float) -> dict[str, Any]:
     """Write report.json and report.html into the output path, print what was written where, and return the counts."""
     counts = {
         "samples": result.samples,
@@ -32,7 +32,7 @@ def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: f
     output_path = absolute(config.output_path)
     times = {"total": seconds, "training": result.seconds}
     metrics = read_metrics(output_path)
-    grids, pictures = sample_grids(output_path, result.steps)
+    grids, images = sample_grids(output_path, result.steps)
     report = make_report(
         counts=counts,
         seconds=times,
@@ -44,7 +44,7 @@ def finish(config: TrainConfig, result: TrainResult, *, workers: int, seconds: f
         samples=grids,
     )
     write_json(output_path, report)
-    write_page(output_path, report, metrics=metrics, images=pictures)
+    write_page(output_path, report, metrics=metrics, images=images)
     if result.finished:
         mark_finished(output_path)
     print(last_line(result, output_path), flush=True)

@@ -63,8 +63,8 @@ def fallback(config: TrackingConfig) -> str:
 class Trackers:
     """All that `--log_with` names. Used by rank 0 alone; a context manager.
 
-    One that cannot start is an error in a new run. Later it is left alone after its first failure, which is said: a run
-    does not end because a server is away; metrics.jsonl has all lines.
+    One that cannot start is an error in a new run. Later it is left alone after its first failure, which is logged: a
+    run does not end because a server is away; metrics.jsonl has all lines.
     """
 
     def __init__(self, plan: TrainPlan, *, after: int) -> None:

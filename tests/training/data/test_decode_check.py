@@ -1,4 +1,4 @@
-"""A damaged picture does not end unsplit training: it is left out before, or replaced at its step."""
+"""A damaged image does not end unsplit training: it is left out before, or replaced at its step."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.training.helpers import make_config
 
 
 @pytest.fixture
-def damaged(tmp_path: Path, pictures: Path) -> Path:
-    """Five captioned pictures, of which 1.png is cut short behind its header, and 4.png has no caption."""
+def damaged(tmp_path: Path, images: Path) -> Path:
+    """Five captioned images, of which 1.png is cut short behind its header, and 4.png has no caption."""
     folder = tmp_path / "damaged"
     folder.mkdir()
-    for number, picture in enumerate(sorted(pictures.glob("*.png"))[:5]):
-        shutil.copy(picture, folder / f"{number}.png")
+    for number, image in enumerate(sorted(images.glob("*.png"))[:5]):
+        shutil.copy(image, folder / f"{number}.png")
         if number != 4:
             (folder / f"{number}.txt").write_text(f"tile {number}")
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:90])
@@ -53,13 +53,13 @@ def test_what_is_damaged_is_left_out_before_the_first_step(
 def test_in_a_large_dataset_the_next_of_its_size_takes_its_place(
     tiny_qwen: Path, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "CHECKED_PICTURES", 2)
+    monkeypatch.setattr(source, "CHECKED_IMAGES", 2)
     data = opened(tiny_qwen, damaged, tmp_path / "out")
     assert list(data.sample_ids) == ["0.png", "1.png", "2.png", "3.png"]
-    with collecting() as said:
+    with collecting() as warnings:
         samples = data.fetch([0, 1, 3])
         assert samples[1]["prompt"] == data.fetch([2])[0]["prompt"] == "tile 2"
-    assert [(w.kind, w.sample_id) for w in said] == [("sample_replaced", "1.png")]
+    assert [(w.kind, w.sample_id) for w in warnings] == [("sample_replaced", "1.png")]
     for number in (2, 3, 0):
         (damaged / f"{number}.png").write_bytes((damaged / "1.png").read_bytes())
     with pytest.raises(SourceError, match=r"none of the 4 samples of one size .*2\.png"):
@@ -69,7 +69,7 @@ def test_in_a_large_dataset_the_next_of_its_size_takes_its_place(
 def test_the_last_of_a_bucket_is_replaced_by_its_first(
     tiny_qwen: Path, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "CHECKED_PICTURES", 0)
+    monkeypatch.setattr(source, "CHECKED_IMAGES", 0)
     data = opened(tiny_qwen, damaged, tmp_path / "out")
     (damaged / "3.png").write_bytes((damaged / "1.png").read_bytes())
     with collecting():

@@ -1,4 +1,4 @@
-"""The plan, over random indexes: complete, single-bucket, deterministic, local."""
+"""The order, over random indexes: complete, single-bucket, deterministic, local."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.store import GroupRow, write_shard
-from ray_diffsynth.training.data.epoch_order import Plan, epoch_plan, lanes_of, steps_per_epoch
-from ray_diffsynth.training.data.loader import Feed
+from ray_diffsynth.training.data.epoch_order import EpochOrder, epoch_order, steps_per_epoch, virtual_ranks_of
+from ray_diffsynth.training.data.loader import MicrobatchLoader
 from ray_diffsynth.training.data.source import CacheSource, shard_sizes
 from ray_diffsynth.training.validation import ValidationLoss
 from tests.shard_names import stem
@@ -35,14 +35,14 @@ def index(counts: list[int]) -> dict[str, range]:
     return buckets
 
 
-def make(counts: list[int], shard: int = 5, **changes: int) -> Plan:
-    arguments = {"seed": 0, "epoch": 0, "batch_size": 2, "lanes": 2, "repeat": 1, "window": 3, **changes}
+def make(counts: list[int], shard: int = 5, **changes: int) -> EpochOrder:
+    arguments = {"seed": 0, "epoch": 0, "batch_size": 2, "virtual_ranks": 2, "repeat": 1, "window": 3, **changes}
     buckets = index(counts)
-    return epoch_plan(buckets, rows_per_shard=dict.fromkeys(buckets, shard), **arguments)
+    return epoch_order(buckets, rows_per_shard=dict.fromkeys(buckets, shard), **arguments)
 
 
-def occurrences(plan: Plan) -> Counter[int]:
-    return Counter(plan.rows.reshape(-1).tolist())
+def occurrences(order: EpochOrder) -> Counter[int]:
+    return Counter(order.rows.reshape(-1).tolist())
 
 
 counts_of_buckets = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
@@ -53,72 +53,77 @@ counts_of_buckets = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(
     counts=counts_of_buckets,
     shard=st.integers(1, 9),
     batch_size=st.integers(1, 5),
-    lanes=st.integers(1, 8),
+    virtual_ranks=st.integers(1, 8),
     repeat=st.integers(1, 4),
     window=st.integers(1, 6),
     epoch=st.integers(0, 3),
 )
 def test_every_row_comes_and_the_rest_is_counted(
-    counts: list[int], shard: int, batch_size: int, lanes: int, repeat: int, window: int, epoch: int
+    counts: list[int], shard: int, batch_size: int, virtual_ranks: int, repeat: int, window: int, epoch: int
 ) -> None:
-    plan = make(counts, shard, batch_size=batch_size, lanes=lanes, repeat=repeat, window=window, epoch=epoch)
+    order = make(
+        counts, shard, batch_size=batch_size, virtual_ranks=virtual_ranks, repeat=repeat, window=window, epoch=epoch
+    )
     buckets = index(counts)
-    assert plan.rows.shape == plan.repeats.shape == (plan.steps, lanes, batch_size)
-    assert plan.steps == steps_per_epoch(buckets, batch_size=batch_size, lanes=lanes, repeat=repeat)
-    seen = occurrences(plan)
-    assert set(seen) == set(range(sum(counts)))
-    assert min(seen.values()) >= repeat
-    assert sum(seen.values()) - repeat * sum(counts) == plan.padded
+    assert order.rows.shape == order.repeats.shape == (order.steps, virtual_ranks, batch_size)
+    assert order.steps == steps_per_epoch(buckets, batch_size=batch_size, virtual_ranks=virtual_ranks, repeat=repeat)
+    counted = occurrences(order)
+    assert set(counted) == set(range(sum(counts)))
+    assert min(counted.values()) >= repeat
+    assert sum(counted.values()) - repeat * sum(counts) == order.padded
     # No more than what the last microbatch of each bucket and the last step leave open.
-    assert plan.padded <= len(counts) * (batch_size - 1) + (lanes - 1) * batch_size
-    for microbatch in plan.rows.reshape(-1, batch_size):
+    assert order.padded <= len(counts) * (batch_size - 1) + (virtual_ranks - 1) * batch_size
+    for microbatch in order.rows.reshape(-1, batch_size):
         assert sum(all(row in rows for row in microbatch) for rows in buckets.values()) == 1
     # A (row, repeat) pair keys the noise: none comes twice.
     assert (
-        len(set(zip(plan.rows.reshape(-1).tolist(), plan.repeats.reshape(-1).tolist(), strict=True))) == plan.rows.size
+        len(set(zip(order.rows.reshape(-1).tolist(), order.repeats.reshape(-1).tolist(), strict=True)))
+        == order.rows.size
     )
-    again = make(counts, shard, batch_size=batch_size, lanes=lanes, repeat=repeat, window=window, epoch=epoch)
-    assert np.array_equal(again.rows, plan.rows)
-    assert np.array_equal(again.repeats, plan.repeats)
+    again = make(
+        counts, shard, batch_size=batch_size, virtual_ranks=virtual_ranks, repeat=repeat, window=window, epoch=epoch
+    )
+    assert np.array_equal(again.rows, order.rows)
+    assert np.array_equal(again.repeats, order.repeats)
 
 
 @SETTINGS
-@given(lanes=st.integers(1, 16), data=st.data())
-def test_lanes_are_shared_out_once(lanes: int, data: st.DataObject) -> None:
-    world_size = data.draw(st.integers(1, lanes))
-    served = [lanes_of(rank, world_size, lanes) for rank in range(world_size)]
-    assert sorted(lane for own in served for lane in own) == list(range(lanes))
+@given(virtual_ranks=st.integers(1, 16), data=st.data())
+def test_virtual_ranks_are_shared_out_once(virtual_ranks: int, data: st.DataObject) -> None:
+    world_size = data.draw(st.integers(1, virtual_ranks))
+    served = [virtual_ranks_of(rank, world_size, virtual_ranks) for rank in range(world_size)]
+    assert sorted(virtual_rank for own in served for virtual_rank in own) == list(range(virtual_ranks))
     assert all(served)
 
 
-def test_more_workers_than_lanes_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"3 workers cannot share 2 lanes.*use 2 workers"):
-        lanes_of(0, 3, 2)
+def test_more_workers_than_virtual_ranks_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"3 workers cannot share 2 virtual ranks.*use 2 workers"):
+        virtual_ranks_of(0, 3, 2)
 
 
 def test_epochs_and_seeds_differ_and_a_pass_is_a_permutation() -> None:
-    plans = [make([64], batch_size=1, lanes=1, epoch=e, seed=s) for e, s in ((0, 0), (1, 0), (0, 1))]
-    orders = [tuple(p.rows.reshape(-1).tolist()) for p in plans]
+    epochs = [make([64], batch_size=1, virtual_ranks=1, epoch=e, seed=s) for e, s in ((0, 0), (1, 0), (0, 1))]
+    orders = [tuple(p.rows.reshape(-1).tolist()) for p in epochs]
     assert len(set(orders)) == 3
     assert all(sorted(order) == list(range(64)) for order in orders)
-    assert all(p.padded == 0 for p in plans)
+    assert all(p.padded == 0 for p in epochs)
 
 
 def test_repeats_count_the_passes() -> None:
-    plan = make([12], batch_size=1, lanes=1, repeat=3)
-    assert [set(plan.repeats.reshape(3, 12)[i].tolist()) for i in range(3)] == [{0}, {1}, {2}]
+    order = make([12], batch_size=1, virtual_ranks=1, repeat=3)
+    assert [set(order.repeats.reshape(3, 12)[i].tolist()) for i in range(3)] == [{0}, {1}, {2}]
 
 
 def test_buckets_are_interleaved() -> None:
-    plan = make([60, 60], shard=4, batch_size=2, lanes=1, window=4)
-    second = plan.rows[:, 0, 0] >= 60
+    order = make([60, 60], shard=4, batch_size=2, virtual_ranks=1, window=4)
+    second = order.rows[:, 0, 0] >= 60
     changes = int((second[1:] != second[:-1]).sum())
     assert changes >= 8
 
 
 def test_a_bucket_smaller_than_the_batch() -> None:
-    plan = make([1, 9], batch_size=4, lanes=3)
-    assert set(occurrences(plan)) == set(range(10))
+    order = make([1, 9], batch_size=4, virtual_ranks=3)
+    assert set(occurrences(order)) == set(range(10))
 
 
 @pytest.fixture(scope="module")
@@ -167,19 +172,19 @@ SHARD_PAIR = 43_000_000
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_read_amplification(tiny_rows: str, world_size: int) -> None:
-    """Rows read from files by all workers together / rows trained on is <= 1.1 for eight lanes, whoever serves them.
+    """Rows read from files by all workers together / rows trained on is <= 1.1 for 8 virtual ranks, whoever has them.
 
     With the reader that training opens; its limit in bytes is scaled down with the rows.
     """
-    lanes, read, served = 8, 0, 0
+    virtual_ranks, read, served = 8, 0, 0
     for rank in range(world_size):
         reader = CacheReader(tiny_rows, verify=False)
         reader.read([0])
         reader.max_cached_bytes = reader.max_cached_bytes * reader.bytes_read // SHARD_PAIR
         source = CacheSource(reader, torch.float32)
-        source.serve(len(lanes_of(rank, world_size, lanes)))
-        feed = Feed(source, seed=0, batch_size=1, lanes=lanes, repeat=1)
-        for _ in feed.read(0, feed.steps_per_epoch, rank, world_size, threads=1):
+        source.keep_open_for(len(virtual_ranks_of(rank, world_size, virtual_ranks)))
+        loader = MicrobatchLoader(source, seed=0, batch_size=1, virtual_ranks=virtual_ranks, repeat=1)
+        for _ in loader.read(0, loader.steps_per_epoch, rank, world_size, threads=1):
             pass
         read, served = read + reader.rows_read, served + reader.rows_served
     assert read / (served * len(reader.manifest.groups)) <= 1.1
@@ -204,18 +209,18 @@ def lines_run(work: Callable[[], Any]) -> int:
 
 
 def test_what_is_held_out_costs_no_time() -> None:
-    """300 000 rows of which 100 are held out: the plan, the number of steps and the validation's batches."""
+    """300 000 rows of which 100 are held out: the order, the number of steps and the validation's batches."""
     buckets = {"1024x1024": range(0, 300_000)}
     held_out = np.arange(0, 300_000, 3_000)
-    options: dict[str, Any] = {"batch_size": 1, "lanes": 8}
+    options: dict[str, Any] = {"batch_size": 1, "virtual_ranks": 8}
 
-    def plan(without: Any) -> int:
+    def order(without: Any) -> int:
         shards = {"1024x1024": 32}
         return lines_run(
-            lambda: epoch_plan(buckets, rows_per_shard=shards, seed=0, epoch=0, without=without, **options)
+            lambda: epoch_order(buckets, rows_per_shard=shards, seed=0, epoch=0, without=without, **options)
         )
 
-    assert plan(held_out) < 1.1 * plan(())  # about the same per shard, nothing per row
+    assert order(held_out) < 1.1 * order(())  # about the same per shard, nothing per row
 
     def batches() -> None:
         assert steps_per_epoch(buckets, without=held_out, **options) == -(-(300_000 - 100) // 8)

@@ -15,8 +15,8 @@ import torch
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.plan.run_plan import RunPlan
-from ray_diffsynth.training.data.epoch_order import Plan
-from ray_diffsynth.training.data.loader import Feed
+from ray_diffsynth.training.data.epoch_order import EpochOrder
+from ray_diffsynth.training.data.loader import MicrobatchLoader
 from ray_diffsynth.training.data.opening import open_data
 from ray_diffsynth.training.data.source import CacheSource, DatasetSource, SourceError, prefetch
 from tests.training.conftest import CacheMaker
@@ -57,10 +57,10 @@ def test_prefetch_raises_where_the_item_would_come_and_ends_its_threads() -> Non
 
 
 def test_dataset_and_cache_have_one_order(
-    tiny_qwen: Path, pictures: Path, make_cache: CacheMaker, tmp_path: Path
+    tiny_qwen: Path, images: Path, make_cache: CacheMaker, tmp_path: Path
 ) -> None:
     cache = open_data(RunPlan.resolve(make_config(tiny_qwen, make_cache(), tmp_path)))
-    whole = open_data(RunPlan.resolve(make_config(tiny_qwen, pictures, tmp_path, task="sft")))
+    whole = open_data(RunPlan.resolve(make_config(tiny_qwen, images, tmp_path, task="sft")))
     assert isinstance(cache, CacheSource)
     assert isinstance(whole, DatasetSource)
     assert list(cache.sample_ids) == list(whole.sample_ids)
@@ -71,9 +71,9 @@ def test_dataset_and_cache_have_one_order(
     assert (sample["height"], sample["width"]) == (32, 64)
 
 
-def test_a_dataset_leaves_out_what_cannot_be_used(tiny_qwen: Path, pictures: Path, tmp_path: Path) -> None:
-    table = (pictures / "metadata.csv").read_text().splitlines()
-    rows = [table[0], *(f"{pictures}/{line}" for line in table[1:3]), "absent.png,a picture that is not there"]
+def test_a_dataset_leaves_out_what_cannot_be_used(tiny_qwen: Path, images: Path, tmp_path: Path) -> None:
+    table = (images / "metadata.csv").read_text().splitlines()
+    rows = [table[0], *(f"{images}/{line}" for line in table[1:3]), "absent.png,a picture that is not there"]
     (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
     source = open_data(RunPlan.resolve(make_config(tiny_qwen, tmp_path, tmp_path / "out", task="sft")))
     assert isinstance(source, DatasetSource)
@@ -94,33 +94,33 @@ class Numbers:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_workers_together_see_every_lane_of_every_step(world_size: int) -> None:
+def test_the_workers_together_see_every_virtual_rank_of_every_step(world_size: int) -> None:
     source = Numbers(**{"64x64": range(0, 30), "64x128": range(30, 47)})
-    feed = Feed(source, seed=3, batch_size=2, lanes=3, repeat=1)
-    start, stop = 2, 2 * feed.steps_per_epoch + 1
-    seen = {}
+    loader = MicrobatchLoader(source, seed=3, batch_size=2, virtual_ranks=3, repeat=1)
+    start, stop = 2, 2 * loader.steps_per_epoch + 1
+    rows_of = {}
     for rank in range(world_size):
-        for microbatch, samples in feed.read(start, stop, rank, world_size, threads=2):
+        for microbatch, samples in loader.read(start, stop, rank, world_size, threads=2):
             assert [sample["row"] for sample in samples] == list(microbatch.rows)
             assert [key.sample_id for key in microbatch.keys] == [str(row) for row in microbatch.rows]
-            seen[microbatch.step, microbatch.lane] = microbatch.rows
-    assert set(seen) == {(step, lane) for step in range(start, stop) for lane in range(3)}
-    for (step, lane), rows in seen.items():
-        plan = feed.plan(step // feed.steps_per_epoch)
-        assert plan.rows[step % feed.steps_per_epoch, lane].tolist() == list(rows)
+            rows_of[microbatch.step, microbatch.virtual_rank] = microbatch.rows
+    assert set(rows_of) == {(step, virtual_rank) for step in range(start, stop) for virtual_rank in range(3)}
+    for (step, virtual_rank), rows in rows_of.items():
+        order = loader.order(step // loader.steps_per_epoch)
+        assert order.rows[step % loader.steps_per_epoch, virtual_rank].tolist() == list(rows)
 
 
 def test_the_next_epochs_order_is_made_beside_the_training() -> None:
     made: dict[int, str] = {}
 
-    class Noting(Feed):
-        def plan(self, epoch: int) -> Plan:
-            plan = super().plan(epoch)
+    class Noting(MicrobatchLoader):
+        def order(self, epoch: int) -> EpochOrder:
+            order = super().order(epoch)
             made[epoch] = threading.current_thread().name
-            return plan
+            return order
 
-    feed = Noting(Numbers(**{"64x64": range(8)}), seed=0, batch_size=1, lanes=1, repeat=1)
-    read = feed.microbatches(0, 24, 0, 1)
+    loader = Noting(Numbers(**{"64x64": range(8)}), seed=0, batch_size=1, virtual_ranks=1, repeat=1)
+    read = loader.microbatches(0, 24, 0, 1)
     assert next(read).step == 0
     while 1 not in made:  # as long as the test may last
         time.sleep(0.01)

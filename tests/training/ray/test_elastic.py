@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("group", "rooms", "chosen"),
     [
-        (Group(1, 8, {"GPU": 1}, lanes=8), [0, 1, 3, 8, 9], [0, 1, 3, 8, 8]),
-        (Group(2, 4, {"GPU": 1}, lanes=4), [1, 2, 3], [0, 2, 3]),
-        (Group(1, 8, {"GPU": 1}, lanes=8, even=True), [1, 3, 7, 8], [1, 2, 4, 8]),
-        (Group(2, 8, {"GPU": 1}, lanes=1), [1, 8], [1, 1]),
+        (Group(1, 8, {"GPU": 1}, virtual_ranks=8), [0, 1, 3, 8, 9], [0, 1, 3, 8, 8]),
+        (Group(2, 4, {"GPU": 1}, virtual_ranks=4), [1, 2, 3], [0, 2, 3]),
+        (Group(1, 8, {"GPU": 1}, virtual_ranks=8, even=True), [1, 3, 7, 8], [1, 2, 4, 8]),
+        (Group(2, 8, {"GPU": 1}, virtual_ranks=1), [1, 8], [1, 1]),
     ],
 )
 def test_as_many_workers_as_fit(group: Group, rooms: list[int], chosen: list[int]) -> None:
@@ -59,7 +59,7 @@ work = job._worker
 lost = sys.argv[2]  # exists when the machine is lost
 
 def slow(arguments):
-    class Slow(job.RayContext):
+    class Slow(job.RayRuntime):
         steps = 0
 
         def stop_requested(self):
@@ -71,7 +71,7 @@ def slow(arguments):
         def waits(self):
             return self.world_size == 1 or not os.path.exists(lost)
 
-    work.__globals__["RayContext"] = Slow  # not job's: a function whose name is taken is sent with globals of its own
+    work.__globals__["RayRuntime"] = Slow  # not job's: a function whose name is taken is sent with globals of its own
     work(arguments)
 
 job._worker = slow
@@ -139,14 +139,14 @@ def test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it(
                 driver.kill()
                 driver.wait()
             cluster.shutdown()
-    said = (tmp_path / "driver.log").read_text()
-    assert driver.returncode == 0, said
+    logged = (tmp_path / "driver.log").read_text()
+    assert driver.returncode == 0, logged
     lines = read_metrics(str(output))
     assert [entry["step"] for entry in lines] == list(range(1, steps + 1))
     sizes = [entry["workers"] for entry in lines]
-    assert [size for n, size in enumerate(sizes) if n == 0 or sizes[n - 1] != size] == [2, 1, 2], said
-    assert "a worker was lost" in said and "there is room for more workers" in said
-    assert "of the trained parameters get no gradient" in said and said.count("going on from step") >= 3, said
+    assert [size for n, size in enumerate(sizes) if n == 0 or sizes[n - 1] != size] == [2, 1, 2], logged
+    assert "a worker was lost" in logged and "there is room for more workers" in logged
+    assert "of the trained parameters get no gradient" in logged and logged.count("going on from step") >= 3, logged
     assert {entry["samples"] for entry in lines} == {2}
 
     alone = make_config(

@@ -50,14 +50,14 @@ def test_a_killed_worker_costs_nothing(
     once = tmp_path / "once"
 
     def dies(arguments: dict[str, Any]) -> None:
-        class Dying(job.RayContext):
+        class Dying(job.RayRuntime):
             def report(self, metrics: Any) -> None:
                 super().report(metrics)
                 if metrics["step"] == 3 and not once.exists():
                     once.touch()
                     os.kill(os.getpid(), 9)
 
-        job.RayContext = Dying  # type: ignore[misc]
+        job.RayRuntime = Dying  # type: ignore[misc]
         job._worker(arguments)
 
     monkeypatch.setattr(job, "_worker", dies)
@@ -96,7 +96,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_qwen: Path, make_cache:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_sample_pictures_are_made_beside_the_training(
+def test_sample_images_are_made_beside_the_training(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from PIL import Image
@@ -133,7 +133,7 @@ def test_errors_come_through(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: 
 def test_two_workers_train_the_lora_of_one_and_it_is_elastic(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same two lanes: served by one process, by two workers, and by 1, then 2, then 1 of them."""
+    """The same two virtual_ranks: served by one process, by two workers, and by 1, then 2, then 1 of them."""
     options: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3, "batch_size": 2}
     alone = make_config(tiny_qwen, make_cache(), tmp_path / "one", gradient_accumulation_steps=2, **options)
     train_here(alone)

@@ -1,4 +1,4 @@
-"""What is said of the data while a run trains: named by sample, told once, kept by checkpoints, in the report."""
+"""Warnings of the data while a run trains: named by sample, logged once, kept by checkpoints, in the report."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ray_diffsynth.data.warnings import DESCRIPTIONS, DataWarnings, warn
 from ray_diffsynth.training import local
 from ray_diffsynth.training.data.source import prefetch
 from ray_diffsynth.training.ray.worker import SamplerActor
-from ray_diffsynth.training.report.row_warnings import SaidOfData
+from ray_diffsynth.training.report.row_warnings import RowWarnings
 from tests.training.helpers import make_config
 
 LONG = "a red square on a white table " * 100
 
 
 @pytest.fixture
-def captioned(tmp_path: Path, pictures: Path) -> Path:
-    """Four pictures, the second with a caption of hundreds of words."""
+def captioned(tmp_path: Path, images: Path) -> Path:
+    """Four images, the second with a caption of hundreds of words."""
     folder = tmp_path / "captioned"
     folder.mkdir()
-    for number, picture in enumerate(sorted(pictures.glob("*.png"))[:4]):
-        (folder / f"{number}.png").write_bytes(picture.read_bytes())
+    for number, image in enumerate(sorted(images.glob("*.png"))[:4]):
+        (folder / f"{number}.png").write_bytes(image.read_bytes())
         (folder / f"{number}.txt").write_text(LONG if number == 1 else f"tile {number}")
     return folder
 
@@ -45,7 +45,7 @@ def test_unsplit_training_names_the_sample_of_a_cut_caption_once(
     assert found["count"] == 1 and found["samples"][0]["sample_id"] == "1.png"
     assert found["samples"][0]["detail"].endswith(" tokens cut to 64")
     assert "warnings" not in report["result"]
-    # Finished already, so nothing is encoded: what was said before is known, and not told anew.
+    # Finished already, so nothing is encoded: what was logged before is known, and not logged again.
     caplog.clear()
     with caplog.at_level(logging.INFO):
         local.run(make_config(tiny_qwen, captioned, output, **changes))
@@ -55,25 +55,25 @@ def test_unsplit_training_names_the_sample_of_a_cut_caption_once(
 
 def test_it_is_told_when_it_is_new() -> None:
     own = DataWarnings()
-    said = SaidOfData(own, [["caption_cut", "a", "1"], ["of tomorrow", "x", "y"]])
-    said.sum(1)
-    assert said.untold() == [] and said.all.rows() == [["caption_cut", "a", "1"]]
+    row_warnings = RowWarnings(own, [["caption_cut", "a", "1"], ["of tomorrow", "x", "y"]])
+    row_warnings.gather(1)
+    assert row_warnings.unreported() == [] and row_warnings.all.rows() == [["caption_cut", "a", "1"]]
     own.add("caption_cut", "a", "1")
     own.add("caption_cut", "b", "2")
-    said.sum(1)
-    assert said.untold() == [f"{DESCRIPTIONS['caption_cut']}: 1 (b: 2)"] and said.untold() == []
-    assert said.all.rows() == [["caption_cut", "a", "1"], ["caption_cut", "b", "2"]]
+    row_warnings.gather(1)
+    assert row_warnings.unreported() == [f"{DESCRIPTIONS['caption_cut']}: 1 (b: 2)"] and row_warnings.unreported() == []
+    assert row_warnings.all.rows() == [["caption_cut", "a", "1"], ["caption_cut", "b", "2"]]
 
 
 def test_what_is_said_on_a_thread_that_reads_ahead_comes_to_who_asked() -> None:
     from ray_diffsynth.data.warnings import collecting
 
-    with collecting() as said:
+    with collecting() as warnings:
         list(prefetch(range(6), lambda item: warn("caption_cut", str(item), "d"), depth=3, threads=3))
-    assert sorted(warning.sample_id for warning in said) == list("012345")
+    assert sorted(warning.sample_id for warning in warnings) == list("012345")
 
 
-def test_the_prompts_of_sample_pictures_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prompts_of_sample_images_are_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray_diffsynth.training.ray import worker
 
     class Collector:

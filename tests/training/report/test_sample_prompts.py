@@ -1,4 +1,4 @@
-"""What sample pictures show is planned before anything starts: prompts, sizes, pictures to start from."""
+"""What sample images show is planned before anything starts: prompts, sizes, images to start from."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_what_cannot_be_drawn_is_refused_before_anything_starts(
         with pytest.raises(kind, match=message):
             job.run(config)
     (sample,) = planned(i2v, tmp_path, str(tmp_path / "first.csv"), num_frames=5, height=32, width=48)
-    assert sample.pictures == (("input_image", str(tmp_path / "a.png")),)
+    assert sample.images == (("input_image", str(tmp_path / "a.png")),)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_who_draws(
         (Group(4, 4, {"CPU": 1.0}), {"CPU": 1.0}, False),
         (Group(1, 4, {"CPU": 1.0}), {"CPU": 1.0}, True),  # an elastic run does with fewer
         (Group(2, 2, {"CPU": 2.0}), {"CPU": 0.5}, False),
-        (Group(2, 4, {"CPU": 1.0}, lanes=4, even=True), {"CPU": 1.0}, True),
+        (Group(2, 4, {"CPU": 1.0}, virtual_ranks=4, even=True), {"CPU": 1.0}, True),
         (Group(1, 1, {"CPU": 1.0, "GPU": 1.0}), {"GPU": 1.0}, False),
     ],
 )
