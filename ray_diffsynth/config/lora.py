@@ -79,7 +79,7 @@ class LoraConfig(TrainedModelsConfig):
                 f"the order of lora_base_model={self.lora_base_model!r}"
             )
 
-    def lora_targets(self, model: str) -> str | None:
+    def target_modules_of(self, model: str) -> str | None:
         """What ``lora_target_modules`` says of one model; None when that is the family's list."""
         own = _by_model(self.lora_target_modules)
         return self.lora_target_modules if own is None else own.get(model)

@@ -139,12 +139,12 @@ class PreprocessPlan(StagePlan):
 class TrainPlan(StagePlan):
     """Of stage 2, or of both stages in one. models: names of those that the run loads, no others.
 
-    lora_targets: model -> the layers that get a LoRA, as `add_lora` takes them, with the family's default filled in.
+    target_modules: model -> the layers that get a LoRA, as `add_lora` takes them, with the family's default filled in.
     """
 
     config: TrainConfig
     models: tuple[str, ...]
-    lora_targets: Mapping[str, str]
+    target_modules: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def plan_training(config: TrainConfig) -> TrainPlan:
         source=source,
         weights=sketches(type(pipe), source, models),
         models=models,
-        lora_targets={name: lora_targets(config, pipe, name) for name in config.lora_models},
+        target_modules={name: resolve_target_modules(config, pipe, name) for name in config.lora_models},
         **draft.planned(config),
     )
 
@@ -263,13 +263,13 @@ def _check_cache(config: TrainConfig, draft: _Draft) -> None:
     check_settings(manifest, where, {name: value for name, value in draft.settings.items() if name in read})
 
 
-def lora_targets(config: LoraConfig, pipe: BasePipeline, model: str) -> str:
+def resolve_target_modules(config: LoraConfig, pipe: BasePipeline, model: str) -> str:
     """The layers of `model` that get a LoRA: as configured, or the family's, in the names that they have here.
 
     Raises ConfigError for a model without a default whose layers are not named.
     """
     denoises = model in pipe.in_iteration_models
-    targets = config.lora_targets(model) or (",".join(pipe.lora_targets) if denoises else "")
+    targets = config.target_modules_of(model) or (",".join(pipe.lora_targets) if denoises else "")
     if not targets:
         raise ConfigError(
             f"--lora_target_modules is missing: the family {pipe.family} has no default for {model!r}; "

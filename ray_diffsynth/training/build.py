@@ -76,7 +76,7 @@ def _add_lora(plan: TrainPlan, pipe: BasePipeline, name: str, *, fresh: bool) ->
         model,
         rank=config.lora_rank or 0,  # never: it is resolved where there is a LoRA
         alpha=config.lora_alpha,
-        target_modules=plan.lora_targets[name],
+        target_modules=plan.target_modules[name],
         seed=config.seed,
         name=name,
         dropout=config.lora_dropout,

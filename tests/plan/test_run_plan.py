@@ -63,7 +63,7 @@ def test_a_machine_whose_cache_of_the_hub_lies_elsewhere_finds_the_model_there(
 ) -> None:
     at = [Path(shutil.copytree(tiny_qwen, tmp_path / "driver"))]
     monkeypatch.setattr(locate, "find_repository", lambda *_, **__: at[0])
-    plan = RunPlan.resolve(PreprocessConfig(model="some/model", dataset_base_path=str(pictures)))
+    plan = RunPlan.resolve(PreprocessConfig(model="some/model", dataset_base_path=str(images)))
     assert plan.on_this_machine() is plan
     at[0] = at[0].rename(tmp_path / "worker")
     there = plan.on_this_machine(["vae"])
@@ -78,6 +78,6 @@ def test_a_machine_whose_cache_of_the_hub_lies_elsewhere_finds_the_model_there(
 def test_lora_targets_are_named_before_anything_is_loaded(tiny_qwen: Path, images: Path, tmp_path: Path) -> None:
     none = {"lora_target_modules": None}
     plan = RunPlan.resolve(make_config(tiny_qwen, images, tmp_path, task="sft", **none))
-    assert plan.lora_targets == {"dit": ",".join(plan.pipeline.lora_targets)}
+    assert plan.target_modules == {"dit": ",".join(plan.pipeline.lora_targets)}
     with pytest.raises(ConfigError, match="--lora_target_modules is missing: .* has no default for 'text_encoder'"):
         RunPlan.resolve(make_config(tiny_qwen, images, tmp_path, task="sft", lora_base_model="text_encoder", **none))

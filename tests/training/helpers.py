@@ -64,7 +64,7 @@ def unresolved(config: TrainConfig) -> TrainPlan:
         sample=SampleSpec("", {}, ()),
         split=split,
         models=("dit",),
-        lora_targets={},
+        target_modules={},
     )
 
 

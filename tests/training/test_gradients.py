@@ -158,10 +158,10 @@ def test_what_is_said_of_each_model(tmp_path: Path) -> None:
 
     both = config(**BOTH)
     assert both.trained == both.lora_models == ("text_encoder", "dit")
-    assert (both.lora_targets("dit"), both.lora_targets("text_encoder")) == (LORA, "q_proj,v_proj")
-    assert config(lora_target_modules="re:.*=x;y").lora_targets("dit") == "re:.*=x;y"
+    assert (both.target_modules_of("dit"), both.target_modules_of("text_encoder")) == (LORA, "q_proj,v_proj")
+    assert config(lora_target_modules="re:.*=x;y").target_modules_of("dit") == "re:.*=x;y"
     only = config(lora_base_model="dit,text_encoder", lora_target_modules="text_encoder=re:(.*)[.]q_proj")
-    assert (only.lora_targets("dit"), only.lora_targets("text_encoder")) == (None, "re:(.*)[.]q_proj")
+    assert (only.target_modules_of("dit"), only.target_modules_of("text_encoder")) == (None, "re:(.*)[.]q_proj")
     assert config(lora_checkpoint="a,b.safetensors").lora_checkpoints == {"dit": "a,b.safetensors"}
     with pytest.raises(ConfigError, match=r"names vae=…, which has no LoRA"):
         config(lora_target_modules="vae=conv")
