@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ray_diffsynth.config import JobConfig
 from ray_diffsynth.config.options import split_names
 from ray_diffsynth.models.folder import (
     KNOWN_PARTS,
-    PICKLE_SUFFIXES,
     ModelFolderError,
     choose_weights,
     files_as_text,
-    part_name,
     read_json_object,
     require_config,
-    standard_weights,
 )
 from ray_diffsynth.models.hub import find_repository
+from ray_diffsynth.models.named_parts import NamedParts, matching
 
 __all__ = ["ModelFolderError", "ModelSource", "locate_configured", "locate_model"]
 
@@ -124,13 +122,13 @@ def locate_model(
         root = _whole_model(model, base_path, wanted)
         return ModelSource(str(root), model, tokenizer_path=tokenizer, processor_path=processor)
 
-    found = _Found()
+    found = NamedParts()
     for entry in split_names(model_id_with_origin_paths):
         found.add_pattern(*_split_entry(entry), base_path=base_path)
     for path in _parse_model_paths(model_paths):
         found.add_file(path)
     root, model_id = found.main()
-    for part, names in found.files.items():  # said now, not when the first actor loads it
+    for part, names in found.files.items():  # raised now, not when the first actor loads it
         choose_weights(found.folders[part], tuple(names))
     folders = {part: str(f) for part, f in found.folders.items() if f != root / part}
     return ModelSource(
@@ -161,91 +159,6 @@ def locate_configured(config: JobConfig, wanted: Collection[str] | None = None) 
 
 def _json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
-
-
-class _Found:
-    """Parts gathered from patterns and files. A folder that holds no weights (a tokenizer's) is in ``folders`` only."""
-
-    def __init__(self) -> None:
-        self.folders: dict[str, Path] = {}
-        self.files: dict[str, set[str]] = {}
-        self.roots: dict[str, tuple[Path, str]] = {}  # part -> (root, model id)
-
-    def add_pattern(self, model_id: str, pattern: str, *, base_path: str | None) -> None:
-        if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
-            raise ModelFolderError(f"{model_id}:{pattern}: the pattern must stay inside the model's folder")
-        weights = [pattern if pattern.endswith(".safetensors") else f"{pattern.rstrip('/') or '*'}/*.safetensors"]
-        root = find_repository(model_id, weights, base_path=base_path, complete=lambda r: _has_all(r, pattern))
-        matches = _matches(root, pattern)
-        if not matches:
-            raise ModelFolderError(
-                f"{model_id}:{pattern} matches nothing in {root}, which holds: {files_as_text(root)}"
-            )
-        for match in matches:
-            if match.is_dir():
-                self._add_folder(match, root, model_id)
-            else:
-                self._add(match, root, model_id)
-
-    def add_file(self, path: Path) -> None:
-        if path.is_dir():
-            self._add_folder(path, path.parent, str(path))
-        elif path.is_file():
-            self._add(path, path.parent.parent, str(path.parent.parent))
-        else:
-            raise ModelFolderError(f"--model_paths names {path}, which does not exist")
-
-    def main(self) -> tuple[Path, str]:
-        """Root and id of the transformer if there is one (it decides the family), else of the first part named."""
-        if not self.roots:
-            raise ModelFolderError("no part of a model is named by --model_id_with_origin_paths or --model_paths")
-        return self.roots.get("transformer") or next(iter(self.roots.values()))
-
-    def _add_folder(self, folder: Path, root: Path, model_id: str) -> None:
-        if (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
-            require_config(folder)
-            self.files.setdefault(self._claim(folder, root, model_id), set())
-        else:
-            self._claim(folder, root, model_id)
-
-    def _add(self, file: Path, root: Path, model_id: str) -> None:
-        if file.suffix in PICKLE_SUFFIXES:
-            raise ModelFolderError(f"{file} is a pickle, which is not read; use the model's *.safetensors")
-        if file.suffix == ".safetensors":
-            require_config(file.parent)
-            self.files.setdefault(self._claim(file.parent, root, model_id), set()).add(file.name)
-        else:
-            self._claim(file.parent, root, model_id)
-
-    def _claim(self, folder: Path, root: Path, model_id: str) -> str:
-        part = part_name(folder)
-        other = self.folders.setdefault(part, folder)
-        if other != folder:
-            raise ModelFolderError(f"two folders are named for the part {part}: {other} and {folder}; name one of them")
-        # The root of a lone part's folder is its parent, where a tokenizer or another part may lie beside it.
-        self.roots.setdefault(part, (folder.parent if folder == root else root, model_id))
-        return part
-
-
-def _matches(root: Path, pattern: str) -> list[Path]:
-    """Files (or folders, for a pattern like ``vae/``) under ``root``; an empty pattern is the model's own parts."""
-    if not pattern.strip("/"):
-        lone = [root] if (root / "config.json").is_file() else []
-        return sorted(p.parent for p in root.glob("*/config.json")) or lone
-    try:
-        return sorted(root.glob(pattern.rstrip("/")))
-    except (ValueError, NotImplementedError, OSError) as err:
-        raise ModelFolderError(f"{pattern!r} is no pattern of files in {root}: {err}; e.g. vae/*.safetensors") from err
-
-
-def _has_all(root: Path, pattern: str) -> bool:
-    """Whether a cached snapshot holds what ``pattern`` means: files, with all shards of an index beside them."""
-    matches = _matches(root, pattern)
-    folders = {m if m.is_dir() else m.parent for m in matches}
-    try:
-        return bool(matches) and all(standard_weights(f) or not (f / "config.json").is_file() for f in folders)
-    except ModelFolderError:
-        return False
 
 
 def _split_entry(entry: str) -> tuple[str, str]:
@@ -326,5 +239,5 @@ def _companion_path(text: str | None, subfolder: str, base_path: str | None) -> 
 
 def _companion_folders(root: Path, pattern: str, subfolder: str) -> list[Path]:
     if pattern.strip("/"):
-        return [p if p.is_dir() else p.parent for p in _matches(root, pattern)]
+        return [p if p.is_dir() else p.parent for p in matching(root, pattern)]
     return [p for p in (root / subfolder, root) if p.is_dir() and any(p.glob("*.json"))]

@@ -1,4 +1,4 @@
-"""By what a LoRA file's B·A is to be multiplied: every place where programs write alpha is read, and all must agree.
+"""The factor of a LoRA file's B·A: every place where programs write alpha is read, and all must agree.
 
 Those places: a tensor `<layer>.alpha` (kohya), a peft configuration (`adapter_config.json` beside the file, or as JSON
 in the header, such as diffusers' `lora_adapter_metadata`), and plain entries of the header (`alpha`, `ss_network_alpha`
@@ -21,7 +21,7 @@ _ALPHAS = ("alpha", "lora_alpha", "network_alpha", "networkalpha", "ss_network_a
 _RANKS = ("rank", "r", "lora_rank", "network_dim", "networkdim", "ss_network_dim")
 _RSLORA = ("use_rslora", "rslora", "rs_lora")
 _METADATA_KEY = "lora_adapter_metadata"  # diffusers: JSON of the peft configuration, keys "<model>.<field>"
-_UNSAID = ("", "none", "null")
+_UNSTATED = ("", "none", "null")
 # Of peft's configuration: what changes the result beyond B·A. Whatever else it holds is for training alone.
 _MORE_THAN_A_LORA = (
     *("lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"),
@@ -62,10 +62,10 @@ def layer_scales(file: LoraFile) -> tuple[dict[str, float], list[str]]:
 
     Raises LoraError: places that disagree (names both), values that are no numbers, a configuration of another method.
     """
-    said = [*_by_tensors(file), *_by_configs(file), *_by_header(file)]
+    stated = [*_by_tensors(file), *_by_configs(file), *_by_header(file)]
     scales: dict[str, float] = {}
     for layer in file.ranks:
-        values = [(place, found[layer]) for place, found in said if layer in found]
+        values = [(place, found[layer]) for place, found in stated if layer in found]
         for place, value in values[1:]:
             first, expected = values[0]
             if not math.isclose(value, expected, rel_tol=_CLOSE):
@@ -74,13 +74,13 @@ def layer_scales(file: LoraFile) -> tuple[dict[str, float], list[str]]:
                     f"to {place}; which is meant cannot be told: remove the wrong one, or save the LoRA again"
                 )
         scales[layer] = values[0][1] if values else 1.0
-    return scales, [place for place, found in said if found]
+    return scales, [place for place, found in stated if found]
 
 
-_Said = tuple[str, dict[str, float]]
+_Stated = tuple[str, dict[str, float]]
 
 
-def _by_tensors(file: LoraFile) -> Iterable[_Said]:
+def _by_tensors(file: LoraFile) -> Iterable[_Stated]:
     if not file.alphas:
         return
     if lost := sorted(file.alphas.keys() - file.ranks.keys()):
@@ -92,7 +92,7 @@ def _by_tensors(file: LoraFile) -> Iterable[_Said]:
     yield "its tensors .alpha", found
 
 
-def _by_configs(file: LoraFile) -> Iterable[_Said]:
+def _by_configs(file: LoraFile) -> Iterable[_Stated]:
     """peft's configuration, wherever it stands; its fields may have a model's name before them."""
     configs: list[tuple[str, Mapping[str, Any]]] = []
     if file.config is not None:
@@ -138,8 +138,8 @@ def _by_config(file: LoraFile, place: str, layers: Collection[str], config: Mapp
             )
         matching = _matching(file, place, alphas, layer)
         used.update(matching)
-        said = alphas[matching[0]] if matching else config["lora_alpha"]
-        alpha = _number(file, f"the alpha of {layer} in {place}", said)
+        stated = alphas[matching[0]] if matching else config["lora_alpha"]
+        alpha = _number(file, f"the alpha of {layer} in {place}", stated)
         scales[layer] = lora_scale(rank, alpha, rslora)
     if unused := sorted(set(alphas) - used) if scales else []:
         raise LoraError(
@@ -149,17 +149,17 @@ def _by_config(file: LoraFile, place: str, layers: Collection[str], config: Mapp
     return scales
 
 
-def _by_header(file: LoraFile) -> Iterable[_Said]:
+def _by_header(file: LoraFile) -> Iterable[_Stated]:
     """Plain entries; kohya's `ss_` ones are the settings of its training, from which single layers may deviate."""
     entries: dict[str, dict[str, str]] = {}
     for key, text in file.header.items():
         prefix, _, name = key.rpartition(".")
         if name.lower() in (*_ALPHAS, *_RANKS, *_RSLORA, "ss_network_args"):
             entries.setdefault(prefix, {})[name.lower()] = text
-    said = {prefix: fields for prefix, fields in entries.items() if any(name in fields for name in _ALPHAS)}
-    for layers, fields in _assigned(file, said, "its header"):
+    stated = {prefix: fields for prefix, fields in entries.items() if any(name in fields for name in _ALPHAS)}
+    for layers, fields in _assigned(file, stated, "its header"):
         for name in _ALPHAS:
-            if name not in fields or fields[name].strip().lower() in _UNSAID:
+            if name not in fields or fields[name].strip().lower() in _UNSTATED:
                 continue
             kohya = name.startswith("ss_")
             if kohya and layers <= file.alphas.keys():
@@ -281,7 +281,7 @@ def _flag(file: LoraFile, place: str, value: object) -> bool:
     text = str(value).strip().lower()
     if text in ("true", "1"):
         return True
-    if text in ("false", "0", *_UNSAID):
+    if text in ("false", "0", *_UNSTATED):
         return False
     raise LoraError(f"{file.path}: {place} is {value!r}, neither true nor false; correct it")
 

@@ -13,7 +13,6 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from ray_diffsynth import storage
 from ray_diffsynth.data.placeholders import HEAD, looks_like_pickle, text_of, wrong_content
+from ray_diffsynth.models.adapter_config import adapter_config, adapter_config_bytes
 from ray_diffsynth.models.folder import PICKLE_SUFFIXES
-from ray_diffsynth.models.lora_alpha import ADAPTER_CONFIG, MERGE, LoraFile, layer_scales
+from ray_diffsynth.models.lora_alpha import MERGE, LoraFile, layer_scales
 from ray_diffsynth.models.lora_alpha import LoraError as LoraError
 from ray_diffsynth.models.lora_alpha import lora_scale as lora_scale
 
@@ -115,7 +115,7 @@ def read_lora(
         prefixes: what all keys may start with beside ``PREFIXES``; the first that they do goes.
 
     Raises LoraError naming the file and what its layout is: no safetensors, names that cannot be mapped, another kind
-    of adapter, one half of a pair, several prefixes, a scale that is not said in one way.
+    of adapter, one half of a pair, several prefixes, scales that disagree.
     """
     tensors, metadata = _read(str(path))
     if prefix is None:
@@ -152,7 +152,7 @@ def lora_digest(path: str, digest_size: int) -> str:
     """
     data = storage.read_bytes(path)
     content = hashlib.blake2b(data, digest_size=digest_size)
-    config = _adapter_config_bytes(path, peft_names=f'"{_PEFT}'.encode() in _header(data))
+    config = adapter_config_bytes(path, peft_names=f'"{_PEFT}'.encode() in _header(data))
     content.update(config or b"")
     return content.hexdigest()
 
@@ -179,8 +179,8 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise LoraError(f"LoRA file {path} is {why}") from err
         if looks_like_pickle(data):
             raise LoraError(f"{path} is a pickle by its content, which is not read; {_HOW}") from err
-        said = f"its text is {text!r}" if (text := text_of(data)) else str(err)
-        raise LoraError(f"{path} is not a readable safetensors file ({said}); copy or train it again") from err
+        shown = f"its text is {text!r}" if (text := text_of(data)) else str(err)
+        raise LoraError(f"{path} is not a readable safetensors file ({shown}); copy or train it again") from err
     header = json.loads(_header(data))
     return tensors, dict(header.get("__metadata__") or {})
 
@@ -193,7 +193,7 @@ def _header(data: bytes) -> bytes:
 def _state(
     path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], start: str
 ) -> tuple[dict[str, Tensor], list[tuple[float, list[str]]]]:
-    """The tensors whose keys begin with `start` under plain keys, scaled; each scale with the places that say it."""
+    """The tensors whose keys begin with `start` under plain keys, scaled; each scale with the places that state it."""
     halves: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     state: dict[str, Tensor] = {}
@@ -226,7 +226,7 @@ def _state(
             raise LoraError(f"{path}: {module} has only lora_{next(iter(pair))}; the file is incomplete")
         _check_shapes(path, module, pair["A"], pair["B"])
     ranks = {module: pair["A"].shape[0] for module, pair in halves.items()}
-    config = _adapter_config(path, peft_names=start.startswith(_PEFT))
+    config = adapter_config(path, peft_names=start.startswith(_PEFT))
     scales, places = layer_scales(LoraFile(path, start, ranks, alphas, metadata, config))
     for module, pair in halves.items():
         scale = scales[module]
@@ -242,40 +242,6 @@ def _check_shapes(path: str, module: str, a: Tensor, b: Tensor) -> None:
             f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}, which have no rank in common; "
             "save the LoRA again with the program that made it"
         )
-
-
-def _adapter_config(path: str, *, peft_names: bool) -> Mapping[str, Any] | None:
-    """peft's configuration beside a file, if it is of this file; None if there is none."""
-    data = _adapter_config_bytes(path, peft_names=peft_names)
-    if data is None:
-        return None
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as err:
-        why = wrong_content(data) or f"no JSON ({err}); copy it again"
-        raise LoraError(f"{ADAPTER_CONFIG}, which says how strong the LoRA {path} beside it is, is {why}") from err
-    if not isinstance(config, dict):
-        raise LoraError(
-            f"{ADAPTER_CONFIG} beside {path} holds no JSON object; copy it again from the LoRA's repository"
-        )
-    return config
-
-
-def _adapter_config_bytes(path: str, *, peft_names: bool) -> bytes | None:
-    """It is of this file if that has peft's names, in its keys or its own, or is the only one there."""
-    folder, slash, name = path.rpartition("/")
-    folder = folder or slash or "."
-    place = storage.join(folder, ADAPTER_CONFIG)
-    try:
-        data = storage.read_bytes(place)
-    except FileNotFoundError:
-        return None
-    except OSError as err:
-        if isinstance(err, PermissionError) and storage.is_remote(path):
-            return None  # what S3 answers about an absent file, if the folder may not be listed
-        raise LoraError(f"{place} cannot be read: {err}; it says how strong the LoRA {path} is") from err
-    alone = peft_names or name == "adapter_model.safetensors"
-    return data if alone or storage.list_files(folder, suffix=".safetensors") == [name] else None
 
 
 def _prefix_of(key: str) -> str:
