@@ -15,7 +15,7 @@ from ray_diffsynth.data.warnings import warn
 
 READ_THREADS = 16
 """Captions, or tars, that are read at the same time."""
-CAPTION = ".txt"
+CAPTION_SUFFIX = ".txt"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,7 +37,7 @@ def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
     suffixes = (*IMAGE_SUFFIXES, *(VIDEO_SUFFIXES if file_column == "video" else ()))
     names = storage.list_files(folder, recursive=True, hidden=True, follow_links=True)
     seen = [name for name in names if not storage.is_hidden(name)]
-    captions = {name[: -len(CAPTION)]: name for name in seen if name.lower().endswith(CAPTION)}
+    captions = {name[: -len(CAPTION_SUFFIX)]: name for name in seen if name.lower().endswith(CAPTION_SUFFIX)}
 
     def row(item: tuple[int, str]) -> RawRow:
         number, name = item
@@ -88,7 +88,7 @@ def warn_of_left_out(names: Sequence[str], read: tuple[str, ...], captions: Iter
             if lower.endswith((*read, *UNREADABLE_SUFFIXES, *VIDEO_SUFFIXES)):
                 warn("file_left_out", name, "hidden: its name begins with a dot")
             continue
-        if lower.endswith(CAPTION):
+        if lower.endswith(CAPTION_SUFFIX):
             continue
         alone.discard(stem)
         if lower.endswith(read):
@@ -104,4 +104,4 @@ def warn_of_left_out(names: Sequence[str], read: tuple[str, ...], captions: Iter
         elif stem in captions:
             warn("file_left_out", name, "it has a caption, but its ending is that of no known image; rename it")
     for stem in sorted(alone):
-        warn("caption_alone", f"{stem}{CAPTION}", "")
+        warn("caption_alone", f"{stem}{CAPTION_SUFFIX}", "")

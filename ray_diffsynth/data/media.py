@@ -120,7 +120,7 @@ def fetch(path: str) -> bytes:
     return data
 
 
-def stamp(path: str) -> str:
+def source_stamp(path: str) -> str:
     """`storage.stamp` of a source. Raises MediaError when it is absent, SourceUnavailable when it cannot be asked."""
     return _with_retries(path, lambda: storage.stamp(path))
 

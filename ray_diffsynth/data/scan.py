@@ -59,7 +59,7 @@ def scan_file(path: str, *, animations: bool = False, max_bytes: int = MAX_DECOD
 
     `animations`: count the frames of a GIF too. `max_bytes` of memory may be taken by the first frame of a video.
     """
-    stamp = media.stamp(path)
+    stamp = media.source_stamp(path)
     if reads_as_video(path, animations):
         video = probe_video(path, max_bytes=max_bytes)
         return SourceFile(

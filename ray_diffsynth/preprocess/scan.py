@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ray_diffsynth.data.fit import Fits
-from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, stamp
+from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, source_stamp
 from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
 from ray_diffsynth.data.samples import bucket_of, pixel_keys, size_fits
 from ray_diffsynth.data.scan import SourceFile, scan_file
@@ -58,7 +58,7 @@ def _scan(path: str, known: SourceFile | None, animations: bool, max_bytes: int)
     try:
         if known is not None and known.stamp:
             try:
-                if known.stamp == stamp(path):
+                if known.stamp == source_stamp(path):
                     return known
             except SourceUnavailable as error:
                 return Unchecked(known, str(error))

@@ -9,7 +9,7 @@ from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.storage import exists, join, read_bytes, write_bytes_atomic
 
 SCAN_CACHE = "index/sources.jsonl"
-VERSION = 3
+SCAN_CACHE_VERSION = 3
 """Raise it when the `SourceFile` of the same content changes: all files are read again then."""
 SAVES_PER_SCAN = 10
 """How often it is saved during a scan of new files: each time a tenth of them is read."""
@@ -64,7 +64,7 @@ def forget(cache: str, paths: Collection[str]) -> None:
 
 def _write(path: str, files: Iterable[SourceFile]) -> None:
     text = io.BytesIO()
-    text.write(json.dumps({"version": VERSION}).encode())
+    text.write(json.dumps({"version": SCAN_CACHE_VERSION}).encode())
     for file in files:
         if file.stamp:  # without one a change could not be noticed
             text.write(b"\n" + json.dumps(astuple(file)).encode())
@@ -78,7 +78,7 @@ def _load(path: str, wanted: Collection[str] | None = None) -> dict[str, SourceF
     files = {}
     try:
         header, *rows = read_bytes(path).split(b"\n")
-        if json.loads(header) != {"version": VERSION}:
+        if json.loads(header) != {"version": SCAN_CACHE_VERSION}:
             return {}
         for row in rows:
             file = SourceFile(*json.loads(row))

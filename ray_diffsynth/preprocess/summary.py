@@ -60,7 +60,7 @@ def write_reports(
     report = make_report(counts=counts, seconds=round(seconds, 3), config=config, **summary, **more)
     write_json(cache, report)
     bad = {entry.sample_id for entry in outcome.quarantine}
-    images = contact_sheet([sample for sample in rows.samples if sample.sample_id not in bad], spec)
+    images = sample_images([sample for sample in rows.samples if sample.sample_id not in bad], spec)
     write_page(cache, report, images=images)
     for entry in outcome.quarantine[:10]:
         logger.warning("quarantined %s: %s: %s", entry.sample_id, entry.error, entry.message)
@@ -102,7 +102,7 @@ def quarantine_numbers(entries: Sequence[Quarantined]) -> dict[str, Any]:
     return {"by_error": dict(by_error.most_common()), "first": first}
 
 
-def contact_sheet(samples: Sequence[Sample], spec: SampleSpec) -> list[PageImage]:
+def sample_images(samples: Sequence[Sample], spec: SampleSpec) -> list[PageImage]:
     """Some samples, evenly spread over the sizes, as the encoder sees them; of a video the first frame.
 
     One that cannot be opened (it may have failed in a decode task as well) is left out.
