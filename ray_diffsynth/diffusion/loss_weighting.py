@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
 
-LossWeighting = Callable[["FlowMatchScheduler", "Tensor"], "Tensor"]
-"""(the family's scheduler, timesteps (B,) fp32 in [0, 1000]) -> weights (B,) fp32."""
+LossWeighting = Callable[["FlowMatchScheduler", "Tensor"], "Tensor | None"]
+"""(the family's scheduler, timesteps (B,) fp32 in [0, 1000]) -> weights (B,) fp32, or None where all weigh 1."""
 
 
 def bell(scheduler: FlowMatchScheduler, timestep: Tensor) -> Tensor:
@@ -19,9 +19,8 @@ def bell(scheduler: FlowMatchScheduler, timestep: Tensor) -> Tensor:
     return scheduler.training_weight(timestep)
 
 
-def none(scheduler: FlowMatchScheduler, timestep: Tensor) -> Tensor:
-    """1 everywhere."""
-    return timestep.new_ones(timestep.shape)
+def none(scheduler: FlowMatchScheduler, timestep: Tensor) -> None:
+    """Every sample weighs 1: nothing is multiplied."""
 
 
 LOSS_WEIGHTINGS: dict[str, LossWeighting] = {"bell": bell, "none": none}

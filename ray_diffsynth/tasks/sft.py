@@ -93,5 +93,6 @@ class SFT:
         prediction = pipe.predict({**batch, **made})
         per_sample = (prediction.float() - target).square().flatten(1).mean(1)
         weight = LOSS_WEIGHTINGS[self.weighting](pipe.scheduler, timestep)
-        per_sample = per_sample * to_device(weight, per_sample.device)
+        if weight is not None:
+            per_sample = per_sample * to_device(weight, per_sample.device)
         return LossOutput(per_sample.mean(), per_sample.detach(), timestep / 1000)

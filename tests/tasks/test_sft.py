@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ray_diffsynth.diffusion.flow_match import FlowMatchScheduler
+from ray_diffsynth.diffusion.loss_weighting import LOSS_WEIGHTINGS
 from ray_diffsynth.diffusion.randomness import SampleKey, sample_noise
 from ray_diffsynth.tasks import SFT, get_task, task_family
 from ray_diffsynth.tasks.registry import TaskError
@@ -17,7 +18,7 @@ from ray_diffsynth.tasks.registry import TaskError
 class Scaled:
     """A pipeline whose model predicts `factor` times its noisy latents; it keeps what it was given."""
 
-    def __init__(self, factor: float = 0.5) -> None:
+    def __init__(self, factor: float | torch.Tensor = 0.5) -> None:
         self.scheduler = FlowMatchScheduler("Qwen-Image")
         self.scheduler.set_timesteps(1000, training=True)
         self.torch_dtype = torch.float32
@@ -53,6 +54,17 @@ def test_formula(weighting: str) -> None:
     assert float(output.loss) == pytest.approx(float(output.per_sample.mean()))
     assert set(pipe.inputs) == {"input_latents", *SFT.provides}
     assert torch.equal(pipe.inputs["timestep"] / 1000, output.sigma)
+
+
+def test_no_weighting_is_a_weight_of_one_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSS_WEIGHTINGS, "ones", lambda scheduler, timestep: torch.ones_like(timestep))
+    results = []
+    for weighting in ("none", "ones"):
+        pipe = Scaled()
+        factor = pipe.factor = torch.tensor(0.5, requires_grad=True)
+        output = SFT(weighting=weighting).loss(pipe, {"input_latents": latents(3)}, keys(3))
+        results.append((output.per_sample, output.loss, *torch.autograd.grad(output.loss, factor)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_a_sample_has_its_own_noise_whatever_the_batch() -> None:
