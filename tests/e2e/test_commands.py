@@ -130,7 +130,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         )
     try:
         address = f"http://127.0.0.1:{dashboard}"
-        while not _answers(address):  # as long as the test may last
+        # The dashboard takes a job, the node's agent starts it; as long as the test may last.
+        agent_health = f"http://127.0.0.1:{agent}/api/local_raylet_healthz"
+        while not (_answers(f"{address}/api/version") and _answers(agent_health)):
             assert process.poll() is None, log.read_text()
             time.sleep(0.5)
         yield Head(address, {**environment, "RAY_ADDRESS": address})
@@ -144,11 +146,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _answers(address: str) -> bool:
+def _answers(url: str) -> bool:
     try:
-        urllib.request.urlopen(f"{address}/api/version", timeout=2)
-    except urllib.error.HTTPError:
-        return True  # it is up, and wants the token
+        urllib.request.urlopen(url, timeout=2)
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)  # it is up, and wants the token
     except OSError:
         return False
     return True
