@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_diffsynth.console import open_stream
 from ray_diffsynth.ray_address import ClusterError as ClusterError
 from ray_diffsynth.ray_address import check_answers, no_cluster, temporary_folder
-from ray_diffsynth.ray_compat import init_local
+from ray_diffsynth.ray_compat import draining_nodes, init_local
 from ray_diffsynth.resources import Cluster
 from ray_diffsynth.system_errors import explain
 
@@ -164,15 +164,9 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 
 def joined_cluster() -> Cluster:
     """The cluster that this process is connected to."""
-    return Cluster(alive_nodes())
+    return Cluster(alive_nodes(), frozenset(draining_nodes()))
 
 
 def alive_nodes() -> dict[str, dict[str, float]]:
     """Resources of the machines of the cluster that are alive, by the node's id."""
     return {str(node["NodeID"]): node["Resources"] for node in ray.nodes() if node["Alive"]}
-
-
-def cluster_devices() -> tuple[float, float]:
-    """(CPUs, GPUs) of the whole cluster."""
-    total = ray.cluster_resources()
-    return total.get("CPU", 0.0), total.get("GPU", 0.0)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from ray_diffsynth.config import PreprocessConfig
+from ray_diffsynth.config import PreprocessConfig, TrainConfig
 from ray_diffsynth.errors import ConfigError
 from ray_diffsynth.ray_session import ClusterError
-from ray_diffsynth.resources import Cluster, EncoderPool, GeneratorPool, check_pools, encoder_pools, generator_pool
+from ray_diffsynth.resources import (
+    Cluster,
+    EncoderPool,
+    GeneratorPool,
+    WorkerGroup,
+    check_pools,
+    encoder_pools,
+    generator_pool,
+    room,
+    sampler_resources,
+    worker_group,
+)
 
 GROUPS = ("vae", "text_encoder")
 
@@ -116,3 +128,106 @@ def test_how_many_actors_generate(
 def test_generators_that_do_not_fit_are_refused(workers: int, resources: dict[str, float] | None) -> None:
     with pytest.raises(ClusterError, match="do not fit a cluster of 8 CPU and 4 GPU"):
         generator_pool(workers, resources, 9, machines(8, 4))
+
+
+def training(cluster: Cluster, virtual_ranks: int | None = None, **options: Any) -> WorkerGroup:
+    return worker_group(TrainConfig(model="m", dataset_base_path="c", **options), cluster, virtual_ranks)
+
+
+def test_a_fixed_number_that_no_nodes_hold_is_refused() -> None:
+    """Two workers of three CPUs do not fit nodes of four and two, though six would be enough."""
+    nodes = Cluster({"a": {"CPU": 4.0}, "b": {"CPU": 2.0}})
+    with pytest.raises(ClusterError, match="2 workers of 3 CPU .* do not fit .*: its 2 nodes hold 1 of {'CPU': 3"):
+        training(nodes, num_workers=2, resources={"CPU": 3})
+    assert training(nodes, num_workers="1..2", resources={"CPU": 3}).most == 2  # an elastic run waits
+
+
+def test_a_machine_that_is_being_taken_away_gets_no_worker() -> None:
+    nodes = Cluster({"a": {"CPU": 4.0, "GPU": 1.0}, "b": {"CPU": 4.0, "GPU": 1.0}}, leaving=frozenset("b"))
+    with pytest.raises(ClusterError, match="its 2 nodes hold 1 of"):
+        training(nodes, num_workers=2)
+    assert training(nodes, num_workers="1..2") == WorkerGroup(1, 2, {"CPU": 1.0, "GPU": 1.0}, 2)
+    assert sampler_resources({"GPU": 1.0}, WorkerGroup(1, 1, {"CPU": 1.0}), nodes) == {"GPU": 1.0}
+    with pytest.raises(ClusterError, match="leaves no room"):
+        sampler_resources({"GPU": 1.0}, WorkerGroup(1, 1, {"GPU": 1.0}), nodes)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "virtual_ranks", "expected"),
+    [
+        ((8, 0), {}, None, WorkerGroup(1, 1, {"CPU": 8}, 1)),
+        ((8, 4), {}, None, WorkerGroup(4, 4, {"CPU": 1, "GPU": 1}, 4)),
+        (
+            (8, 4),
+            {"resources": {"GPU": 2, "CPU": 3, "big": 0}},
+            None,
+            WorkerGroup(2, 2, {"CPU": 3, "GPU": 2, "big": 0}, 2),
+        ),
+        ((8, 0), {"num_workers": 2, "gradient_accumulation_steps": 3}, None, WorkerGroup(2, 2, {"CPU": 4}, 6)),
+        ((8, 4), {"num_workers": "2..4"}, 8, WorkerGroup(2, 4, {"CPU": 1, "GPU": 1}, 8)),
+        ((8, 4), {"num_workers": "3..4"}, 2, WorkerGroup(2, 2, {"CPU": 1, "GPU": 1}, 2)),  # a run of two goes on
+    ],
+)
+def test_how_many_workers_train(
+    cluster: tuple[float, float], options: dict[str, Any], virtual_ranks: int | None, expected: WorkerGroup
+) -> None:
+    assert training(machines(*cluster), virtual_ranks, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("group", "rooms", "chosen"),
+    [
+        (WorkerGroup(1, 8, {"GPU": 1}, virtual_ranks=8), [0, 1, 3, 8, 9], [0, 1, 3, 8, 8]),
+        (WorkerGroup(2, 4, {"GPU": 1}, virtual_ranks=4), [1, 2, 3], [0, 2, 3]),
+        (WorkerGroup(1, 8, {"GPU": 1}, virtual_ranks=8, even=True), [1, 3, 7, 8], [1, 2, 4, 8]),
+        (WorkerGroup(2, 8, {"GPU": 1}, virtual_ranks=1), [1, 8], [1, 1]),
+    ],
+)
+def test_as_many_workers_as_fit(group: WorkerGroup, rooms: list[int], chosen: list[int]) -> None:
+    assert [group.choose(number) for number in rooms] == chosen
+
+
+def test_room_is_counted_node_by_node() -> None:
+    nodes = {"a": {"CPU": 4.0, "GPU": 1.0}, "b": {"CPU": 3.0}, "c": {"CPU": 1.0, "GPU": 4.0}}
+    assert room({"CPU": 2}, nodes) == 3
+    assert room({"CPU": 1, "GPU": 1}, nodes) == 2
+    assert room({"CPU": 1, "GPU": 0.5}, nodes) == 3
+    assert room({"CPU": 0}, nodes) >= 1000  # nothing is reserved
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "asked", "expected"),
+    [
+        (0.0, {"CPU": 1.0}, None, {}),
+        (1.0, {"CPU": 1.0, "GPU": 1.0}, None, None),
+        (2.0, {"CPU": 1.0, "GPU": 1.0}, None, {"GPU": 1.0}),
+        (1.0, {"CPU": 1.0, "GPU": 0.5}, None, None),
+        (1.0, {"CPU": 1.0}, None, {"GPU": 1.0}),
+        (1.0, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0}, {"CPU": 2.0}),
+        (1.0, {"CPU": 1.0, "GPU": 1.0}, {}, {}),
+    ],
+)
+def test_who_draws(
+    gpus: float, workers: dict[str, float], asked: dict[str, float] | None, expected: dict[str, float] | None
+) -> None:
+    cluster, group = machines(4, gpus), WorkerGroup(1, 1, workers, 1)
+    assert sampler_resources(asked, group, cluster) == expected
+    with pytest.raises(ClusterError, match="does not fit on any machine"):
+        sampler_resources({"GPU": 2.0 + gpus}, group, cluster)
+
+
+@pytest.mark.parametrize(
+    ("workers", "asked", "fits"),
+    [
+        (WorkerGroup(2, 2, {"CPU": 1.0}), {"CPU": 2.0}, True),
+        (WorkerGroup(4, 4, {"CPU": 1.0}), {"CPU": 1.0}, False),
+        (WorkerGroup(1, 4, {"CPU": 1.0}), {"CPU": 1.0}, True),  # an elastic run does with fewer
+        (WorkerGroup(2, 2, {"CPU": 2.0}), {"CPU": 0.5}, False),
+        (WorkerGroup(2, 4, {"CPU": 1.0}, virtual_ranks=4, even=True), {"CPU": 1.0}, True),
+        (WorkerGroup(1, 1, {"CPU": 1.0, "GPU": 1.0}), {"GPU": 1.0}, False),
+    ],
+)
+def test_what_draws_leaves_room_for_the_workers(workers: WorkerGroup, asked: dict[str, float], fits: bool) -> None:
+    cluster = Cluster({"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0}})
+    with nullcontext() if fits else pytest.raises(ClusterError, match="leaves no room for . workers of"):
+        assert sampler_resources(asked, workers, cluster) == asked

@@ -17,10 +17,11 @@ from torch import nn
 from ray_diffsynth import ray_session
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.ray_session import ClusterError
+from ray_diffsynth.resources import WorkerGroup
 from ray_diffsynth.training import distributed, shard
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.ray import elastic, job, worker
-from ray_diffsynth.training.ray.elastic import Group, Watch, wait_for_room
+from ray_diffsynth.training.ray.elastic import Watch, wait_for_room
 from ray_diffsynth.training.result import TrainResult
 from tests.training.helpers import unresolved
 
@@ -57,7 +58,7 @@ def never() -> bool:
 def test_a_fixed_group_waits_for_what_is_free_and_says_what_is_missing(
     cluster: list[tuple[Nodes, Nodes]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    group = Group(2, 2, {"CPU": 1.0, "GPU": 1.0}, virtual_ranks=2)
+    group = WorkerGroup(2, 2, {"CPU": 1.0, "GPU": 1.0}, virtual_ranks=2)
     lost = {"a": TWO["a"]}
     cluster += [*[(lost, lost)] * 40, (TWO, TWO)]
     assert wait_for_room(group, never) == 2 and not cluster
@@ -76,7 +77,7 @@ def test_a_fixed_group_waits_for_what_is_free_and_says_what_is_missing(
 
 
 def test_an_elastic_group_waits_a_moment_for_what_is_still_held(cluster: list[tuple[Nodes, Nodes]]) -> None:
-    group = Group(1, 8, {"GPU": 1.0}, virtual_ranks=8)
+    group = WorkerGroup(1, 8, {"GPU": 1.0}, virtual_ranks=8)
     cluster += [(TWO, {"a": {}, "b": {}}), (TWO, ONE_HELD), (TWO, TWO)]
     assert wait_for_room(group, never) == 2
     cluster += [(TWO, ONE_HELD)]  # and if somebody else holds it, it takes what there is
@@ -84,7 +85,7 @@ def test_an_elastic_group_waits_a_moment_for_what_is_still_held(cluster: list[tu
 
 
 def test_a_group_grows_by_what_is_free_alone(cluster: list[tuple[Nodes, Nodes]]) -> None:
-    watch = Watch(None, Group(1, 8, {"GPU": 1.0}, virtual_ranks=8), 1, threading.Event())
+    watch = Watch(None, WorkerGroup(1, 8, {"GPU": 1.0}, virtual_ranks=8), 1, threading.Event())
     for free, larger in (({"a": {}, "b": {}}, False), (ONE_HELD, True)):
         cluster += [(TWO, free)]
         assert watch._larger(elastic.nodes()) is larger
@@ -126,7 +127,7 @@ class Cluster:
         self.environment = environment
         return handle
 
-    def fit(self, arguments: dict[str, Any], group: Group, workers: int) -> None:
+    def fit(self, arguments: dict[str, Any], group: WorkerGroup, workers: int) -> None:
         self.arguments, self.fits = arguments, self.fits + 1
         if self.script[self.fits - 1] == "lost":
             raise ray.train.TrainingFailedError("a worker died")
@@ -137,7 +138,7 @@ class Cluster:
 
 
 def fit(config: TrainConfig) -> tuple[TrainResult, int]:
-    return job._fit_until_done(unresolved(config), Group(1, 2, {"CPU": 1.0}, 2), [], threading.Event())
+    return job._fit_until_done(unresolved(config), WorkerGroup(1, 2, {"CPU": 1.0}, 2), [], threading.Event())
 
 
 def test_failures_are_counted_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,21 +170,10 @@ def test_each_failure_comes_back_from_ray(monkeypatch: pytest.MonkeyPatch, gpu: 
 
     monkeypatch.setattr(job, "_Trainer", Trainer)
     config = TrainConfig(model="m", dataset_base_path="c")
-    job._fit({"plan": unresolved(config)}, Group(2, 2, {"CPU": 1.0, "GPU": gpu} if gpu else {"CPU": 1.0}, 2), 2)
+    job._fit({"plan": unresolved(config)}, WorkerGroup(2, 2, {"CPU": 1.0, "GPU": gpu} if gpu else {"CPU": 1.0}, 2), 2)
     limits = made[0]["run_config"].failure_config
     assert (limits.max_failures, limits.controller_failure_limit, limits.max_preemption_failures) == (0, 0, 0)
     assert made[0]["torch_config"].backend == backend
-
-
-def test_a_fixed_number_that_no_nodes_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers of three CPUs do not fit nodes of four and two, though six would be enough."""
-    nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": cpus}} for name, cpus in (("a", 4.0), ("b", 2.0))]
-    monkeypatch.setattr(job, "cluster_devices", lambda: (6.0, 0.0))
-    monkeypatch.setattr(job, "machines", lambda: {node["NodeID"]: node["Resources"] for node in nodes})
-    monkeypatch.setattr(job.ray, "nodes", lambda: nodes)
-    config = TrainConfig(model="m", dataset_base_path="c", output_path="/nowhere", num_workers=2, resources={"CPU": 3})
-    with pytest.raises(ClusterError, match="2 workers of 3 CPU .* do not fit .*: its 2 nodes hold 1 of {'CPU': 3"):
-        job.worker_group(config)
 
 
 @pytest.mark.parametrize("ids", [[], ["2"]])

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_diffsynth.ray_compat import available_resources, draining_nodes
-from ray_diffsynth.ray_session import ClusterError, alive_nodes
+from ray_diffsynth.ray_session import ClusterError, joined_cluster
+from ray_diffsynth.resources import WorkerGroup, room
 
 logger = logging.getLogger(__name__)
 
@@ -28,58 +26,9 @@ SETTLE_SECONDS = 10.0
 """How long a run waits for what the group before it held, before it takes what is there."""
 
 
-@dataclass(frozen=True)
-class Group:
-    """Which numbers of workers a run may have.
-
-    virtual_ranks: microbatches of a step, which the workers share; None for a new run. even: they must divide among
-    the workers. resources: of one worker, as Ray names them.
-    """
-
-    least: int
-    most: int
-    resources: Mapping[str, float]
-    virtual_ranks: int | None = None
-    even: bool = False
-
-    @property
-    def elastic(self) -> bool:
-        return self.least < self.most
-
-    def choose(self, room: int) -> int:
-        """The most workers for which there is room; 0 if not even the least."""
-        most = min(self.most, room, self.virtual_ranks or self.most)
-        least = min(self.least, most) if self.virtual_ranks and self.virtual_ranks < self.least else self.least
-        fitting = [
-            n for n in range(least, most + 1) if not (self.even and self.virtual_ranks and self.virtual_ranks % n)
-        ]
-        return max(fitting, default=0)
-
-
-def room(resources: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]]) -> int:
-    """How many workers the nodes (id -> resources, all of them or those that are free) have room for."""
-    wanted = {name: amount for name, amount in resources.items() if amount > 0}
-    if not wanted:
-        return sys.maxsize
-    return sum(
-        min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items())
-        for node in nodes.values()
-    )
-
-
-def fits_beside(other: Mapping[str, float], group: Group, nodes: Mapping[str, Mapping[str, float]]) -> bool:
-    """Whether the least number of workers has room where something else takes `other` on one of the nodes."""
-    for name, node in nodes.items():
-        left = {key: amount - other.get(key, 0.0) for key, amount in node.items()}
-        if room(other, {name: node}) and group.choose(room(group.resources, {**nodes, name: left})):
-            return True
-    return False
-
-
-def nodes() -> dict[str, dict[str, float]]:
-    """Resources of the nodes that are alive and are not being drained (preempted)."""
-    leaving = draining_nodes()
-    return {node: resources for node, resources in alive_nodes().items() if node not in leaving}
+def nodes() -> dict[str, Mapping[str, float]]:
+    """Resources of the nodes that are alive and are not being taken away, by id."""
+    return joined_cluster().staying
 
 
 def free(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -111,7 +60,9 @@ def _nothing() -> None:
     """Ends."""
 
 
-def wait_for_room(group: Group, stopped: Callable[[], bool], *, ask: bool = True, seconds: float = WAIT_SECONDS) -> int:
+def wait_for_room(
+    group: WorkerGroup, stopped: Callable[[], bool], *, ask: bool = True, seconds: float = WAIT_SECONDS
+) -> int:
     """How many workers to start, as soon as there is room for the least; 0 if `stopped`. Raises ClusterError.
 
     What others hold is no room. For a moment it waits for more, which a group that has just ended may still hold.
@@ -137,7 +88,9 @@ def wait_for_room(group: Group, stopped: Callable[[], bool], *, ask: bool = True
     return 0
 
 
-def _missing(group: Group, there: Mapping[str, Mapping[str, float]], unused: Mapping[str, Mapping[str, float]]) -> str:
+def _missing(
+    group: WorkerGroup, there: Mapping[str, Mapping[str, float]], unused: Mapping[str, Mapping[str, float]]
+) -> str:
     """`2 workers of {'GPU': 1}: 1 would fit; free are 1 of 2 GPU on 1 nodes`"""
     amounts = [
         f"{sum(node.get(name, 0.0) for node in unused.values()):g} of "
@@ -157,7 +110,7 @@ class Watch:
     terminated: the run was asked to end (SIGTERM). regroup: why it goes on with another group; None if it does not.
     """
 
-    def __init__(self, collector: Any, group: Group, workers: int, terminated: threading.Event) -> None:
+    def __init__(self, collector: Any, group: WorkerGroup, workers: int, terminated: threading.Event) -> None:
         self.regroup: str | None = None
         self._collector, self._group, self._workers, self._terminated = collector, group, workers, terminated
         self._leaving = draining_nodes()  # known before: the group was made without them

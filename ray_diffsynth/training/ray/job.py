@@ -7,7 +7,6 @@ next attempt begins at the newest checkpoint, and so does the same command run a
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import threading
@@ -23,11 +22,11 @@ import ray.train
 import ray.train.torch
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.config.validation import SampleImageConfig
 from ray_diffsynth.errors import UserError, first_line, worker_failures
 from ray_diffsynth.models.lora_file import check_lora_file
 from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
-from ray_diffsynth.ray_session import ClusterError, alive_nodes, cluster_devices, on_this_node, ray_session
+from ray_diffsynth.ray_session import joined_cluster, on_this_node, ray_session
+from ray_diffsynth.resources import WorkerGroup, sampler_resources, worker_group
 from ray_diffsynth.storage import absolute, join
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import (
@@ -39,8 +38,7 @@ from ray_diffsynth.training.checkpoint import (
 from ray_diffsynth.training.data.opening import check_data
 from ray_diffsynth.training.identity import check_chosen
 from ray_diffsynth.training.optim import customized
-from ray_diffsynth.training.ray.elastic import Group, Watch, fits_beside, room, wait_for_room
-from ray_diffsynth.training.ray.elastic import nodes as machines
+from ray_diffsynth.training.ray.elastic import Watch, wait_for_room
 from ray_diffsynth.training.ray.failure import WorkerError, is_lost_connection, reason
 from ray_diffsynth.training.ray.worker import (
     POLL_SECONDS,
@@ -88,7 +86,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     plan = replace(plan, config=replace(config, resume="auto"))
     # In this order: Ray sets a handler of its own when it starts.
     with ray_session(config.ray_address, verbose=config.verbose), sigterm() as terminated:
-        group = worker_group(config)
+        group = worker_group(config, joined_cluster(), _virtual_ranks(config.output_path))
         result, workers = _fit_until_done(plan, group, samples, terminated)
     report = write_training_report(plan.config, result, workers=workers, seconds=time.monotonic() - started)
     if terminated.is_set() and not result.finished:
@@ -140,35 +138,6 @@ def check_files(config: TrainConfig, *, going_on: bool) -> None:
         customized(config.customized_optimizer, config)
 
 
-def worker_group(config: TrainConfig) -> Group:
-    """Numbers of workers, and what each reserves: a GPU where there are some, else a share of a node's CPUs.
-
-    Raises ClusterError when a fixed number does not fit the cluster, which would wait for ever; an elastic run waits.
-    """
-    cpus, gpus = cluster_devices()
-    wanted = dict(config.resources or {})
-    gpu = wanted.pop("GPU", 1.0 if gpus >= 1 else 0.0)
-    least, most = config.worker_range
-    if most == 0:
-        least = most = max(1, int(gpus // gpu)) if gpu else 1
-    virtual_ranks = _virtual_ranks(config.output_path)
-    if virtual_ranks is not None and virtual_ranks < most:
-        message = "the run was started with %d virtual ranks, so %d workers go on with it, not %d"
-        logger.warning(message, virtual_ranks, virtual_ranks, most)
-        least, most = min(least, virtual_ranks), virtual_ranks
-    nodes = [resources.get("CPU", 0.0) for resources in alive_nodes().values()]
-    share = max(nodes) // math.ceil(most / len(nodes))
-    cpu = wanted.pop("CPU", 1.0 if gpu else max(1.0, share))
-    resources = {"CPU": cpu, **({"GPU": gpu} if gpu else {}), **wanted}
-    if least == most and (fitting := room(resources, machines())) < most:
-        raise ClusterError(
-            f"{most} workers of {cpu:g} CPU and {gpu:g} GPU do not fit a cluster of {cpus:g} CPU and {gpus:g} GPU: "
-            f"its {len(nodes)} nodes hold {fitting} of {resources}; lower --num_workers or --resources"
-        )
-    virtual_ranks = virtual_ranks or (most * config.gradient_accumulation_steps)
-    return Group(least, most, resources, virtual_ranks, even=config.shard_base)
-
-
 def _virtual_ranks(output_path: str) -> int | None:
     """Virtual ranks of the run that is gone on with; None for a new one."""
     for name in reversed(list_checkpoints(output_path)):
@@ -180,7 +149,7 @@ def _virtual_ranks(output_path: str) -> int | None:
 
 
 def _fit_until_done(
-    plan: TrainPlan, group: Group, samples: list[SamplePrompt], terminated: threading.Event
+    plan: TrainPlan, group: WorkerGroup, samples: list[SamplePrompt], terminated: threading.Event
 ) -> tuple[TrainResult, int]:
     """Train, with another group of workers whenever one is lost or another number fits; also the last group's size."""
     environment = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
@@ -229,7 +198,7 @@ def _fit_until_done(
     return replace(result, warnings=[*result.warnings, *of_prompts]), workers
 
 
-def _fit(arguments: dict[str, Any], group: Group, workers: int) -> None:
+def _fit(arguments: dict[str, Any], group: WorkerGroup, workers: int) -> None:
     plan: TrainPlan = arguments["plan"]
     gpu = bool(group.resources.get("GPU"))
     _Trainer(
@@ -251,35 +220,11 @@ def _fit(arguments: dict[str, Any], group: Group, workers: int) -> None:
     ).fit()
 
 
-def sampler_resources(config: SampleImageConfig, group: Group) -> dict[str, float] | None:
-    """What the actor that makes sample images reserves; None if the workers leave it no GPU and draw themselves.
-
-    Without GPUs it reserves nothing, and computes beside the workers. Raises ClusterError for --sample_resources that
-    no machine has, or that the workers need, which would wait for ever.
-    """
-    if config.sample_resources is not None:
-        found, fix = machines(), "lower it, or leave it out: where no GPU is left the workers draw between steps"
-        if room(config.sample_resources, found) < 1:
-            raise ClusterError(
-                f"--sample_resources {config.sample_resources} does not fit on any machine of the cluster; {fix}"
-            )
-        if not fits_beside(config.sample_resources, group, found):
-            raise ClusterError(
-                f"--sample_resources {config.sample_resources} leaves no room for {group.least} workers of "
-                f"{dict(group.resources)} in the cluster; {fix}"
-            )
-        return dict(config.sample_resources)
-    _, gpus = cluster_devices()
-    if not gpus:
-        return {}
-    return {"GPU": 1.0} if gpus - group.most * group.resources.get("GPU", 0.0) >= 1 else None
-
-
-def _sampler(plan: TrainPlan, group: Group, samples: list[SamplePrompt], collector: Any = None) -> Any:
+def _sampler(plan: TrainPlan, group: WorkerGroup, samples: list[SamplePrompt], collector: Any = None) -> Any:
     """The actor that makes sample images; None if there are none, or the workers draw them."""
     if not samples:
         return None
-    wanted = sampler_resources(plan.config, group)
+    wanted = sampler_resources(plan.config.sample_resources, group, joined_cluster())
     if wanted is None:
         logger.info("no GPU is left for the sample images: the workers draw them between steps, which takes time")
         return None

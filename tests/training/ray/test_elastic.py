@@ -15,33 +15,11 @@ import pytest
 import safetensors.torch
 
 from ray_diffsynth.training.checkpoint import list_checkpoints
-from ray_diffsynth.training.ray.elastic import Group, room
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config, train_here
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.parametrize(
-    ("group", "rooms", "chosen"),
-    [
-        (Group(1, 8, {"GPU": 1}, virtual_ranks=8), [0, 1, 3, 8, 9], [0, 1, 3, 8, 8]),
-        (Group(2, 4, {"GPU": 1}, virtual_ranks=4), [1, 2, 3], [0, 2, 3]),
-        (Group(1, 8, {"GPU": 1}, virtual_ranks=8, even=True), [1, 3, 7, 8], [1, 2, 4, 8]),
-        (Group(2, 8, {"GPU": 1}, virtual_ranks=1), [1, 8], [1, 1]),
-    ],
-)
-def test_as_many_workers_as_fit(group: Group, rooms: list[int], chosen: list[int]) -> None:
-    assert [group.choose(number) for number in rooms] == chosen
-
-
-def test_room_is_counted_node_by_node() -> None:
-    nodes = {"a": {"CPU": 4.0, "GPU": 1.0}, "b": {"CPU": 3.0}, "c": {"CPU": 1.0, "GPU": 4.0}}
-    assert room({"CPU": 2}, nodes) == 3
-    assert room({"CPU": 1, "GPU": 1}, nodes) == 2
-    assert room({"CPU": 1, "GPU": 0.5}, nodes) == 3
-    assert room({"CPU": 0}, nodes) >= 1000  # nothing is reserved
 
 
 # Each group waits after some steps of its own: the first one until the machine is lost, what is left of it until it is

@@ -18,8 +18,8 @@ from ray_diffsynth.models.lora import export_lora
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
 from ray_diffsynth.report import make_report, render
+from ray_diffsynth.resources import Cluster, WorkerGroup
 from ray_diffsynth.training.ray import job
-from ray_diffsynth.training.ray.elastic import Group
 from ray_diffsynth.training.report.sample_grids import (
     MAX_GRIDS,
     GridInfo,
@@ -98,6 +98,13 @@ def test_step_0_is_the_base_model_or_the_lora_that_it_starts_from(
     assert (values[0]["title"], started[0]["title"]) == ("Base model", "Start, with zorp.safetensors")
 
 
+def test_no_actor_draws_where_the_workers_hold_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "joined_cluster", lambda: Cluster({"a": {"CPU": 2.0, "GPU": 1.0}}))
+    config = TrainConfig(model="m", dataset_base_path="c")
+    group = WorkerGroup(1, 1, {"CPU": 1.0, "GPU": 0.5}, 1)
+    assert job._sampler(unresolved(config), group, samples("a cat")) is None
+
+
 def test_a_run_draws_step_0_when_it_begins_and_not_again_when_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,9 +124,9 @@ def test_a_run_draws_step_0_when_it_begins_and_not_again_when_it_goes_on(
             return self
 
     monkeypatch.setattr(job, "SamplerActor", Actor())
-    monkeypatch.setattr(job, "cluster_devices", lambda: (2.0, 0.0))
+    monkeypatch.setattr(job, "joined_cluster", lambda: Cluster({"a": {"CPU": 2.0}}))
     config = TrainConfig(model="m", dataset_base_path="c", output_path=str(tmp_path))
-    group = Group(1, 1, {"CPU": 1.0}, 1)
+    group = WorkerGroup(1, 1, {"CPU": 1.0}, 1)
 
     def begins(prompt: str) -> bool:
         asked.clear()

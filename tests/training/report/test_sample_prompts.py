@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.formats import DatasetError
 from ray_diffsynth.diffusion.flow_match import ScheduleError
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.plan.run_plan import RunPlan
-from ray_diffsynth.ray_session import ClusterError
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.ray import job
-from ray_diffsynth.training.ray.elastic import Group
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt, plan_samples, read_prompts
 from tests.families.cases import load_case, make_image
 from tests.training.conftest import CacheMaker
-from tests.training.helpers import make_config, unresolved
+from tests.training.helpers import make_config
 
 
 @pytest.fixture(scope="module")
@@ -120,58 +116,6 @@ def test_what_cannot_be_drawn_is_refused_before_anything_starts(
             job.run(config)
     (sample,) = planned(i2v, tmp_path, str(tmp_path / "first.csv"), num_frames=5, height=32, width=48)
     assert sample.images == (("input_image", str(tmp_path / "a.png")),)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "workers", "asked", "expected"),
-    [
-        (0.0, {"CPU": 1.0}, None, {}),
-        (1.0, {"CPU": 1.0, "GPU": 1.0}, None, None),
-        (2.0, {"CPU": 1.0, "GPU": 1.0}, None, {"GPU": 1.0}),
-        (1.0, {"CPU": 1.0, "GPU": 0.5}, None, None),
-        (1.0, {"CPU": 1.0}, None, {"GPU": 1.0}),
-        (1.0, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0}, {"CPU": 2.0}),
-        (1.0, {"CPU": 1.0, "GPU": 1.0}, {}, {}),
-    ],
-)
-def test_who_draws(
-    gpus: float,
-    workers: dict[str, float],
-    asked: dict[str, float] | None,
-    expected: dict[str, float] | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(job, "cluster_devices", lambda: (4.0, gpus))
-    monkeypatch.setattr(job, "machines", lambda: {"a": {"CPU": 4.0, "GPU": gpus}})
-    given = {"model": "m", "dataset_base_path": "c", "validation_prompts": "a cat"}
-    config = TrainConfig(**given, sample_resources=asked)  # type: ignore[arg-type]
-    group = Group(1, 1, workers, 1)
-    assert job.sampler_resources(config, group) == expected
-    if expected is None:
-        assert job._sampler(unresolved(config), group, [SamplePrompt("a", 0)]) is None
-    too_much = TrainConfig(**given, sample_resources={"GPU": 2.0 + gpus})  # type: ignore[arg-type]
-    with pytest.raises(ClusterError, match="does not fit on any machine"):
-        job.sampler_resources(too_much, group)
-
-
-@pytest.mark.parametrize(
-    ("workers", "asked", "fits"),
-    [
-        (Group(2, 2, {"CPU": 1.0}), {"CPU": 2.0}, True),
-        (Group(4, 4, {"CPU": 1.0}), {"CPU": 1.0}, False),
-        (Group(1, 4, {"CPU": 1.0}), {"CPU": 1.0}, True),  # an elastic run does with fewer
-        (Group(2, 2, {"CPU": 2.0}), {"CPU": 0.5}, False),
-        (Group(2, 4, {"CPU": 1.0}, virtual_ranks=4, even=True), {"CPU": 1.0}, True),
-        (Group(1, 1, {"CPU": 1.0, "GPU": 1.0}), {"GPU": 1.0}, False),
-    ],
-)
-def test_what_draws_leaves_room_for_the_workers(
-    workers: Group, asked: dict[str, float], fits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job, "machines", lambda: {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0}})
-    config = TrainConfig(model="m", dataset_base_path="c", validation_prompts="a cat", sample_resources=asked)
-    with nullcontext() if fits else pytest.raises(ClusterError, match="leaves no room for . workers of"):
-        assert job.sampler_resources(config, workers) == asked
 
 
 def test_too_few_inference_steps_are_told_before_ray_starts(tiny_qwen: Path, tmp_path: Path) -> None:
