@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ray_diffsynth.demo.draw import OUTLINES, Canvas, Color, Pixels, random_scene, render
+from ray_diffsynth.demo.draw import OUTLINES, Canvas, Color, Pixels, draw_scene, random_scene
 
 SIDE = 64
 
@@ -156,7 +156,7 @@ def decoder_image(seed: int, index: int) -> Pixels:
 def _one_of(kinds: Kinds, rng: np.random.Generator) -> Pixels:
     share = rng.random()
     draw = next((draw for up_to, draw in kinds if share < up_to), None)
-    return render(random_scene(rng, spread=0.25), rng) if draw is None else draw(rng)
+    return draw_scene(random_scene(rng, spread=0.25), rng) if draw is None else draw(rng)
 
 
 def kept_images(path: Path, draw: Callable[[int, int], Pixels], seed: int, count: int) -> Pixels:

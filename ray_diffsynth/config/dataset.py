@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ray_diffsynth.config.effects import FRAMES, IMAGES, METADATA_COLUMNS, SIZES, VIDEOS, unless_cached
+from ray_diffsynth.config.effects import FRAMES, IMAGE_SIZE, IMAGES, METADATA_COLUMNS, VIDEOS, unless_cached
 from ray_diffsynth.config.options import REQUIRED, Component, Effect, option, split_names
 from ray_diffsynth.errors import ConfigError
 
@@ -67,9 +67,9 @@ class SizeConfig(Component):
     section = "sizes"
     title = "Data"
 
-    height: int | None = option(None, least=1, effects=(SIZES,))
+    height: int | None = option(None, least=1, effects=(IMAGE_SIZE,))
     """Height of every image in pixels; leave height and width empty for dynamic sizes."""
-    width: int | None = option(None, least=1, effects=(SIZES,))
+    width: int | None = option(None, least=1, effects=(IMAGE_SIZE,))
     """Width of every image in pixels."""
     max_pixels: int = option(
         1024 * 1024,

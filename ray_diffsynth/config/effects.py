@@ -46,7 +46,7 @@ def _encodes(config: Any) -> bool:
 METADATA_COLUMNS = unless_cached("the cache was made from these columns in preprocess")
 IMAGES = unless_cached("the cache holds encoded images, whose size is fixed")
 VIDEOS = unless_cached("the cache holds encoded videos, whose frames are fixed")
-SIZES = unless_cached_or_drawn(IMAGES.reason)
+IMAGE_SIZE = unless_cached_or_drawn(IMAGES.reason)
 FRAMES = unless_cached_or_drawn(VIDEOS.reason)
 TOKENS = Effect(_encodes, "the cache holds encoded captions, so that no tokenizer or processor is used", noted=True)
 ADAMW = Effect(

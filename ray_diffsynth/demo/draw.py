@@ -140,7 +140,7 @@ def _draw_neon(scene: Scene, color: Color, background: Color, height: int, width
     return np.clip(light, 0, 255).astype(np.uint8)
 
 
-def render(scene: Scene, rng: np.random.Generator, height: int = 64, width: int = 64) -> Pixels:
+def draw_scene(scene: Scene, rng: np.random.Generator, height: int = 64, width: int = 64) -> Pixels:
     """Draw a scene as (height, width, 3) uint8. `rng` moves the colours a little."""
     background, color = jitter(rng, COLORS[scene.background]), jitter(rng, COLORS[scene.color])
     if scene.style == STYLE:
@@ -173,7 +173,7 @@ def draw_image(
     """
     rng = np.random.default_rng([seed, index])
     scene = random_scene(rng, kind)
-    return DrawnImage(render(scene, rng, height, width), caption(scene, rng if varied else None), scene)
+    return DrawnImage(draw_scene(scene, rng, height, width), caption(scene, rng if varied else None), scene)
 
 
 def draw_dataset(

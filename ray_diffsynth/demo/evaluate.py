@@ -20,7 +20,7 @@ from diffusers import QwenImagePipeline
 from PIL import Image
 
 from ray_diffsynth.demo.captions import COLORS, SHAPES, SIZES, Scene, canonical
-from ray_diffsynth.demo.draw import BODY, HORN, Pixels, random_scene, render
+from ray_diffsynth.demo.draw import BODY, HORN, Pixels, draw_scene, random_scene
 from ray_diffsynth.report.image_grid import ImageGrid
 
 Mask = npt.NDArray[np.bool_]
@@ -81,7 +81,7 @@ def _foreground(pixels: npt.NDArray[np.float64]) -> Mask:
 def _templates() -> dict[str, Mask]:
     rng = np.random.default_rng(0)
     scenes = {shape: Scene(shape, "white", "black", "large", 0.7, 0.0, 0.0) for shape in SHAPES}
-    return {shape: _silhouette(render(scene, rng)[..., 0] > 128) for shape, scene in scenes.items()}
+    return {shape: _silhouette(draw_scene(scene, rng)[..., 0] > 128) for shape, scene in scenes.items()}
 
 
 def judge(pixels: Pixels) -> Verdict:

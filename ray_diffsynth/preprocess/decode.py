@@ -15,7 +15,7 @@ from ray_diffsynth.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
-MACHINE_ERRORS = (StorageError, VideoSupportError)
+ERRORS_OF_ALL_SAMPLES = (StorageError, VideoSupportError)
 """Errors of the machine, which lacks something for every sample, not of one sample."""
 
 
@@ -49,7 +49,7 @@ class Decoder:
                     found = load_inputs(
                         item["row"], size, self.spec.plan.sample, only=self.spec.group.inputs, digests=item["digests"]
                     )
-            except MACHINE_ERRORS:
+            except ERRORS_OF_ALL_SAMPLES:
                 raise
             except (*TRANSIENT, MemoryError) as error:
                 transient[item["key"]] = [type(error).__name__, str(error) or "too little memory to decode it"]

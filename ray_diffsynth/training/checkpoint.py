@@ -25,7 +25,7 @@ from ray_diffsynth.storage import join, list_files, read_bytes, remove_folder, w
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+CHECKPOINT_VERSION = 1
 STATE_FILE = "state.json"
 TENSOR_FILE = "tensors.safetensors"
 _NAME = re.compile(r"^step-(\d{8,})$")
@@ -73,7 +73,7 @@ def save_checkpoint(output_path: str, checkpoint: Checkpoint, keep: int) -> str:
     target = join(folder, checkpoint.name)
     data = save({name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()})
     body = {
-        "version": VERSION,
+        "version": CHECKPOINT_VERSION,
         "step": checkpoint.step,
         "identity": checkpoint.identity,
         "position": checkpoint.position,
@@ -103,7 +103,7 @@ def read_state(folder: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(read_bytes(path))
         checksum = state.pop("checksum")
-        if state["version"] > VERSION:
+        if state["version"] > CHECKPOINT_VERSION:
             raise CheckpointError(f"{folder} was written by a newer ray_diffsynth (format {state['version']}); upgrade")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(

@@ -7,12 +7,12 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 from ray_diffsynth.diffusion.randomness import SampleKey, permutation
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.training.data.epoch_order import Rows
 from ray_diffsynth.training.data.source import SampleSource, prefetch
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.precision import Precision
@@ -20,8 +20,6 @@ from ray_diffsynth.training.shard import check_equal_work
 
 EPOCH = -1
 """The epoch in the keys of held-out samples: none of training, so that their noise is always the same."""
-
-Rows = npt.NDArray[np.int64]
 
 
 class ValidationError(UserError):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ray_diffsynth.demo.captions import COLORS, SHAPES, Scene
-from ray_diffsynth.demo.draw import draw_image, render
+from ray_diffsynth.demo.draw import draw_image, draw_scene
 from ray_diffsynth.demo.evaluate import grid, is_creature, judge, known_scenes, score
 
 
@@ -30,7 +30,7 @@ def test_noise_does_not_fool_it() -> None:
 def test_it_notices_what_is_wrong(field: str) -> None:
     scene = Scene("heart", "red", "blue", "large", 0.7, 0.0, 0.0)
     drawn = replace(scene, **{field: {"shape": "square", "color": "yellow", "background": "white"}[field]})
-    verdict = judge(render(drawn, np.random.default_rng(0)))
+    verdict = judge(draw_scene(drawn, np.random.default_rng(0)))
     assert verdict.agrees(scene) == {name: name != field for name in ("background", "color", "shape")}
 
 

@@ -16,7 +16,7 @@ from ray_diffsynth.pipelines.core.calling import image_params
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.report import drawing
-from ray_diffsynth.training.report.drawing import SampleDrawer, encode_samples
+from ray_diffsynth.training.report.drawing import SampleDrawer, run_frozen_units
 from ray_diffsynth.training.report.sample_prompts import plan_samples
 from tests.families.cases import FamilyCase, make_image
 from tests.training.helpers import make_config
@@ -44,7 +44,7 @@ def test_they_are_those_of_generate(
     prompts = str(tmp_path / "prompts.jsonl")
     plan = RunPlan.resolve(make_config(root, tmp_path, tmp_path, task="sft", validation_prompts=prompts, **options))
     samples = plan_samples(plan)
-    encoded = encode_samples(plan, samples, range(2), CPU)
+    encoded = run_frozen_units(plan, samples, range(2), CPU)
     module, _ = build_module(plan, CPU)
     schedule = module.pipe.scheduler.timesteps.clone()
     draws = SampleDrawer(plan, module, samples, encoded)

@@ -28,7 +28,7 @@ def pad_and_mask(values: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return joined, mask
 
 
-def join(name: str, values: list[Any], *, is_setting: bool) -> Any:
+def collate(name: str, values: list[Any], *, is_setting: bool) -> Any:
     """Tensors along axis 0, a setting as the one value that it has, anything else as a list. Raises PipelineError."""
     if all(isinstance(value, Tensor) for value in values):
         shapes = {tuple(value.shape[1:]) for value in values}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ray_diffsynth.pipelines.core.batch import join, pad_and_mask
+from ray_diffsynth.pipelines.core.batch import collate, pad_and_mask
 from ray_diffsynth.pipelines.core.errors import PipelineError
 from ray_diffsynth.pipelines.core.model_parts import ModelParts
 from ray_diffsynth.pipelines.core.unit import missing_input
@@ -73,7 +73,7 @@ class ModelCall(ModelParts):
             elif name in self.listed_params:
                 batch[name] = values
             else:
-                batch[name] = join(name, values, is_setting=name in settings)
+                batch[name] = collate(name, values, is_setting=name in settings)
         return batch
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:

@@ -22,7 +22,7 @@ from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 
-Encoded: TypeAlias = dict[tuple[int, int], list[Any]]
+UnitOutputs: TypeAlias = dict[tuple[int, int], list[Any]]
 """(number of the prompt, of the unit) -> what its calls returned, on the CPU."""
 
 
@@ -39,9 +39,9 @@ class _End(PipelineUnit):
 
 
 @torch.no_grad()
-def encode_samples(
+def run_frozen_units(
     plan: TrainPlan, samples: Sequence[SamplePrompt], numbers: Iterable[int], device: torch.device
-) -> Encoded:
+) -> UnitOutputs:
     """What the units that run frozen models return for these samples; the models are loaded for it, and let go.
 
     Call it before the model that is trained takes the memory.
@@ -52,7 +52,7 @@ def encode_samples(
     preset = plan.config.preset_lora_model
     if plan.config.preset_lora_path and preset and model_root(preset) not in {*pipe.in_iteration_models, *trained}:
         fuse_model_lora(pipe, preset, plan.config.preset_lora_path)
-    encoded: Encoded = {}
+    encoded: UnitOutputs = {}
     current = 0
 
     def record(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,11 +81,11 @@ class SampleDrawer:
     It has a pipeline of its own: the schedule, units and settings of the one that trains stay as they are.
 
     Args:
-        encoded: see `encode_samples`; of the samples that will be asked for.
+        encoded: see `run_frozen_units`; of the samples that will be asked for.
     """
 
     def __init__(
-        self, plan: TrainPlan, module: DiffusionTrainingModule, samples: Sequence[SamplePrompt], encoded: Encoded
+        self, plan: TrainPlan, module: DiffusionTrainingModule, samples: Sequence[SamplePrompt], encoded: UnitOutputs
     ) -> None:
         self.module, self.samples, self._encoded = module, samples, encoded
         trained = module.pipe

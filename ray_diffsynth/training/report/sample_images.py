@@ -16,7 +16,7 @@ from ray_diffsynth.storage import is_remote, join, write_bytes_atomic
 from ray_diffsynth.training.build import build_module
 from ray_diffsynth.training.distributed import all_gather
 from ray_diffsynth.training.module import DiffusionTrainingModule
-from ray_diffsynth.training.report.drawing import SampleDrawer, encode_samples
+from ray_diffsynth.training.report.drawing import SampleDrawer, run_frozen_units
 from ray_diffsynth.training.report.sample_grids import SAMPLES_FOLDER, GridInfo, encode_grid, grid_name, make_grid
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 from ray_diffsynth.training.runtime import WorkerRuntime
@@ -32,7 +32,7 @@ class ImageSampler:
 
     def __init__(self, plan: TrainPlan, samples: Sequence[SamplePrompt], device: torch.device) -> None:
         self.plan, self.samples = plan.on_this_machine(), samples
-        encoded = encode_samples(self.plan, samples, range(len(samples)), device)
+        encoded = run_frozen_units(self.plan, samples, range(len(samples)), device)
         self.module, _ = build_module(self.plan, device)
         self._drawing = SampleDrawer(self.plan, self.module, samples, encoded)
         self._parameters = dict(self.module.named_parameters())
@@ -70,7 +70,7 @@ class TrainingImageSampler:
         self._attempt(self._encode)
 
     def _encode(self) -> None:
-        self._encoded = encode_samples(self.plan, self.samples, self._numbers, self.runtime.device)
+        self._encoded = run_frozen_units(self.plan, self.samples, self._numbers, self.runtime.device)
 
     def draw(self, step: int, module: DiffusionTrainingModule) -> None:
         """Write the grid after `step` steps; all workers must call it."""
