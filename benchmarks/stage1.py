@@ -23,7 +23,7 @@ def local_ray(cpus: int = 2) -> Iterator[None]:
     import ray
     import ray.data  # sets up its logger when it is imported
 
-    from ray_diffsynth.ray_session import LOGGERS
+    from ray_diffsynth.cluster.session import LOGGERS
 
     os.environ["OMP_NUM_THREADS"] = "1"
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

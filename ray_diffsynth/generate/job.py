@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ray_diffsynth.cluster.generators import generator_pool
+from ray_diffsynth.cluster.session import joined_cluster, ray_session
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate.items import IMAGES_FOLDER, check_arguments, plan_items
 from ray_diffsynth.generate.pool import Painted, paint_all
@@ -13,8 +15,6 @@ from ray_diffsynth.models.lora_file import LoraError, check_lora_file, lora_dige
 from ray_diffsynth.plan.prompts import GenerateError
 from ray_diffsynth.plan.run_plan import GeneratePlan, RunPlan
 from ray_diffsynth.progress import Progress
-from ray_diffsynth.ray_session import joined_cluster, ray_session
-from ray_diffsynth.resources import generator_pool
 from ray_diffsynth.storage import exists, join, list_files
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ray_diffsynth.cluster.session import own_device
 from ray_diffsynth.data.media import load_image
 from ray_diffsynth.generate.items import GenerateError, Item
 from ray_diffsynth.generate.lora import attach_loras, set_lora_scale
 from ray_diffsynth.plan.run_plan import GeneratePlan
-from ray_diffsynth.ray_session import own_device
 from ray_diffsynth.storage import join, write_bytes_atomic
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import ray
 import torch
 
+from ray_diffsynth.cluster.generators import GeneratorPool
+from ray_diffsynth.cluster.session import ClusterError
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.generate.items import Item
 from ray_diffsynth.generate.painter import Painter
 from ray_diffsynth.plan.run_plan import GeneratePlan
-from ray_diffsynth.ray_session import ClusterError
-from ray_diffsynth.resources import GeneratorPool
 
 logger = logging.getLogger(__name__)
 

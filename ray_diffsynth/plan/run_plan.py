@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self, overload
 
 from ray_diffsynth.cache.manifest import Manifest
+from ray_diffsynth.cluster.encoders import check_pools
 from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
 from ray_diffsynth.config.common import JobConfig
 from ray_diffsynth.config.lora import LoraConfig
@@ -31,7 +32,6 @@ from ray_diffsynth.plan.cache_check import check_encoders, check_manifest, check
 from ray_diffsynth.plan.cache_keys import GroupPlan, plan_group
 from ray_diffsynth.plan.prompts import prompts_of
 from ray_diffsynth.plan.split import Split
-from ray_diffsynth.resources import check_pools
 from ray_diffsynth.storage import absolute
 from ray_diffsynth.tasks import Task, get_task
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from ray_diffsynth.cluster.session import alive_nodes, on_this_node
 from ray_diffsynth.preprocess.attempts import Unfinished
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.losses import RETRIES, Losses
@@ -19,7 +20,6 @@ from ray_diffsynth.preprocess.ray_data import PassContext, run_pass
 from ray_diffsynth.preprocess.ray_errors import Stopped
 from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.progress import Progress
-from ray_diffsynth.ray_session import alive_nodes, on_this_node
 
 logger = logging.getLogger(__name__)
 

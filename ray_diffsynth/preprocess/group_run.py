@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_diffsynth.cache.store import Shard
+from ray_diffsynth.cluster.encoders import EncoderPool
 from ray_diffsynth.data.media import SourceChanged
 from ray_diffsynth.plan.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
 from ray_diffsynth.preprocess.messages import EncoderSpec
 from ray_diffsynth.preprocess.records import Failure, Sample
 from ray_diffsynth.preprocess.shards import ShardPlan
-from ray_diffsynth.resources import EncoderPool
 
 
 @dataclass

@@ -10,6 +10,8 @@ from typing import Any
 from ray_diffsynth.cache.inspection import histogram
 from ray_diffsynth.cache.lease import lease
 from ray_diffsynth.cache.manifest import Manifest
+from ray_diffsynth.cluster.encoders import encoder_pools
+from ray_diffsynth.cluster.session import joined_cluster, ray_session
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import Metadata, read_metadata
 from ray_diffsynth.data.warnings import DataWarnings, collecting
@@ -25,8 +27,6 @@ from ray_diffsynth.preprocess.scan import scan_dataset
 from ray_diffsynth.preprocess.scan_cache import forget
 from ray_diffsynth.preprocess.summary import write_reports
 from ray_diffsynth.progress import Progress
-from ray_diffsynth.ray_session import joined_cluster, ray_session
-from ray_diffsynth.resources import encoder_pools
 
 
 def run(config: PreprocessConfig) -> dict[str, Any]:

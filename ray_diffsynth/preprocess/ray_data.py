@@ -8,13 +8,13 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from ray_diffsynth.cluster.encoders import EncoderPool
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.messages import EncoderSpec, shard_row
 from ray_diffsynth.preprocess.ray_errors import PassCallback, Reports
 from ray_diffsynth.preprocess.shards import ShardPlan
-from ray_diffsynth.resources import EncoderPool
 
 NO_PROGRESS_SECONDS = 24 * 3600.0
 """Ray Data gives up a pass in which nothing moves for so long; by default half an hour, in which no GPU may be free."""

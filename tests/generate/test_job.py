@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ray_diffsynth.cluster.session import ClusterError
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate import job, pool
 from ray_diffsynth.generate.items import GenerateError, Item
@@ -21,7 +22,6 @@ from ray_diffsynth.models.lora import add_lora, export_lora, lora_parameters, lo
 from ray_diffsynth.models.lora_file import LoraError
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.plan.run_plan import GeneratePlan
-from ray_diffsynth.ray_session import ClusterError
 from tests.training.helpers import make_config, train_here
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from ray_diffsynth.cluster.generators import GeneratorPool
+from ray_diffsynth.cluster.session import ClusterError
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate import pool
 from ray_diffsynth.generate.items import Item
 from ray_diffsynth.generate.pool import paint_all
 from ray_diffsynth.models.locate import ModelSource
 from ray_diffsynth.plan.run_plan import GeneratePlan
-from ray_diffsynth.ray_session import ClusterError
-from ray_diffsynth.resources import GeneratorPool
 
 
 def items(count: int) -> list[Item]:

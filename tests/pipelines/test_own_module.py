@@ -109,7 +109,7 @@ def test_a_module_without_a_pipeline(folder: Path) -> None:
 _ACTOR = """
 import ray
 from ray_diffsynth.pipelines.registry import get_pipeline_class
-from ray_diffsynth.ray_session import ray_session
+from ray_diffsynth.cluster.session import ray_session
 
 @ray.remote(num_cpus=1)
 def name(family):

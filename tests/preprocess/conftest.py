@@ -19,13 +19,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from ray_diffsynth.cluster.encoders import EncoderPool
+from ray_diffsynth.cluster.nodes import Cluster
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.messages import shard_row
-from ray_diffsynth.resources import Cluster, EncoderPool
 from tests.preprocess.counting import FAMILY, build_model
 from tests.preprocess.failing import Bench
 from tests.processes import kill_session, wait_for_session

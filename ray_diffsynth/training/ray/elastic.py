@@ -11,9 +11,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_diffsynth.cluster.nodes import room
+from ray_diffsynth.cluster.session import ClusterError, joined_cluster
+from ray_diffsynth.cluster.workers import WorkerGroup
 from ray_diffsynth.ray_compat import available_resources, draining_nodes
-from ray_diffsynth.ray_session import ClusterError, joined_cluster
-from ray_diffsynth.resources import WorkerGroup, room
 
 logger = logging.getLogger(__name__)
 

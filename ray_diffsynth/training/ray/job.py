@@ -21,12 +21,12 @@ import ray
 import ray.train
 import ray.train.torch
 
+from ray_diffsynth.cluster.session import joined_cluster, on_this_node, ray_session
+from ray_diffsynth.cluster.workers import WorkerGroup, sampler_resources, worker_group
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.errors import UserError, first_line, worker_failures
 from ray_diffsynth.models.lora_file import check_lora_file
 from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
-from ray_diffsynth.ray_session import joined_cluster, on_this_node, ray_session
-from ray_diffsynth.resources import WorkerGroup, sampler_resources, worker_group
 from ray_diffsynth.storage import absolute, join
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import (

@@ -16,7 +16,7 @@ import ray
 import safetensors.torch
 import torch
 
-from ray_diffsynth.ray_session import ClusterError
+from ray_diffsynth.cluster.session import ClusterError
 from ray_diffsynth.training.checkpoint import list_checkpoints
 from ray_diffsynth.training.data.source import SourceError
 from ray_diffsynth.training.ray import job

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ray_diffsynth.cluster.nodes import Cluster
+from ray_diffsynth.cluster.workers import WorkerGroup
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.models.lora import export_lora
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
 from ray_diffsynth.report import make_report, render
-from ray_diffsynth.resources import Cluster, WorkerGroup
 from ray_diffsynth.training.ray import job
 from ray_diffsynth.training.report.sample_grids import (
     MAX_GRIDS,

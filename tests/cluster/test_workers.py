@@ -14,10 +14,10 @@ import ray.train
 import torch
 from torch import nn
 
-from ray_diffsynth import ray_session
+from ray_diffsynth.cluster import session
+from ray_diffsynth.cluster.session import ClusterError
+from ray_diffsynth.cluster.workers import WorkerGroup
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.ray_session import ClusterError
-from ray_diffsynth.resources import WorkerGroup
 from ray_diffsynth.training import distributed, shard
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.ray import elastic, job, worker
@@ -185,9 +185,9 @@ def test_a_worker_without_a_gpu_of_its_own_computes_on_the_cpu(monkeypatch: pyte
     assert worker.RayRuntime(None).device.type == ("cuda" if ids else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    assert ray_session.own_device() == ("cuda" if ids else "cpu")
+    assert session.own_device() == ("cuda" if ids else "cpu")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    assert ray_session.own_device() == "cuda"
+    assert session.own_device() == "cuda"
 
 
 def test_ddp_takes_the_device_that_the_module_lies_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ _SCRIPT = """
 import logging, os, sys, tempfile
 tempfile.tempdir = sys.argv[1]
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
-from ray_diffsynth.ray_session import native_messages_in_a_file
+from ray_diffsynth.cluster.session import native_messages_in_a_file
 import ray.data
 
 def handlers():

@@ -7,21 +7,13 @@ from typing import Any
 
 import pytest
 
+from ray_diffsynth.cluster.encoders import EncoderPool, check_pools, encoder_pools
+from ray_diffsynth.cluster.generators import GeneratorPool, generator_pool
+from ray_diffsynth.cluster.nodes import Cluster, room
+from ray_diffsynth.cluster.session import ClusterError
+from ray_diffsynth.cluster.workers import WorkerGroup, sampler_resources, worker_group
 from ray_diffsynth.config import PreprocessConfig, TrainConfig
 from ray_diffsynth.errors import ConfigError
-from ray_diffsynth.ray_session import ClusterError
-from ray_diffsynth.resources import (
-    Cluster,
-    EncoderPool,
-    GeneratorPool,
-    WorkerGroup,
-    check_pools,
-    encoder_pools,
-    generator_pool,
-    room,
-    sampler_resources,
-    worker_group,
-)
 
 GROUPS = ("vae", "text_encoder")
 

@@ -14,11 +14,11 @@ import ray
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_diffsynth.cluster.address import ClusterError as ClusterError
+from ray_diffsynth.cluster.address import check_answers, no_cluster, temporary_folder
+from ray_diffsynth.cluster.nodes import Cluster
 from ray_diffsynth.console import open_stream
-from ray_diffsynth.ray_address import ClusterError as ClusterError
-from ray_diffsynth.ray_address import check_answers, no_cluster, temporary_folder
 from ray_diffsynth.ray_compat import draining_nodes, init_local
-from ray_diffsynth.resources import Cluster
 from ray_diffsynth.system_errors import explain
 
 LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")

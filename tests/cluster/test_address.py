@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from ray_diffsynth.ray_address import (
+from ray_diffsynth.cluster.address import (
     _IN_SESSION,
     SOCKET_PATH_BYTES,
     ClusterError,
     check_answers,
     temporary_folder,
 )
-from ray_diffsynth.ray_session import ray_session
+from ray_diffsynth.cluster.session import ray_session
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, without: pytest.MonkeyPatc
 
 def test_no_place_for_a_link(long: Path, without: pytest.MonkeyPatch) -> None:
     without.setenv("TMPDIR", str(long))
-    without.setattr("ray_diffsynth.ray_address._SHORT", ("/no_such_folder",))
+    without.setattr("ray_diffsynth.cluster.address._SHORT", ("/no_such_folder",))
     told = "TMPDIR is too long .* set RAY_TMPDIR to a folder .* at most 36 bytes"
     with pytest.raises(ClusterError, match=told), temporary_folder():
         pass
@@ -100,7 +100,7 @@ def free_port() -> int:
 def test_an_address_that_does_not_answer(without: pytest.MonkeyPatch) -> None:
     """Told within the time of one connection, and whose address it is."""
     address = f"127.0.0.1:{free_port()}"
-    without.setattr("ray_diffsynth.ray_address.ANSWER_SECONDS", 1.0)
+    without.setattr("ray_diffsynth.cluster.address.ANSWER_SECONDS", 1.0)
     with pytest.raises(ClusterError) as refused, ray_session(address):
         pass
     assert f"no Ray cluster at {address}: it does not answer" in str(refused.value)
@@ -130,7 +130,7 @@ def test_only_host_and_port_are_asked(without: pytest.MonkeyPatch) -> None:
 
 _SCRIPT = """
 import os, ray
-from ray_diffsynth.ray_session import ray_session
+from ray_diffsynth.cluster.session import ray_session
 
 @ray.remote
 def add(one, two):
