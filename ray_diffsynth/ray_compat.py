@@ -5,10 +5,17 @@ tests/test_ray_compat.py fails when an upgrade of Ray changes one of them.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.experimental.internal_kv import _internal_kv_get
 
 DATA_ERRORS_LOGGER = "ray.data._internal.execution.streaming_executor_state"
 """Logger by which Ray Data reports, with the exception, that it ignores a block that failed (`max_errored_blocks`)."""
@@ -28,3 +35,55 @@ def available_resources() -> dict[str, dict[str, float]]:
 def draining_nodes() -> set[str]:
     """Ids of the nodes that will be taken away (preempted), as Ray Train learns it too."""
     return set(ray._private.state.state.get_draining_nodes() or {})
+
+
+@dataclass(frozen=True)
+class Autoscaler:
+    """What the cluster's autoscaler says. starting, failed: types of nodes that come, or could not be started."""
+
+    starting: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+
+
+def autoscaler() -> Autoscaler | None:
+    """What the autoscaler says; None where the cluster has none: machines come only by hand."""
+    found = _second_autoscaler() if is_autoscaler_v2() else _first_autoscaler()
+    if found is None:
+        return None
+    types, state = found
+    # Every head runs a monitor. Without a configuration it calls the type of each node by the node's id.
+    return None if all(_NO_TYPE.fullmatch(name) for name in types) else state
+
+
+_NO_TYPE = re.compile("node_[0-9a-f]{40,}")
+
+
+def _first_autoscaler() -> tuple[list[str], Autoscaler] | None:
+    status = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    report = (json.loads(status) if status else {}).get("autoscaler_report")
+    if not report:
+        return None
+    names = [*(report.get("active_nodes") or {}), *(report.get("idle_nodes") or {})]
+    pending = [name for _, name, _ in report.get("pending_nodes") or ()]
+    pending += [name for name, count in (report.get("pending_launches") or {}).items() for _ in range(count)]
+    failed = [name for _, name in report.get("failed_nodes") or ()]
+    return names, Autoscaler(tuple(pending), tuple(failed))
+
+
+def _second_autoscaler() -> tuple[list[str], Autoscaler]:
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    names = [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]
+    pending = [node.ray_node_type_name for node in status.pending_nodes]
+    pending += [launch.ray_node_type_name for launch in status.pending_launches for _ in range(launch.count)]
+    failed = [f"{launch.ray_node_type_name} ({launch.details})" for launch in status.failed_launches]
+    return names, Autoscaler(tuple(pending), tuple(failed))
+
+
+def autoscaling_coordinator() -> Any:
+    """Handle of the actor by which Ray Data and Ray Train ask the autoscaler: it adds up who wants what.
+
+    Who calls `ray.autoscaler.sdk.request_resources` itself is overwritten by it, and overwrites what others want.
+    """
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator  # takes a second
+
+    return get_or_create_autoscaling_coordinator()

@@ -56,6 +56,11 @@ def ray_is_checked_elsewhere() -> None:
     assert test_ray_compat.test_the_state_of_the_nodes and test_ray_compat.ray_compat.init_local
 
 
+def autoscaler_is_asked_and_answers() -> None:
+    assert test_ray_compat.test_the_first_autoscaler_says_what_comes
+    assert test_ray_compat.test_the_second_autoscaler_says_what_comes
+
+
 def ray_start_has_a_folder() -> None:
     import ray
 
@@ -169,6 +174,13 @@ def messages_of_flags_are_made_shorter() -> None:
 USES = [
     Use("ray", "ray_compat", ("_private", "_temp_dir"), "the state of the nodes", ray_is_checked_elsewhere),
     Use("ray", "ray_compat", ("ray.data._internal",), "ignored blocks are reported in a log", ray_is_checked_elsewhere),
+    Use(
+        "ray",
+        "ray_compat",
+        ("_internal", "_internal_kv_get"),
+        "what the autoscaler says, and who collects requests to it",
+        autoscaler_is_asked_and_answers,
+    ),
     Use("ray", "ray_compat", ("_temp_dir",), "sockets in a folder that goes with the run", ray_start_has_a_folder),
     Use(
         "ray",

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
+from types import SimpleNamespace
 
 import pytest
 import ray
 import ray.exceptions
 import ray.train
 import ray.train.torch
+from ray.autoscaler._private.autoscaler import AutoscalerSummary
+from ray.autoscaler._private.util import format_readonly_node_type
+from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 from ray.data import DataContext
 
 from ray_diffsynth import ray_compat
@@ -51,3 +56,37 @@ def test_the_state_of_the_nodes(local_ray: None) -> None:
     available = ray_compat.available_resources()
     assert available.keys() == nodes and all("CPU" in resources for resources in available.values())
     assert ray_compat.draining_nodes() == set()
+
+
+REPORT = """{"autoscaler_report": {"active_nodes": {"head": 1}, "idle_nodes": null,
+ "failed_nodes": [["10.0.0.2", "encode"]], "pending_nodes": [["10.0.0.1", "encode", "setting-up"]],
+ "pending_launches": {"train": 2}}}"""
+
+
+def test_the_first_autoscaler_says_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fields of its report, which `ray status` prints; and the types by which a head without one calls its nodes."""
+    fields = inspect.getsource(AutoscalerSummary)
+    for name in ("active_nodes: Dict[NodeType, int]", "pending_nodes: List[", "pending_launches: Dict[NodeType, int]"):
+        assert name in fields
+    assert "failed_nodes: List[Tuple[NodeIP, NodeType]]" in fields
+    by_hand = json.dumps({"autoscaler_report": {"active_nodes": {format_readonly_node_type("6e" * 28): 1}}})
+    monkeypatch.setattr(ray_compat, "is_autoscaler_v2", lambda: False)
+    for status, expected in (
+        (REPORT, ray_compat.Autoscaler(("encode", "train", "train"), ("encode",))),
+        (by_hand, None),
+        ("", None),
+        ("{}", None),
+    ):
+        monkeypatch.setattr(ray_compat, "_internal_kv_get", lambda key, status=status: status.encode())
+        assert ray_compat.autoscaler() == expected
+
+
+def test_the_second_autoscaler_says_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = LaunchRequest("train", "train", 2, LaunchRequest.Status.PENDING, 0)
+    failed = LaunchRequest("encode", "encode", 1, LaunchRequest.Status.FAILED, 0, details="no quota")
+    head = NodeInfo("m5", "head", "id", "10.0.0.1")
+    status = ClusterStatus(active_nodes=[head], pending_launches=[launch], failed_launches=[failed])
+    monkeypatch.setattr(ray_compat, "is_autoscaler_v2", lambda: True)
+    monkeypatch.setattr(ray_compat, "get_cluster_status", lambda address: status)
+    monkeypatch.setattr(ray_compat.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="a:1"))
+    assert ray_compat.autoscaler() == ray_compat.Autoscaler(("train", "train"), ("encode (no quota)",))

@@ -164,7 +164,12 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 
 def joined_cluster() -> Cluster:
     """The cluster that this process is connected to."""
-    return Cluster(alive_nodes(), frozenset(draining_nodes()))
+    nodes = {str(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
+    return Cluster(
+        {name: node["Resources"] for name, node in nodes.items()},
+        frozenset(draining_nodes()),
+        {name: node.get("Labels") or {} for name, node in nodes.items()},
+    )
 
 
 def alive_nodes() -> dict[str, dict[str, float]]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ray_diffsynth.config.effects import WORKERS
 from ray_diffsynth.config.options import Component, option
 from ray_diffsynth.errors import ConfigError, did_you_mean
 
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
+"""Label by which Ray says what GPU a node has."""
+_NAME = "[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_LABEL = re.compile(rf"(?:[a-zA-Z0-9][a-zA-Z0-9.-]{{0,252}}/)?{_NAME}")
+_CONDITION = re.compile(rf"!?(?:{_NAME}|in\({_NAME}(?:, ?{_NAME})*\))")
 POOL_KEYS = ("num_gpus", "num_cpus", "batch_size", "min_size", "max_size")
 """What ``pools`` says of a group's actors."""
 
@@ -25,22 +31,41 @@ class ClusterConfig(Component):
     """Actors (preprocess) or workers (train); 0 is one per GPU of the cluster, or one without GPUs."""
     resources: dict[str, float] | None = option(None, identity=False, effects=(WORKERS,))
     """Ray resources of one actor or worker, e.g. {"GPU": 1, "CPU": 4}; one GPU each where there are some."""
+    node_labels: dict[str, str] | None = option(None, identity=False)
+    """Use only machines with these labels of Ray, e.g. {"stage": "encode"}; a value may be !a, in(a,b) or !in(a,b)."""
+    accelerator_type: str | None = option(None, identity=False)
+    """Use only machines with this GPU, e.g. H100, by Ray's label ray.io/accelerator-type."""
+    wait_minutes: float = option(30.0, least=0, identity=False)
+    """How long to wait for machines that are not there yet, or busy; then the job ends and says what was missing."""
     ray_address: str | None = option(None, identity=False)
     """Ray cluster to join, e.g. auto; when not given, the one of RAY_ADDRESS or a local one made for this job."""
 
     def check(self) -> None:
-        """Raise ConfigError for a resource that is not an amount."""
+        """Raise ConfigError for a resource that is not an amount, and for what is no selector of labels."""
         for name, amount in (self.resources or {}).items():
             if not math.isfinite(amount) or amount < 0:
                 raise ConfigError(f"resources: {name}={amount} is not an amount; use a number of at least 0")
+        check_labels("node_labels", self.node_labels)
+        check_labels("accelerator_type", {ACCELERATOR_LABEL: self.accelerator_type} if self.accelerator_type else None)
+        if self.accelerator_type and ACCELERATOR_LABEL in (self.node_labels or {}):
+            raise ConfigError(f"node_labels: {ACCELERATOR_LABEL} is what accelerator_type says; give one of the two")
+        if not math.isfinite(self.wait_minutes):
+            raise ConfigError(f"wait_minutes={self.wait_minutes} is not a time; use a number of minutes")
+
+    @property
+    def selector(self) -> dict[str, str]:
+        """The labels that a machine must have to be used: label -> condition, in Ray's words; empty if any will do."""
+        accelerator = {ACCELERATOR_LABEL: self.accelerator_type} if self.accelerator_type else {}
+        return {**(self.node_labels or {}), **accelerator}
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig(ClusterConfig):
-    """The workers of a training, whose number may change while it runs."""
+class ElasticConfig(ClusterConfig):
+    """Actors or workers whose number may change while the job runs."""
 
-    num_workers: int | str = option(0, identity=False)  # type: ignore[assignment]  # a range too
-    """Workers; 1..8 for as many as there are, which may come and go; 0 is one per GPU, or one without GPUs."""
+    num_workers: int | str = option(0, identity=False, effects=(WORKERS,))  # type: ignore[assignment]  # a range too
+    """Actors (preprocess) or workers (train); 1..8 for as many as there are, which may come and go; 0 is one per GPU,
+    or one without GPUs."""
 
     def check(self) -> None:
         """Raise ConfigError for what is no number of workers."""
@@ -54,7 +79,7 @@ class WorkerConfig(ClusterConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig(Component):
-    """Actors of each group of encoders, where the groups run side by side."""
+    """Actors of each group of encoders."""
 
     section = "pool"
     title = "Cluster"
@@ -62,9 +87,13 @@ class PoolConfig(Component):
     pools: dict[str, dict[str, float]] | None = None
     """Encode the groups side by side: for each its actors, e.g. {"vae": {"num_gpus": 0.3, "batch_size": 4}}; the keys
     are num_gpus, num_cpus, batch_size, min_size and max_size."""
+    pool_labels: dict[str, dict[str, str]] | None = option(None, identity=False)
+    """Machines of each group, by labels that add to node_labels, e.g. {"text_encoder": {"stage": "text"}}."""
 
     def check(self) -> None:
         """Raise ConfigError for a pool that cannot be."""
+        for group, labels in (self.pool_labels or {}).items():
+            check_labels(f"pool_labels: {group}", labels)
         for group, pool in (self.pools or {}).items():
             for name, value in pool.items():
                 if name not in POOL_KEYS:
@@ -77,6 +106,17 @@ class PoolConfig(Component):
                 raise ConfigError(
                     f"pools: {group}: min_size={pool['min_size']:g} is above max_size={pool['max_size']:g}"
                 )
+
+
+def check_labels(option_name: str, labels: Mapping[str, str] | None) -> None:
+    """Raise ConfigError, which begins with `option_name`, for what Ray would not take for labels and conditions."""
+    for label, condition in (labels or {}).items():
+        if _LABEL.fullmatch(label) is None:
+            raise ConfigError(f"{option_name}: {label!r} is no name of a label; write it like stage or a.org/stage")
+        if _CONDITION.fullmatch(condition) is None:
+            raise ConfigError(
+                f"{option_name}: {label}={condition!r} is no condition; write a value, !value, in(a,b) or !in(a,b)"
+            )
 
 
 def worker_range(num_workers: int | str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ray_diffsynth.config.cluster import PoolConfig
+from ray_diffsynth.config.cluster import ElasticConfig, PoolConfig
 from ray_diffsynth.config.common import JobConfig, JobName
 from ray_diffsynth.config.dataset import BatchConfig, DataConfig
 from ray_diffsynth.config.model import TrainedModelsConfig
@@ -38,7 +38,9 @@ class CacheConfig(Component):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessConfig(PoolConfig, CacheConfig, TrainedModelsConfig, BatchConfig, DataConfig, TaskConfig, JobConfig):
+class PreprocessConfig(
+    PoolConfig, CacheConfig, TrainedModelsConfig, BatchConfig, DataConfig, TaskConfig, ElasticConfig, JobConfig
+):
     """Stage 1: encode a folder of images into a cache, on a pool of Ray actors."""
 
     job: ClassVar[JobName] = "preprocess"

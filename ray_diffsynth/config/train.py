@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ray_diffsynth.config.cluster import WorkerConfig
+from ray_diffsynth.config.cluster import ElasticConfig
 from ray_diffsynth.config.common import JobConfig, JobName
 from ray_diffsynth.config.dataset import BatchConfig, DataConfig
 from ray_diffsynth.config.lora import LoraConfig
@@ -33,7 +33,7 @@ class TrainConfig(
     BatchConfig,
     DataConfig,
     TaskConfig,
-    WorkerConfig,
+    ElasticConfig,
     JobConfig,
 ):
     """Stage 2: train a LoRA from the cache of preprocess (sft:train), or from images in one go (sft)."""

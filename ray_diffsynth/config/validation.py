@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from ray_diffsynth.config.cluster import check_labels
 from ray_diffsynth.config.effects import needs
 from ray_diffsynth.config.options import Component, option, set_option, split_names
 from ray_diffsynth.errors import ConfigError
@@ -42,6 +43,12 @@ class SampleImageConfig(Component):
     sample_resources: dict[str, float] | None = option(None, identity=False, effects=(_DRAWN,))
     """Ray resources of the actor that makes the sample images; a GPU when the workers leave one, else the workers
     draw between steps."""
+    sample_node_labels: dict[str, str] | None = option(None, identity=False, effects=(_DRAWN,))
+    """Machines for the actor that makes the sample images, by Ray's labels; those of the workers when not given."""
+
+    def check(self) -> None:
+        """Raise ConfigError for what is no selector of labels."""
+        check_labels("sample_node_labels", self.sample_node_labels)
 
 
 @dataclass(frozen=True, kw_only=True)

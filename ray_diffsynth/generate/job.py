@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ray_diffsynth.cluster.generators import generator_pool
+from ray_diffsynth.cluster.generators import GeneratorPool, generator_pool
+from ray_diffsynth.cluster.request import requester
 from ray_diffsynth.cluster.session import joined_cluster, ray_session
+from ray_diffsynth.cluster.wait import wait_for
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate.items import IMAGES_FOLDER, check_arguments, plan_items
 from ray_diffsynth.generate.pool import Painted, paint_all
@@ -15,6 +17,7 @@ from ray_diffsynth.models.lora_file import LoraError, check_lora_file, lora_dige
 from ray_diffsynth.plan.prompts import GenerateError
 from ray_diffsynth.plan.run_plan import GeneratePlan, RunPlan
 from ray_diffsynth.progress import Progress
+from ray_diffsynth.ray_compat import autoscaler
 from ray_diffsynth.storage import exists, join, list_files
 
 
@@ -34,7 +37,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     painted = Painted({}, 0.0)
     if missing:
         with ray_session(config.ray_address, verbose=config.verbose):
-            size = generator_pool(config.num_workers, config.resources, len(missing), joined_cluster())
+            size = _wait_for_pool(config, len(missing), output)
             done = len(items) - len(missing)
             with Progress("generate", total=len(items), unit="images", initial=done) as progress:
                 painted = paint_all(missing, plan, size, progress.advance)
@@ -47,6 +50,15 @@ def run(config: GenerateConfig) -> dict[str, Any]:
             f"{first.seed}: {painted.failures[first.file]}; the same command tries them again"
         )
     return counts
+
+
+def _wait_for_pool(config: GenerateConfig, items: int, output: str) -> GeneratorPool:
+    """The actors, once there is room for them. They are the demand from then on, so that none is asked for beside."""
+    growing = autoscaler() is not None
+    with requester(f"generate {output}") as wanted:
+        pool = generator_pool(config, items, joined_cluster(), growing=growing)
+        wait_for(pool.demand, wanted, minutes=config.wait_minutes)
+    return generator_pool(config, items, joined_cluster(), growing=growing)
 
 
 def _identity(plan: GeneratePlan) -> dict[str, Any]:

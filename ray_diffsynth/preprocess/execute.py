@@ -37,10 +37,10 @@ def encode_all(runs: Sequence[GroupRun], *, cache: str, codec: str) -> None:
         return
     stop = threading.Event()
     monitors = [Monitor.options(scheduling_strategy=on_this_node()).remote() for _ in runs]  # type: ignore[attr-defined]
-    contexts = [
-        PassContext(run.encoder, run.pool, cache, codec, monitor, stop)
-        for run, monitor in zip(runs, monitors, strict=True)
-    ]
+    contexts = []
+    for run, monitor in zip(runs, monitors, strict=True):
+        assert run.pool is not None, "machines are waited for before anything is encoded"
+        contexts.append(PassContext(run.encoder, run.pool, cache, codec, monitor, stop))
     title = f"encode {runs[0].name}" if len(runs) == 1 else "encode"
     total = sum(run.rows for run in runs)
     try:

@@ -18,7 +18,8 @@ from ray_diffsynth.preprocess.shards import ShardPlan
 class GroupRun:
     """A group of stage-1 units while it is planned, encoded and committed.
 
-    plan: the address space of its rows. pool: what its actors and tasks take. encoder: its specification.
+    plan: the address space of its rows. encoder: its specification. pool: what its actors and tasks take, known once
+    the machines are there.
     keys: of each sample's row, in the order of the samples; computed once. empty_key: of the row of the empty caption;
     None in a group that no caption alone flows into.
     catalog: what is known of its rows. shards: what is to be encoded. reused: wanted rows that the cache held before.
@@ -26,21 +27,21 @@ class GroupRun:
     """
 
     plan: GroupPlan
-    pool: EncoderPool
     encoder: EncoderSpec
     keys: Sequence[str] = ()
     empty_key: str | None = None
     catalog: GroupCatalog = field(default_factory=GroupCatalog)
     shards: Sequence[ShardPlan] = ()
+    pool: EncoderPool | None = None
     reused: int = 0
     encoded: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
 
     @classmethod
-    def begin(cls, plan: GroupPlan, pool: EncoderPool, encoder: EncoderSpec, samples: Sequence[Sample]) -> "GroupRun":
+    def begin(cls, plan: GroupPlan, encoder: EncoderSpec, samples: Sequence[Sample]) -> "GroupRun":
         """With the keys of all samples."""
         keys = [plan.key(sample.inputs) for sample in samples]
-        return cls(plan, pool, encoder, keys, plan.key({"prompt": ""}) if plan.caption_only else None)
+        return cls(plan, encoder, keys, plan.key({"prompt": ""}) if plan.caption_only else None)
 
     @property
     def name(self) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from ray_diffsynth.cache.inspection import histogram
 from ray_diffsynth.cache.lease import lease
 from ray_diffsynth.cache.manifest import Manifest
-from ray_diffsynth.cluster.encoders import encoder_pools
-from ray_diffsynth.cluster.session import joined_cluster, ray_session
+from ray_diffsynth.cluster.encoders import batch_size
+from ray_diffsynth.cluster.session import ray_session
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import Metadata, read_metadata
 from ray_diffsynth.data.warnings import DataWarnings, collecting
@@ -20,6 +20,7 @@ from ray_diffsynth.preprocess.commit import add_row_warnings, check_quarantine, 
 from ray_diffsynth.preprocess.dry_run import dry_run
 from ray_diffsynth.preprocess.execute import encode_all
 from ray_diffsynth.preprocess.group_run import GroupRun
+from ray_diffsynth.preprocess.machines import Machines, machines_of
 from ray_diffsynth.preprocess.messages import EncoderSpec
 from ray_diffsynth.preprocess.pending import Committed, plan_turns
 from ray_diffsynth.preprocess.records import ScannedRows
@@ -42,16 +43,19 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
     metadata = _read_metadata(plan)
     # A dry run writes nothing, no lease either.
     holding = nullcontext() if config.dry_run else lease(cache)
-    with holding as held, ray_session(config.ray_address, verbose=config.verbose):
+    with (
+        holding as held,
+        ray_session(config.ray_address, verbose=config.verbose),
+        machines_of(config, [group.name for group in plan.groups], cache) as machines,
+    ):
         # Not before: an attempt that had the cache until now may just have committed.
         committed = Committed.of(cache)
         ids = metadata.table["sample_id"]
         check_same_dataset(cache, committed.manifest, committed.index, plan.family, ids)
-        pools = encoder_pools(config, [group.name for group in plan.groups], joined_cluster())
-        rows = _scan(plan, metadata, num_cpus=min(pool.decode_cpus for pool in pools.values()))
+        rows = _scan(plan, metadata, machines)
         runs = [
-            GroupRun.begin(group, pool, EncoderSpec(plan, group, pool.batch_size), rows.samples)
-            for group, pool in ((group, pools[group.name]) for group in plan.groups)
+            GroupRun.begin(group, EncoderSpec(plan, group, batch_size(config, group.name)), rows.samples)
+            for group in plan.groups
         ]
         if config.dry_run:
             return dry_run(committed, rows, runs, warnings, retry=config.retry_quarantined)
@@ -65,6 +69,7 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
             retry=config.retry_quarantined,
         )
         for turn in turns:
+            machines.for_encoding(turn)
             _encode(turn, cache, config.cache_codec)
             check_quarantine(rows, runs, config.max_quarantine)
         if held is not None:
@@ -87,14 +92,14 @@ def _read_metadata(plan: PreprocessPlan) -> Metadata:
     )
 
 
-def _scan(plan: PreprocessPlan, metadata: Metadata, *, num_cpus: float) -> ScannedRows:
+def _scan(plan: PreprocessPlan, metadata: Metadata, machines: Machines) -> ScannedRows:
     """The rows by bucket, in dataset order within each, and those that cannot be used."""
     with Progress("scan", total=len(metadata.table), unit="files") as progress:
         samples, bad = scan_dataset(
             metadata,
             plan.sample,
             plan.output_path,
-            num_cpus=num_cpus,
+            process=machines.for_scan(),
             remember=not plan.config.dry_run,
             on_progress=progress.advance,
         )

@@ -51,6 +51,8 @@ def run_pass(
     options.max_errored_blocks = -1  # counted by the caller: what is lost is tried again in smaller parts
     options.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     options.execution_options.verbose_progress = False
+    # For every task and actor, and for what Ray Data asks the autoscaler for.
+    options.execution_options.label_selector = dict(size.selector) or None
     options.custom_execution_callback_classes = [*options.custom_execution_callback_classes, PassCallback]
     decoded = dataset.map(
         Decoder(spec, monitor),
@@ -63,6 +65,7 @@ def run_pass(
         fn_constructor_args=(spec, monitor),
         num_cpus=size.actor_cpus,
         num_gpus=size.actor_gpus or None,
+        resources=dict(size.others) or None,
         compute=ActorPoolStrategy(
             min_size=min(size.min_actors, len(shards)),
             max_size=min(size.max_actors, len(shards)),

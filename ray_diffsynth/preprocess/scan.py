@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from ray_diffsynth.cluster.nodes import Process
 from ray_diffsynth.data.fit import Fits
 from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, source_stamp
 from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
@@ -72,20 +73,22 @@ def scan_dataset(
     spec: SampleSpec,
     cache: str,
     *,
-    num_cpus: float,
+    process: Process,
     remember: bool = True,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[list[Sample], list[Quarantined]]:
     """Samples in dataset order, and the rows that cannot be used with their reason. Ray tasks read the files.
 
-    What is read is remembered as it goes, so that a run which ends on the way need not read it again.
+    process: what a task reserves, and where. What is read is remembered as it goes, so that a run which ends on the way
+    need not read it again.
     """
     rows = metadata.table.to_pylist()
     places = _places(rows, spec)
     paths = list(dict.fromkeys(places.values()))
     require_video_support(paths)
     scan_cache = ScanCache(cache, paths, remember=remember)
-    task = ray.remote(num_cpus=num_cpus, max_retries=1)(scan_files)
+    cpus, selector = process.resources["CPU"], dict(process.selector)
+    task = ray.remote(num_cpus=cpus, label_selector=selector or None, max_retries=1)(scan_files)
     files: dict[str, Scanned] = {}
     unchecked: list[Unchecked] = []
     pending: deque[tuple[list[str], Any]] = deque()

@@ -14,10 +14,11 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.config.cluster import ElasticConfig
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.storage import (
     absolute,
@@ -47,8 +48,8 @@ ASIDE = "previous"
 """Beginning of the names of the folders that hold the files of earlier runs."""
 MACHINE_FIELDS = frozenset(
     (
-        *("ray_address", "num_workers", "resources", "verbose", "dataset_num_workers", "sample_resources"),
-        *("shard_cache", "shard_cache_gb"),
+        *(field.name for field in fields(ElasticConfig)),
+        *("verbose", "dataset_num_workers", "sample_resources", "sample_node_labels", "shard_cache", "shard_cache_gb"),
     )
 )
 """Options that a batch system may change when it starts the same command on other machines."""

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from ray_diffsynth.cluster.encoders import EncoderPool, check_pools, encoder_pools
+from ray_diffsynth.cluster.demand import Ask, Demand, Shortage
+from ray_diffsynth.cluster.encoders import (
+    EncoderPool,
+    batch_size,
+    check_pools,
+    encoder_demand,
+    encoder_pools,
+    scan_demand,
+)
 from ray_diffsynth.cluster.generators import GeneratorPool, generator_pool
-from ray_diffsynth.cluster.nodes import Cluster, room
+from ray_diffsynth.cluster.nodes import Cluster, Process, pack, room
 from ray_diffsynth.cluster.session import ClusterError
 from ray_diffsynth.cluster.workers import WorkerGroup, sampler_resources, worker_group
-from ray_diffsynth.config import PreprocessConfig, TrainConfig
+from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
 from ray_diffsynth.errors import ConfigError
 
 GROUPS = ("vae", "text_encoder")
 
 
 def machines(cpus: float, gpus: float, count: int = 1) -> Cluster:
-    """Equal ones, with so many CPUs and GPUs in all."""
-    return Cluster({f"node{number}": {"CPU": cpus / count, "GPU": gpus / count} for number in range(count)})
+    """Equal ones, with so many CPUs and GPUs in all, and a resource of the user's own."""
+    node = {"CPU": cpus / count, "GPU": gpus / count, "big": 2.0}
+    return Cluster({f"node{number}": node for number in range(count)})
 
 
 def sizes(cpus: float, gpus: float, nodes: int = 1, **options: Any) -> dict[str, EncoderPool]:
@@ -57,9 +67,11 @@ def test_default_pools_fit_side_by_side(cpus: float, gpus: float) -> None:
 def test_each_pool_has_its_own_share_and_batch() -> None:
     pools = {"vae": {"num_gpus": 0.25, "batch_size": 4}, "text_encoder": {"num_gpus": 0.75, "max_size": 3}}
     found = sizes(16, 3, pools=pools, batch_size=2)
-    assert (found["vae"].actor_gpus, found["vae"].batch_size, found["vae"].max_actors) == (0.25, 4, 1)
+    assert (found["vae"].actor_gpus, found["vae"].max_actors) == (0.25, 1)
     text = found["text_encoder"]
-    assert (text.actor_gpus, text.batch_size, text.min_actors, text.max_actors) == (0.75, 2, 1, 3)
+    assert (text.actor_gpus, text.min_actors, text.max_actors) == (0.75, 1, 3)
+    config = PreprocessConfig(model="m", dataset_base_path="d", pools=pools, batch_size=2)
+    assert (batch_size(config, "vae"), batch_size(config, "text_encoder")) == (4, 2)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +97,88 @@ def test_pools_that_do_not_fit_say_so(pools: Any, message: str) -> None:
 def test_pools_that_make_no_sense(pools: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PreprocessConfig(model="m", dataset_base_path="d", pools=pools)
+
+
+ONE_GPU = {"CPU": 8.0, "GPU": 1.0}
+MIXED = Cluster(
+    {"e1": ONE_GPU, "e2": ONE_GPU, "t": {"CPU": 64.0, "GPU": 8.0}, "head": {"CPU": 4.0}},
+    labels={"e1": {"stage": "encode"}, "e2": {"stage": "encode"}, "t": {"stage": "train"}},
+)
+
+
+def test_parts_of_a_gpu_are_of_one_device() -> None:
+    """Three shares of 0.6 are less than two GPUs, and a tenth is in a GPU ten times."""
+    for share, there in ((0.6, 2), (0.7, 2), (0.3, 6), (0.1, 20), (0.333333, 6)):
+        assert room({"GPU": share}, {"a": {"GPU": 2.0}}) == there
+        assert pack([Process({"GPU": share})] * 25, machines(4, 2)).count(True) == there
+        assert sizes(64, 2, resources={"GPU": share})["vae"].max_actors == there
+    with pytest.raises(ClusterError, match="do not fit the 1 machines .* of one device"):
+        sizes(16, 2, pools={"vae": {"num_gpus": 0.65, "min_size": 2}, "text_encoder": {"num_gpus": 0.65}})
+    with pytest.raises(ClusterError, match="3 actors of 1 CPU and 0.65 GPU do not fit"):
+        sizes(16, 2, num_workers=3, resources={"GPU": 0.65})
+    assert pack([Process({"GPU": 0.5}), Process({"GPU": 1}), Process({"GPU": 0.5})], machines(4, 2)) == [True] * 3
+
+
+def test_labels_leave_the_other_machines_alone() -> None:
+    config = PreprocessConfig(model="m", dataset_base_path="d", node_labels={"stage": "encode"})
+    pool = encoder_pools(config, GROUPS, MIXED)["vae"]
+    assert (pool.min_actors, pool.max_actors, pool.selector) == (2, 2, {"stage": "encode"})
+    demand = encoder_demand({"vae": pool}, {"vae": 9}, least=True)
+    assert demand.bundles() == [{"CPU": 1.0, "GPU": 1.0}] * 2 + [{"CPU": 0.75}] * 2
+    assert demand.selectors() == [{"stage": "encode"}] * 4
+    assert scan_demand(config, MIXED).selectors() == [{"stage": "encode"}]
+    one = replace(config, num_workers=3, node_labels={"stage": "train"}, accelerator_type="H100")
+    with pytest.raises(ClusterError, match="no such machine"):
+        raise ClusterError(str(Shortage([(ask, 0) for ask in demand_of(one).asks], MIXED, MIXED)))
+
+
+def demand_of(config: PreprocessConfig) -> Demand:
+    pools = encoder_pools(config, ("vae",), MIXED, growing=True)
+    return encoder_demand(pools, {"vae": 99}, least=True)
+
+
+def test_groups_on_machines_of_their_own() -> None:
+    options: dict[str, Any] = {"pools": {"vae": {"num_gpus": 1}}, "node_labels": {"stage": "encode"}}
+    config = PreprocessConfig(
+        model="m", dataset_base_path="d", pool_labels={"text_encoder": {"stage": "train"}}, **options
+    )
+    found = encoder_pools(config, GROUPS, MIXED)
+    assert [found[name].selector["stage"] for name in GROUPS] == ["encode", "train"]
+    with pytest.raises(ConfigError, match="pool_labels: 'vea' is no group"):
+        check_pools(replace(config, pool_labels={"vea": {}}), GROUPS)
+
+
+def test_machines_that_are_not_there_yet_are_asked_for() -> None:
+    nothing = Cluster({"head": {"CPU": 0.0}})
+    config = PreprocessConfig(
+        model="m", dataset_base_path="d", num_workers="2..16", node_labels={"stage": "encode"}, resources={"tpu": 1}
+    )
+    demand = encoder_demand(encoder_pools(config, ("vae",), nothing), {"vae": 5}, least=True)
+    assert demand.bundles()[:5] == [{"CPU": 1.0, "GPU": 1.0, "tpu": 1}] * 5  # more than shards have nothing to do
+    assert [(ask.what, fitting) for ask, fitting in demand.missing(nothing)] == [
+        ("encoding actors of vae", 0),
+        ("decode and write tasks", 0),
+    ]
+    assert encoder_demand(encoder_pools(config, ("vae",), nothing), {"vae": 5}, least=False).asks[0].least == 1
+    assert generator_pool(generating(node_labels={"stage": "encode"}), 3, nothing).demand.bundles() == [
+        {"CPU": 1.0, "GPU": 1.0}
+    ]
+
+
+def test_a_growing_cluster_is_no_reason_to_refuse() -> None:
+    config = PreprocessConfig(model="m", dataset_base_path="d", num_workers=16)
+    with pytest.raises(ClusterError, match="16 actors of 1 CPU and 1 GPU do not fit"):
+        encoder_pools(config, ("vae",), machines(8, 1))
+    pool = encoder_pools(config, ("vae",), machines(8, 1), growing=True)["vae"]
+    assert (pool.min_actors, pool.max_actors) == (16, 16) and pool.actor_cpus + pool.decode_cpus <= 8
+    busy = Cluster({"a": {"CPU": 8.0, "GPU": 2.0}})
+    taken = Cluster({"a": {"CPU": 8.0, "GPU": 0.0}})
+    ask = Ask("actors", Process({"GPU": 1.0}), 2, 2)
+    shortage = Shortage(Demand((ask,)).missing(taken), busy, taken)
+    assert shortage.busy and str(shortage) == (
+        "2 actors of 1 GPU: 0 would fit; free are 0 of 2 GPU on 1 machines, others hold the rest"
+    )
+    assert not Shortage([(Ask("actors", Process({"GPU": 3.0}), 1, 1), 0)], busy, busy).busy
 
 
 def test_a_group_that_is_not_there() -> None:
@@ -113,13 +207,17 @@ def test_how_many_actors_generate(
     items: int,
     expected: GeneratorPool,
 ) -> None:
-    assert generator_pool(workers, resources, items, machines(*cluster)) == expected
+    assert generator_pool(generating(num_workers=workers, resources=resources), items, machines(*cluster)) == expected
 
 
 @pytest.mark.parametrize(("workers", "resources"), [(5, None), (1, {"GPU": 5}), (3, {"CPU": 3}), (9, {"GPU": 0})])
 def test_generators_that_do_not_fit_are_refused(workers: int, resources: dict[str, float] | None) -> None:
     with pytest.raises(ClusterError, match="do not fit a cluster of 8 CPU and 4 GPU"):
-        generator_pool(workers, resources, 9, machines(8, 4))
+        generator_pool(generating(num_workers=workers, resources=resources), 9, machines(8, 4))
+
+
+def generating(**options: Any) -> GenerateConfig:
+    return GenerateConfig(model="m", prompt="p", **options)
 
 
 def training(cluster: Cluster, virtual_ranks: int | None = None, **options: Any) -> WorkerGroup:

@@ -48,6 +48,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "sample_steps": (5, {}, {"validation_prompts": "a cat"}),
     "sample_inference_steps": (5, {}, {"validation_prompts": "a cat"}),
     "sample_resources": ({"CPU": 1.0}, {}, {"validation_prompts": "a cat"}),
+    "sample_node_labels": ({"stage": "train"}, {}, {"validation_prompts": "a cat"}),
     "shard_cache": ("/tmp", {}, {"dataset_base_path": "s3://a/b"}),
     "shard_cache_gb": (100.0, {}, {"dataset_base_path": "s3://a/b", "shard_cache": "/tmp"}),
 }

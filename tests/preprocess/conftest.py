@@ -19,8 +19,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from ray_diffsynth.cluster.encoders import EncoderPool
-from ray_diffsynth.cluster.nodes import Cluster
+from ray_diffsynth.cluster.nodes import Process
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
@@ -101,12 +100,9 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Stage1:
     from ray_diffsynth.preprocess import job as job_module
     from ray_diffsynth.preprocess import scan as scan_module
 
-    def size(config: PreprocessConfig, groups: Sequence[str], cluster: Cluster) -> dict[str, EncoderPool]:
-        return dict.fromkeys(groups, EncoderPool(1, 1, config.batch_size, 0.5, 0, 0.5, None, 0.25))
-
+    here = SimpleNamespace(for_scan=lambda: Process({"CPU": 0.5}), for_encoding=lambda runs: None)
     monkeypatch.setattr(job_module, "ray_session", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(job_module, "joined_cluster", lambda: Cluster({"here": {"CPU": 8.0}}))
-    monkeypatch.setattr(job_module, "encoder_pools", size)
+    monkeypatch.setattr(job_module, "machines_of", lambda *_: nullcontext(here))
     monkeypatch.setattr(job_module, "encode_all", encode_inline)
     monkeypatch.setattr(scan_module, "ray", InlineRay)
 

@@ -1,0 +1,70 @@
+"""Waiting for the machines that a job wants, and saying so."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from ray_diffsynth.cluster.address import ClusterError
+from ray_diffsynth.cluster.demand import Demand, Shortage
+from ray_diffsynth.cluster.nodes import Cluster
+from ray_diffsynth.cluster.request import Requester
+from ray_diffsynth.cluster.session import joined_cluster
+from ray_diffsynth.ray_compat import Autoscaler, autoscaler, available_resources
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+QUIET_SECONDS = 5.0
+"""How long nothing is said: what ended a moment ago may still hold its machines."""
+REPEAT_SECONDS = 60.0
+"""How often it is said again that nothing has changed."""
+
+
+def unused(cluster: Cluster) -> Cluster:
+    """The same machines with what nobody holds of their resources."""
+    left = available_resources()
+    return replace(cluster, nodes={node: left.get(node, {}) for node in cluster.nodes})
+
+
+def wait_for(
+    demand: Demand, requester: Requester, *, minutes: float, stopped: Callable[[], bool] = lambda: False
+) -> bool:
+    """Ask the autoscaler for all that is wanted, and wait until the least of it has room; False if `stopped`.
+
+    Raises ClusterError when it has no room after so many minutes; at once where the cluster has no autoscaler and its
+    machines would not do if they were free. The request stays: the caller takes it back.
+    """
+    began, spoke = time.monotonic(), 0.0
+    said = ""
+    while not stopped():
+        cluster = joined_cluster()
+        free = unused(cluster)
+        missing = demand.missing(free)
+        if not missing:
+            return True
+        scaling = autoscaler()
+        state = scaling or Autoscaler()
+        shortage = Shortage(missing, cluster, free, state.starting, state.failed)
+        if scaling is None and not shortage.busy:
+            raise ClusterError(
+                f"the cluster is too small and has no autoscaler: {shortage}; add machines, or lower --num_workers or "
+                "--resources"
+            )
+        if scaling is not None:
+            requester.ask(demand)
+        waited = time.monotonic() - began
+        if waited >= minutes * 60:
+            raise ClusterError(
+                f"after {minutes:g} minutes there is still no room for {shortage}; the same command goes on where this "
+                "one ended. --wait_minutes sets how long to wait"
+            )
+        text = str(shortage)
+        if waited >= QUIET_SECONDS and (text != said or waited - spoke >= REPEAT_SECONDS):
+            why = "others have the machines" if shortage.busy else "waiting for machines"
+            logger.warning("%s for %.0f s (at most %g min): %s", why, waited, minutes, text)
+            said, spoke = text, waited
+        time.sleep(POLL_SECONDS)
+    return False
