@@ -25,6 +25,7 @@ from ray_diffsynth.models.folder import PICKLE_SUFFIXES
 from ray_diffsynth.models.lora_alpha import MERGE, LoraFile, layer_scales
 from ray_diffsynth.models.lora_alpha import LoraError as LoraError
 from ray_diffsynth.models.lora_alpha import lora_scale as lora_scale
+from ray_diffsynth.models.tensor_file import tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,7 @@ def export_lora(
         if name in tensors:
             raise LoraError(f"two keys of the LoRA are renamed to {name}")
         tensors[name] = tensor.to(dtype or tensor.dtype).contiguous()
-    data = safetensors.torch.save(tensors, metadata={**(metadata or {}), "format": "pt"})
-    storage.write_bytes_atomic(str(path), _canonical(data))
+    storage.write_bytes_atomic(str(path), tensor_file(tensors, {**(metadata or {}), "format": "pt"}))
 
 
 def read_lora(
@@ -257,13 +257,3 @@ def _why_unknown(key: str) -> str:
         if re.search(pattern, key):
             return f"the key {key} is of {kind}, not of a LoRA; {MERGE}"
     return f"the key {key} is of no known layout ('<module>.lora_A.weight', '.lora_B.weight', bare or after {PREFIXES})"
-
-
-def _canonical(data: bytes) -> bytes:
-    """The same safetensors file with its header in one order: the library writes metadata in a random one."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps({"__metadata__": header.pop("__metadata__"), **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ray_diffsynth.storage.paths import filesystem, join, local_path
 from ray_diffsynth.storage.sync import sync_file, sync_folder
-from ray_diffsynth.storage.write import write_bytes_atomic
+from ray_diffsynth.storage.write import pieces, write_bytes_atomic
 from ray_diffsynth.system_errors import naming_file
 from ray_diffsynth.urls import is_remote
 
 
-def write_folder_atomic(folder: str, files: Mapping[str, bytes]) -> None:
-    """Write a folder (file name -> content) that is either whole or absent, also after a crash; an older one goes.
+def write_folder_atomic(folder: str, files: Mapping[str, bytes | Sequence[bytes | memoryview]]) -> None:
+    """Write a folder that is either whole or absent, also after a crash; an older one goes.
+
+    files: file name -> content, or its pieces.
 
     Local: under a hidden name beside it, fsync of files and folder, rename, fsync of the folder around it. What writes
     before it left unfinished there is removed, so only one process may write folders side by side. An object store has
@@ -33,7 +35,7 @@ def write_folder_atomic(folder: str, files: Mapping[str, bytes]) -> None:
     temporary.mkdir()
     for name, data in files.items():
         with naming_file(target / name), open(temporary / name, "wb") as file:
-            file.write(data)
+            file.writelines(pieces(data))
             file.flush()
             sync_file(file.fileno())
     sync_folder(temporary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ray_diffsynth.storage.paths import filesystem, local_path
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
 
 
-def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer) -> None:
+def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer | Sequence[bytes | memoryview]) -> None:
     """Write a file that is either whole or absent, also after a crash; an older one is replaced. Makes its folder.
+
+    data: the content, or its pieces, which are not put together first where the file is local.
 
     Local: a temporary file in the same folder, fsync, rename, fsync of the folder (where the file system has these).
     Object store: one put, atomic there.
@@ -29,10 +32,10 @@ def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer) -> None:
     if is_remote(path):
         fs, inner = filesystem(path)
         _make_parent(fs, inner)
-        fs.pipe_file(inner, bytes(data))
+        fs.pipe_file(inner, b"".join(pieces(data)))
         return
     path = os.path.abspath(local_path(path))
-    temporary = _write_temporary(path, data, sync=True)
+    temporary = _write_temporary(path, pieces(data), sync=True)
     try:
         os.replace(temporary, path)
     except BaseException:
@@ -63,7 +66,7 @@ def create_new(path: str, data: bytes) -> bool:
             return _create_without_condition(path, data)
         return True
     path = os.path.abspath(local_path(path))
-    temporary = _write_temporary(path, data, sync=False)
+    temporary = _write_temporary(path, [data], sync=False)
     try:
         os.link(temporary, path)  # unlike a rename it fails when the name is taken
     except FileExistsError:
@@ -79,7 +82,14 @@ def create_new(path: str, data: bytes) -> bool:
     return True
 
 
-def _write_temporary(path: str, data: bytes | memoryview | pa.Buffer, *, sync: bool) -> str:
+def pieces(
+    data: bytes | memoryview | pa.Buffer | Sequence[bytes | memoryview],
+) -> Sequence[bytes | memoryview | pa.Buffer]:
+    """The pieces of a file's content, which may be one."""
+    return data if isinstance(data, list | tuple) else [data]
+
+
+def _write_temporary(path: str, data: Sequence[bytes | memoryview | pa.Buffer], *, sync: bool) -> str:
     """Write the data to a temporary file in the folder of `path`, which it makes; returns the file's path.
 
     sync: whether to wait until the data is on the disk. A failed write leaves no file.
@@ -89,7 +99,7 @@ def _write_temporary(path: str, data: bytes | memoryview | pa.Buffer, *, sync: b
     temporary = temporary_path(folder, name)
     try:
         with naming_file(path), open(temporary, "xb") as file:
-            file.write(data)
+            file.writelines(data)
             if sync:
                 file.flush()
                 sync_file(file.fileno())

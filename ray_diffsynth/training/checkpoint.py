@@ -9,18 +9,20 @@ save removes. On an object store, which has no rename, state.json is written las
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.models.tensor_file import tensor_file
 from ray_diffsynth.storage import join, list_files, read_bytes, remove_folder, write_folder_atomic
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,15 @@ class Checkpoint:
         """The tensors of one part, without its prefix."""
         return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
 
+    def snapshot(self) -> Checkpoint:
+        """A copy in main memory, which the steps that follow leave as it is."""
+        tensors = {
+            name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, value in self.tensors.items()
+        }
+        rest = copy.deepcopy((self.identity, self.position, self.numbers))
+        return Checkpoint(self.step, *rest, tensors)
+
 
 def checkpoints_folder(output_path: str) -> str:
     return join(output_path, "checkpoints")
@@ -71,14 +82,14 @@ def save_checkpoint(output_path: str, checkpoint: Checkpoint, keep: int) -> str:
     """
     folder = checkpoints_folder(output_path)
     target = join(folder, checkpoint.name)
-    data = save({name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()})
+    data = tensor_file({name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()})
     body = {
         "version": CHECKPOINT_VERSION,
         "step": checkpoint.step,
         "identity": checkpoint.identity,
         "position": checkpoint.position,
         "numbers": checkpoint.numbers,
-        "tensors": {"bytes": len(data), "blake2b": _digest(data)},
+        "tensors": {"bytes": sum(map(len, data)), "blake2b": _digest(data)},
     }
     state = json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
     write_folder_atomic(target, {TENSOR_FILE: data, STATE_FILE: state})
@@ -126,7 +137,7 @@ def read_checkpoint(folder: str) -> Checkpoint:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if len(data) != wanted["bytes"]:
         raise CheckpointError(f"{path} is damaged: {len(data)} of {wanted['bytes']} bytes")
-    if _digest(data) != wanted["blake2b"]:
+    if _digest([data]) != wanted["blake2b"]:
         raise CheckpointError(f"{path} is damaged: its checksum does not match")
     return Checkpoint(state["step"], state["identity"], state["position"], state["numbers"], load(data))
 
@@ -155,9 +166,12 @@ def newest_checkpoint(output_path: str) -> Checkpoint | None:
     return None
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def _digest(data: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in data:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
-    return _digest(json.dumps(body, sort_keys=True).encode())
+    return _digest([json.dumps(body, sort_keys=True).encode()])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
 
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.plan.run_plan import TrainPlan
+from ray_diffsynth.training.background import BackgroundWriter
 from ray_diffsynth.training.checkpoint import (
+    Checkpoint,
     CheckpointError,
     checkpoints_folder,
     list_checkpoints,
@@ -15,7 +19,7 @@ from ray_diffsynth.training.checkpoint import (
 )
 from ray_diffsynth.training.distributed import all_equal
 from ray_diffsynth.training.errors import TrainingError
-from ray_diffsynth.training.export import Trained, export_trained, newest_file
+from ray_diffsynth.training.export import Trained, TrainedFile, newest_file, trained_files
 from ray_diffsynth.training.identity import check_identity, identity_defaults
 from ray_diffsynth.training.optimization import Optimization
 from ray_diffsynth.training.runtime import WorkerRuntime
@@ -23,10 +27,10 @@ from ray_diffsynth.training.start import mark_going_on
 
 
 class Checkpointing:
-    """The checkpoints and weight files of one attempt.
+    """The checkpoints and weight files of one attempt; a context manager around its steps that waits for the last save.
 
     found: the checkpoint that it goes on from, until `forget`; start: its step, 0 in a new run. files: what was
-    exported; saved: folder of the newest checkpoint that was written.
+    exported; saved: folder of the newest checkpoint that was written. Both are behind by what is still being written.
     """
 
     def __init__(self, plan: TrainPlan, runtime: WorkerRuntime) -> None:
@@ -36,6 +40,7 @@ class Checkpointing:
         self.start = self.found.step if self.found else 0
         self.files: list[str] = []
         self.saved: str | None = None
+        self._writer = BackgroundWriter()
         if not all_equal(self.start, runtime.world_size, runtime.device):
             raise TrainingError(
                 f"the workers see different checkpoints in {plan.output_path}; all nodes must share --output_path"
@@ -86,24 +91,55 @@ class Checkpointing:
         export: bool,
         position: dict[str, Any],
     ) -> None:
-        """LoRA file first, then the checkpoint: a kill in between costs the steps since the last one, never a file.
+        """Copy what is trained now; LoRA files and checkpoint are written from the copy while the steps go on.
 
-        position: JSON values beside the step, see `Checkpoint`. Called by rank 0.
+        The files first, then the checkpoint: a kill in between costs the steps since the last one, never a file. Waits
+        while the save before is still being written, so that main memory holds one copy, and no save is left out; the
+        error of that one is raised. position: JSON values beside the step, see `Checkpoint`. Called by rank 0.
         """
+        self._writer.wait()
+        files: list[TrainedFile] = []
         if export:
             by_epoch = self._config.save_steps is None and done % self._steps_per_epoch == 0
             name = f"epoch-{done // self._steps_per_epoch - 1}" if by_epoch else f"step-{done}"
             with optimization.evaluated():
-                self._export(pipe, trained, name)
+                files += self._trained_files(pipe, trained, name)
             if optimization.ema is not None:
                 with optimization.ema.applied():
-                    self._export(pipe, trained, f"{name}.ema")
+                    files += self._trained_files(pipe, trained, f"{name}.ema")
         position = {"epoch": done // self._steps_per_epoch, **self._counts, **position}
-        checkpoint = optimization.state.checkpoint(done, self._identity, position)
+        checkpoint = optimization.state.checkpoint(done, self._identity, position).snapshot()
+        self._writer.start(lambda: self._write(files, checkpoint))
+
+    def _trained_files(self, pipe: BasePipeline, trained: Trained, name: str) -> list[TrainedFile]:
+        return trained_files(pipe, trained, self._plan.output_path, name, layout=self._config.lora_format)
+
+    def _write(self, files: Sequence[TrainedFile], checkpoint: Checkpoint) -> None:
+        for file in files:
+            file.write()
+            self.files.append(file.path)
         self.saved = save_checkpoint(self._plan.output_path, checkpoint, self._config.keep_checkpoints)
 
-    def _export(self, pipe: BasePipeline, trained: Trained, name: str) -> None:
-        self.files += export_trained(pipe, trained, self._plan.output_path, name, layout=self._config.lora_format)
+    def raise_failed(self) -> None:
+        """Raise the error of a save that could not be written; waits for none."""
+        self._writer.raise_failed()
+
+    def wait(self) -> None:
+        """Wait until what was saved is written; raises the error of what could not be."""
+        self._writer.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except Exception as failed:
+            if error is None:
+                raise
+            error.add_note(f"and the last save could not be written: {type(failed).__name__}: {failed}")
 
     def restart_advice(self) -> str:
         """How to go on with other options, which a checkpoint refuses; nothing before there is one."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from safetensors.torch import save
 
 from ray_diffsynth.models.lora import LoraInfo, export_lora, lora_state
+from ray_diffsynth.models.tensor_file import tensor_file
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.graph import model_root
 from ray_diffsynth.pipelines.core.lora_keys import lora_prefix, lora_rename, own_prefix, submodule
@@ -25,24 +26,33 @@ class Trained:
     full: tuple[str, ...]
 
 
-def export_trained(
+@dataclass(frozen=True)
+class TrainedFile:
+    """A copy of trained weights as they are now, and where `write` puts them, whenever that is."""
+
+    path: str
+    write: Callable[[], None]
+
+
+def trained_files(
     pipe: BasePipeline, trained: Trained, output_path: str, name: str, *, layout: str = "family"
-) -> list[str]:
-    """Write `<output_path>/<name>.safetensors` (the LoRA, or the one model trained in full); returns the files.
+) -> list[TrainedFile]:
+    """What is trained, for `<output_path>/<name>.safetensors` (the LoRA, or the one model trained in full).
 
     Of several LoRAs that one is the denoising model's, or the first. Each further LoRA or model goes to
     `<name>.<model>.safetensors`; a model has its own keys and the pipeline's dtype. layout: of the LoRA's keys, the
     family's (which diffusers, ComfyUI and DiffSynth-Studio load) or "diffusers": `<subfolder>.<its own names>`. A DoRA
     always has the latter: diffusers converts no other names of it.
     """
-    written: list[str] = []
+    files: list[TrainedFile] = []
     for info in sorted(trained.loras, key=lambda info: model_root(info.name) not in pipe.in_iteration_models):
-        path = output_file(output_path, f"{name}.{info.name}.safetensors" if written else f"{name}.safetensors")
+        path = output_file(output_path, f"{name}.{info.name}.safetensors" if files else f"{name}.safetensors")
         state = lora_state(submodule(pipe, info.name))
         dora = any(key.endswith("lora_magnitude_vector") for key in state)
         own_names = (layout == "diffusers" or dora) and model_root(info.name) in pipe.parts
         prefix = own_prefix(pipe, info.name) if own_names else lora_prefix(pipe, info.name)
-        export_lora(
+        write = partial(
+            export_lora,
             state,
             prefix=prefix,
             rank=info.rank,
@@ -51,14 +61,17 @@ def export_trained(
             path=path,
             rename=None if own_names else lora_rename(pipe, info.name),
         )
-        written.append(path)
+        files.append(TrainedFile(path, write))
     for model in trained.full:
-        alone = len(trained.full) == 1 and not written
+        alone = len(trained.full) == 1 and not files
         path = output_file(output_path, f"{name}.safetensors" if alone else f"{name}.{model}.safetensors")
         tensors = {key: _plain(value, pipe.torch_dtype) for key, value in submodule(pipe, model).state_dict().items()}
-        write_bytes_atomic(path, save(tensors, metadata={"format": "pt"}))
-        written.append(path)
-    return written
+        files.append(TrainedFile(path, partial(_write_model, path, tensors)))
+    return files
+
+
+def _write_model(path: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    write_bytes_atomic(path, tensor_file(tensors, {"format": "pt"}))
 
 
 def newest_file(output_path: str, steps_per_epoch: int, until: int) -> str | None:

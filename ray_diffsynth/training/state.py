@@ -27,7 +27,7 @@ class TrainingState:
     ema: Ema | None = None
 
     def checkpoint(self, step: int, identity: dict[str, Any], position: dict[str, Any]) -> Checkpoint:
-        """The state after `step` optimizer steps; copies nothing, so write it before the next step."""
+        """The state after `step` optimizer steps; copies nothing: write or snapshot it before the next step."""
         tensors = {f"trainable/{name}": p.detach() for name, p in self.parameters.items()}
         moments, numbers = optimizer_state(self.optimizer, list(self.parameters))
         tensors |= {f"optimizer/{name}": value for name, value in moments.items()}

@@ -159,7 +159,7 @@ class Trainer:
         start = done = self.checkpointing.start
         rank, world = self.runtime.world_rank, self.runtime.world_size
         batches = self.loader.read(done, self.total, rank, world, self.config.dataset_num_workers)
-        with self.reporting as reporting, closing(batches):
+        with self.reporting as reporting, closing(batches), self.checkpointing:
             while done < self.total:
                 with reporting.explaining_memory():
                     outcome = self._step(done, batches)
@@ -171,6 +171,7 @@ class Trainer:
                 if done == start + self.loader.steps_per_epoch:  # every sample was met
                     reporting.log_row_warnings()
                 if outcome.stop:
+                    self.checkpointing.wait()
                     reporting.log(f"asked to stop: saved step {done}, run the same command again to go on")
                     break
         reporting.log_row_warnings()
@@ -237,11 +238,12 @@ class Trainer:
 
     def _after(self, done: int, outcome: StepOutcome) -> None:
         """What is due after `done` steps."""
+        self.checkpointing.raise_failed()
         self.reporting.step(done, outcome, self.module, self.optimization, self.precision)
         save = self.checkpointing.is_due(done)
         if save or outcome.stop:
+            self.reporting.flush()
             self._save(done, export=save)
-            self.reporting.saved()
         if not outcome.stop:
             self.reporting.draw(done, self.module, self.optimization)
 

@@ -12,7 +12,7 @@ from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.models.lora import lora_parameters
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.build import build_module
-from ray_diffsynth.training.export import export_trained
+from ray_diffsynth.training.export import trained_files
 
 
 def test_a_dora_loads_and_acts_in_diffusers(root: Path, theirs: Any, tmp_path: Path) -> None:
@@ -34,10 +34,11 @@ def test_a_dora_loads_and_acts_in_diffusers(root: Path, theirs: Any, tmp_path: P
         for key, parameter in lora_parameters(dit).items():
             if not key.endswith("lora_A.weight"):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    (file,) = export_trained(module.pipe, trained, str(tmp_path), "step-1", layout=config.lora_format)
+    (file,) = trained_files(module.pipe, trained, str(tmp_path), "step-1", layout=config.lora_format)
+    file.write()
 
     plain = {name: theirs.transformer.get_submodule(name) for name in info.targets}
-    theirs.load_lora_weights(file)
+    theirs.load_lora_weights(file.path)
     assert theirs.get_active_adapters()
     with torch.no_grad():
         for name, layer in plain.items():

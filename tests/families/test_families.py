@@ -25,7 +25,7 @@ from ray_diffsynth.pipelines.core.stages import plan_stages
 from ray_diffsynth.pipelines.core.state import make_state
 from ray_diffsynth.pipelines.registry import family_of, get_pipeline_class
 from ray_diffsynth.tasks import SFT
-from ray_diffsynth.training.export import Trained, export_trained
+from ray_diffsynth.training.export import Trained, trained_files
 from ray_diffsynth.training.module import DiffusionTrainingModule
 from tests.cuda_autocast import CudaAutocast, runs_under_autocast
 from tests.families.cases import FamilyCase, Sampling
@@ -244,7 +244,9 @@ def test_a_lora_trains_and_loads_in_diffusers(
         optimizer.step()
     assert losses[-1] < losses[0]
 
-    (path,) = export_trained(trained, Trained((info,), ()), str(tmp_path), "lora")
+    (file,) = trained_files(trained, Trained((info,), ()), str(tmp_path), "lora")
+    file.write()
+    path = file.path
     written = load_file(path)
     assert len(written) == 2 * len(info.targets)
     before = case.latents(theirs, their_output(theirs, sampling))

@@ -2,8 +2,10 @@
 
 Reads one JSON line a run from stdin and answers with the exit codes of its workers (minus the signal that ended one):
 {"config": {…}, "workers": how many, "meet": file by which they find each other, "kill": {…} or null, "term": step or
-null}. kill: {"step": n}: SIGKILL within step n, after backward; {"fsync": n}: in place of the n-th fsync of a
-checkpoint, so that it is half written; {"rename": n}: in place of its n-th rename. term: SIGTERM within that step.
+null}. kill: {"step": n}: SIGKILL within step n, after backward, when what was saved before is written; {"fsync": n}: in
+place of the n-th fsync of a checkpoint, so that it is half written; {"rename": n}: in place of its n-th rename;
+with "until" beside one of these two it lasts until that step, within which the process is killed. term: SIGTERM within
+that step.
 Each worker leaves the bytes of its frozen weights in <meet>-<rank>.json.
 """
 
@@ -14,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +27,7 @@ import torch
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.storage import folders
 from ray_diffsynth.training import local
+from ray_diffsynth.training.background import BackgroundWriter
 from ray_diffsynth.training.optimization import Optimization
 from ray_diffsynth.training.trainer import Trainer
 
@@ -42,37 +46,70 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _dying_at(call: Callable[..., Any], number: int) -> Callable[..., Any]:
-    """`call`, whose `number`-th call kills the process instead."""
+def _acting_at(call: Callable[..., Any], number: int, act: Callable[[], None]) -> Callable[..., Any]:
+    """`call`, in place of whose `number`-th call `act` is called."""
     count = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
-        if count == number:
-            _die()
-        return call(*args, **kwargs)
+        return act() if count == number else call(*args, **kwargs)
 
     return wrapped
 
 
+def _at_step(number: int, act: Callable[[], None]) -> None:
+    """Have `act` done within the `number`-th step of this attempt, after backward."""
+    clip, step = Optimization.clip, _acting_at(lambda: None, number, act)
+
+    def clipping(self: Any) -> float:
+        step()
+        return clip(self)
+
+    Optimization.clip = clipping  # type: ignore[method-assign]
+
+
 def _arm(kill: dict[str, int]) -> None:
+    act = _die
+    if "until" in kill:
+        reached = threading.Event()
+
+        def act() -> None:  # on the thread that writes, which never goes on
+            reached.set()
+            threading.Event().wait()
+
+        def die_when_reached() -> None:
+            assert reached.wait(60), "nothing is being written beside this step"
+            _die()
+
+        _at_step(kill["until"], die_when_reached)
     if "step" in kill:
-        clip, last = Optimization.clip, kill["step"]
-        steps = _dying_at(lambda: None, last)
-
-        def dying(self: Any) -> float:
-            steps()
-            return clip(self)
-
-        Optimization.clip = dying  # type: ignore[method-assign]
+        _at_step(kill["step"], _die_when_written())
     if "fsync" in kill:
         # Only of folders, which are the checkpoints: other files are synced too.
-        sync = _dying_at(lambda call, place: call(place), kill["fsync"])
+        sync = _acting_at(lambda call, place: call(place), kill["fsync"], act)
         for name in ("sync_file", "sync_folder"):
             setattr(folders, name, partial(sync, getattr(folders, name)))
     if "rename" in kill:
-        folders.os = _Os(rename=_dying_at(os.rename, kill["rename"]))  # type: ignore[attr-defined]
+        folders.os = _Os(rename=_acting_at(os.rename, kill["rename"], act))  # type: ignore[attr-defined]
+
+
+def _die_when_written() -> Callable[[], None]:
+    """SIGKILL when what was saved before is written, so that it is known which checkpoint is there."""
+    writers: list[BackgroundWriter] = []
+    start = BackgroundWriter.start
+
+    def noted(self: Any, write: Callable[[], None]) -> None:
+        writers[:] = [self]
+        start(self, write)
+
+    def die() -> None:
+        for writer in writers:
+            writer.wait()
+        _die()
+
+    BackgroundWriter.start = noted  # type: ignore[method-assign]
+    return die
 
 
 class _Os:
@@ -89,16 +126,7 @@ def _run(order: dict[str, Any]) -> None:
     if order["kill"]:
         _arm(order["kill"])
     if order.get("term"):
-        step, clip = order["term"], Optimization.clip
-
-        def asked(self: Any) -> float:
-            nonlocal step
-            step -= 1
-            if step == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return clip(self)
-
-        Optimization.clip = asked  # type: ignore[method-assign]
+        _at_step(order["term"], lambda: os.kill(os.getpid(), signal.SIGTERM))
     local.run(TrainConfig(**order["config"]))
 
 

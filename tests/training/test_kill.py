@@ -68,6 +68,10 @@ def assert_same(output: Path, whole: Path) -> None:
         ({"fsync": 6}, 2),  # the second checkpoint: tensors on disk, state.json not yet
         ({"rename": 2}, 2),  # the second checkpoint: written, but not under its name
         ({"fsync": 8}, 4),  # the second checkpoint has its name, its folder is not synced yet
+        # The steps go on while a checkpoint is written; killed meanwhile, the one before it counts.
+        ({"fsync": 1, "until": 4}, 0),
+        ({"fsync": 5, "until": 6}, 2),
+        ({"rename": 3, "until": 8}, 4),
     ],
     ids=lambda value: str(value),
 )
@@ -77,6 +81,8 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert go(runs, tmp_path, kill) == -9
     found = newest_checkpoint(str(tmp_path))
     assert (found.step if found else 0) == kept
+    if "until" in kill:
+        assert read_metrics(str(tmp_path))[-1]["step"] == kill["until"] - 1 > kept + 2
     assert go(runs, tmp_path) == 0
     assert_same(tmp_path, whole)
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))

@@ -17,7 +17,7 @@ from ray_diffsynth.models.lora import LoraError, add_lora, lora_parameters, lora
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.lora_keys import fuse_model_lora, load_model_lora, submodule
 from ray_diffsynth.pipelines.core.model_parts import Part
-from ray_diffsynth.training.export import Trained, export_trained
+from ray_diffsynth.training.export import Trained, trained_files
 
 MODELS = ("dit", "text_encoder", "text_encoder_2", "image_encoder", "conditioner")
 
@@ -54,7 +54,9 @@ def test_an_export_loads_again(model: str, layout: str, tmp_path: Path) -> None:
     info = add_lora(submodule(made, model), rank=2, alpha=6, target_modules=targets, seed=1, name=model)
     for parameter in lora_parameters(submodule(made, model)).values():
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-    (path,) = export_trained(made, Trained((info,), ()), str(tmp_path), "lora", layout=layout)
+    (file,) = trained_files(made, Trained((info,), ()), str(tmp_path), "lora", layout=layout)
+    file.write()
+    path = file.path
 
     again = Own()
     same = add_lora(submodule(again, model), rank=2, alpha=6, target_modules=targets, seed=9, name=model)
@@ -77,7 +79,9 @@ def test_an_export_loads_again(model: str, layout: str, tmp_path: Path) -> None:
 def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
     made: Any = Own()
     info = add_lora(made.text_encoder, rank=2, alpha=2, target_modules="to_q", seed=1, name="text_encoder")
-    (path,) = export_trained(made, Trained((info,), ()), str(tmp_path), "lora")
+    (file,) = trained_files(made, Trained((info,), ()), str(tmp_path), "lora")
+    file.write()
+    path = file.path
     with pytest.raises(LoraError, match="layers that the model does not have"):
         fuse_model_lora(Own(), "text_encoder.layers.1", path)
 

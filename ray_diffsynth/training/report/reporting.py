@@ -123,8 +123,8 @@ class Reporting:
             if self._images_due(done) and self._sampler is None:
                 self._runtime.draw_samples(done, optimization.weights())
 
-    def saved(self) -> None:
-        """A checkpoint was written: what is logged up to it must not be lost."""
+    def flush(self) -> None:
+        """Before a checkpoint is written: what is logged up to it must not be lost."""
         if self._log is not None:
             self._log.flush()
 

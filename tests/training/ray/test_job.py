@@ -54,6 +54,8 @@ def test_a_killed_worker_costs_nothing(
             def report(self, metrics: Any) -> None:
                 super().report(metrics)
                 if metrics["step"] == 3 and not once.exists():
+                    while not list_checkpoints(str(tmp_path / "killed")):  # it is written beside the steps
+                        time.sleep(0.01)
                     once.touch()
                     os.kill(os.getpid(), 9)
 
