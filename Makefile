@@ -10,10 +10,10 @@ DOCS_STAMP := $(DOCS_VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser demo test lint format types imports docs check bench clean
+.PHONY: help install browser demo test lint format types imports docs check cluster-check bench clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
 
 install: $(STAMP) ## Make .venv with everything that the checks need
 
@@ -67,6 +67,11 @@ $(DOCS_STAMP): docs_site/requirements.txt
 	@touch $@
 
 check: lint types imports ## All checks but the tests
+
+# make cluster-check FILE=my_cluster.yaml CRDS=folder; without FILE all of cluster/
+cluster-check: FILE ?= $(wildcard cluster/kuberay/*.yaml cluster/launcher/*.yaml)
+cluster-check: $(STAMP) ## Say what is wrong in FILE, a manifest of KubeRay or a file of ray up
+	@$(BIN)/python -m cluster.check $(FILE) $(if $(CRDS),--crds $(CRDS))
 
 bench: $(STAMP) ## Run the benchmarks, one file a claim, and print one table
 	$(BIN)/python -m benchmarks.run $(ARGS)

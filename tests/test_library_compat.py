@@ -27,10 +27,12 @@ import safetensors.torch
 import torch
 import transformers
 from diffusers.hooks import layerwise_casting
+from jsonschema import ValidationError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cluster.check.autoscaling import Started, started_pods
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.config.flags import parse
 from ray_diffsynth.diffusion.out_of_memory import is_out_of_memory
@@ -40,10 +42,12 @@ from tests import test_ray_compat
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ray_diffsynth"
+OTHERS = ("jobs", "cluster.check")
+"""What stands beside the package."""
 
 
 class Use(NamedTuple):
-    """One of them. ``private``: its names that begin with an underscore, in ``module`` below the package."""
+    """One of them. ``private``: its names that begin with an underscore, in ``module``, as `sources` names it."""
 
     library: str
     module: str
@@ -65,6 +69,18 @@ def ray_start_has_a_folder() -> None:
     import ray
 
     assert "_temp_dir" in inspect.getsource(ray.init)
+
+
+def ray_plans_pods_from_a_manifest() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    pod = {"spec": {"containers": [{"resources": {"limits": {"cpu": "2", "nvidia.com/gpu": "1"}}}]}}
+    group = {"groupName": "g", "labels": {"a": "b"}, "minReplicas": 0, "maxReplicas": 2, "template": pod}
+    cluster = {"headGroupSpec": {"template": pod}, "workerGroupSpecs": [group]}
+    assert started_pods(cluster, [{"GPU": 1.0}] * 2, [{"a": "b"}] * 2) == Started({"g": 2}, refused=False)
+    assert started_pods(cluster, [{"GPU": 1.0}], [{"a": "c"}]) == Started({}, refused=True)
+    with pytest.raises(ValidationError, match="nonsense"):
+        validate_config({**prepare_config({"cluster_name": "c", "provider": {"type": "aws"}}), "nonsense": 1})
 
 
 def ddp_leaves_parameters_out() -> None:
@@ -190,6 +206,14 @@ USES = [
         test_ray_compat.test_ray_train_registers_its_handler_of_ctrl_c_by_a_method,
     ),
     Use(
+        "ray",
+        "cluster.check.autoscaling",
+        ("_private", "_derive_autoscaling_config_from_ray_cr"),
+        "which pods a demand would start",
+        ray_plans_pods_from_a_manifest,
+    ),
+    Use("ray", "cluster.check.launcher", ("_private",), "the validation of ray up", ray_plans_pods_from_a_manifest),
+    Use(
         "torch",
         "training.distributed",
         ("_set_params_and_buffers_to_ignore_for_model",),
@@ -226,15 +250,21 @@ USES = [
 
 @pytest.mark.parametrize("use", USES, ids=[f"{use.module}:{use.check.__name__}" for use in USES])
 def test_it_is_still_so(use: Use) -> None:
-    importlib.import_module(f"{PACKAGE}.{use.module}")
+    importlib.import_module(dotted(use.module))
     use.check()
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
-    """(dotted name below the package, syntax tree) of every module; those of jobs begin with "jobs."."""
-    for path in sorted([*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "jobs").glob("*.py")]):
+    """(dotted name below the package, syntax tree) of every module; those of OTHERS begin with their own name."""
+    folders = (ROOT / name.replace(".", "/") for name in (PACKAGE, *OTHERS))
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         yield name.removeprefix(f"{PACKAGE}.").removesuffix(".__init__"), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def dotted(name: str) -> str:
+    """The name by which a module that `sources` names is imported."""
+    return name if name.startswith(OTHERS) else f"{PACKAGE}.{name}"
 
 
 def private(name: str) -> bool:
@@ -259,7 +289,7 @@ def given_names(tree: ast.Module) -> set[str]:
 @functools.cache
 def given_by_modules() -> dict[str, set[str]]:
     """Dotted name of a module of the package -> the names that it gives."""
-    return {f"{PACKAGE}.{name}": given_names(tree) for name, tree in sources()}
+    return {dotted(name): given_names(tree) for name, tree in sources()}
 
 
 def own_names(tree: ast.Module) -> set[str]:
@@ -302,12 +332,12 @@ def overrides_in(name: str, tree: ast.Module) -> set[str]:
     methods = {c.name: [f.name for f in c.body if isinstance(f, ast.FunctionDef) and private(f.name)] for c in classes}
     if not any(methods.values()):
         return set()
-    module = importlib.import_module(name if name.startswith("jobs") else f"{PACKAGE}.{name}")
+    module = importlib.import_module(dotted(name))
     return {
         method
         for cls, names in methods.items()
         for base in getattr(module, cls).__mro__
-        if not base.__module__.startswith((PACKAGE, "jobs"))
+        if not base.__module__.startswith((PACKAGE, *OTHERS))
         for method in names
         if method in vars(base)
     }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
+from functools import cache
 from io import StringIO
-from typing import Any
+from pathlib import Path
 
 from cluster.check.problem import Place, Problem
-from ray_diffsynth.config import JOBS
+from ray_diffsynth.config import JOBS, JobConfig
 from ray_diffsynth.config.flags import parse
+from ray_diffsynth.errors import did_you_mean
 
 _JOB = re.compile(r"(?:^|/)jobs/(\w+)\.py$")
 
@@ -25,55 +27,112 @@ def job_words(command: str) -> tuple[str, list[str]] | None:
     words = shlex.split(command.replace("\\\n", " "), comments=True)
     for at, word in enumerate(words):
         if found := _JOB.search(word):
-            return found[1], words[at + 1 :]
+            return found[1], _up_to_operator(words[at + 1 :])
         if word.rsplit("/", 1)[-1] == "ray-diffsynth" and at + 1 < len(words):
-            return words[at + 1], words[at + 2 :]
+            return words[at + 1], _up_to_operator(words[at + 2 :])
     for word in words:
         if " " in word and (inner := job_words(word)):
             return inner
     return None
 
 
-def job_problems(command: str, place: Place, groups: Sequence[Mapping[str, str]] | None = None) -> Iterator[Problem]:
-    """What the job's parser says of the options; and labels that no group of the file (`groups`) has."""
+def _up_to_operator(words: Sequence[str]) -> list[str]:
+    end = next((at for at, word in enumerate(words) if word in ("&&", "||", ";", "|", "&")), len(words))
+    return [word.removesuffix(";") for word in words[:end]]
+
+
+def job_problems(command: str, place: Place) -> Iterator[Problem]:
+    """What the job's parser says of its options."""
     try:
         found = job_words(command)
     except ValueError as error:
-        yield Problem(place, f"is no shell command: {error}")
+        yield Problem(place, f"is no shell command: {error}; close the quotes")
         return
     if found is None:
-        yield Problem(place, "runs no job of ray_diffsynth (python jobs/NAME.py …)")
+        yield Problem(place, "runs no job of ray_diffsynth; write ray-diffsynth JOB … or python jobs/JOB.py …")
         return
     name, words = found
-    config_class = next((config for config in JOBS if config.job == name), None)
-    if config_class is None:
-        yield Problem(place, f"there is no job {name!r}; jobs are {', '.join(config.job for config in JOBS)}")
-        return
-    words = [re.sub(r"\$\{?\w+\}?", "x", word) for word in words]  # filled in by the shell
+    known = [config.job for config in JOBS]
+    if name not in known:
+        yield Problem(place, f"there is no job {name!r}; {did_you_mean(name, known)}")
+    else:
+        _, message = _parsed(name, tuple(words))
+        if message:
+            yield Problem(place, message)
+
+
+def job_config(command: str) -> JobConfig | None:
+    """The configuration that a command gives to its job; None where there is none, or one that the job refuses."""
+    try:
+        found = job_words(command)
+    except ValueError:
+        return None
+    if found is None or found[0] not in [config.job for config in JOBS]:
+        return None
+    return _parsed(found[0], tuple(found[1]))[0]
+
+
+@cache
+def _parsed(name: str, given_words: tuple[str, ...]) -> tuple[JobConfig | None, str]:
+    """The configuration, and what is wrong with it. Paths of the cluster are not looked for here."""
+    config_class = next(config for config in JOBS if config.job == name)
+    words = [re.sub(r"\$\{?\w+\}?", "1", word) for word in given_words]  # filled in by a shell
+    given = _options(words)
+    if (file := given.get("--config")) and not Path(file).exists():
+        words = [word for word in words if word not in ("--config", file, f"--config={file}")]
+    elif file:
+        file = None
+    here, output = tempfile.gettempdir(), given.get("--output_path")
+    if output and "://" not in output:
+        words = [word.replace(output, here) if word in (output, f"--output_path={output}") else word for word in words]
     with redirect_stderr(StringIO()) as told:
         try:
-            config = parse(config_class, words, prog=f"jobs/{name}.py")
+            return parse(config_class, words, prog=name), ""
         except SystemExit:
-            yield Problem(place, " ".join(told.getvalue().split()))
-            return
-    labels: Any = getattr(config, "node_labels", None)
-    if groups is not None and labels and not any(labels.items() <= dict(group).items() for group in groups):
-        yield Problem(
-            place, f"no group has the labels {json.dumps(labels)}; they are {json.dumps([dict(g) for g in groups])}"
-        )
+            message = " ".join(told.getvalue().split(f"{name}: ", 1)[-1].partition("\nSee ")[0].split())
+    if file and "is missing" in message:  # perhaps it stands in that file
+        return None, ""
+    return None, f"{name}: {message}"
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """The options that are given with a value, as they are written."""
+    found = {}
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            found[name] = value if equals else next(iter(words[at + 1 : at + 2]), "")
+    return found
+
+
+def path_problems(command: str, place: Place, mounts: Sequence[str]) -> Iterator[Problem]:
+    """Paths of a job that no volume holds. mounts: where the pods have volumes that all of them share."""
+    try:
+        found = job_words(command)
+    except ValueError:
+        return
+    for option, path in _options(found[1] if found else []).items():
+        if option not in ("--output_path", "--dataset_base_path", "--dataset_metadata_path") or "://" in path:
+            continue
+        if not path.startswith(("/", "$")):
+            yield Problem(place, f"{option} {path} is relative to a pod that goes; use an absolute path or a URL")
+        elif not any(path == mount or path.startswith(mount.rstrip("/") + "/") for mount in mounts):
+            there = ", ".join(mounts) or "no path"
+            yield Problem(place, f"{option} {path} lies on no volume that all pods share; those are at {there}")
 
 
 def ray_start_problems(command: str, place: Place) -> Iterator[Problem]:
-    """What Ray's own parser says of each `ray start …` in a line of shell."""
+    """What Ray's own parser says of each `ray start …` and `ray drain-node …` in a line of shell."""
     from click import ClickException
-    from ray.scripts.scripts import start
+    from ray.scripts.scripts import drain_node, start
 
+    commands = {"start": start, "drain-node": drain_node}
     for part in re.split(r"&&|\|\||;|\n", command.replace("\\\n", " ")):
-        found = re.search(r"(?:^|[\s/])ray start(?=\s|$)(.*)", part, re.DOTALL)
+        found = re.search(r"(?:^|[\s/])ray (start|drain-node)(?=\s|$)(.*)", part, re.DOTALL)
         if found is None:
             continue
-        words = [re.sub(r"\$\{?\w+\}?", "1", word) for word in shlex.split(found[1].rstrip(" &"), comments=True)]
+        words = [re.sub(r"\$\{?\w+\}?", "1", word) for word in shlex.split(found[2].rstrip(" &"), comments=True)]
         try:
-            start.make_context("start", words)
+            commands[found[1]].make_context(found[1], words)
         except ClickException as error:
-            yield Problem(place, f"ray start: {error.format_message()}")
+            yield Problem(place, f"ray {found[1]}: {error.format_message()}")

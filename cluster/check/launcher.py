@@ -3,42 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Any
 
 from cluster.check.entrypoints import ray_start_problems
-from cluster.check.problem import Problem
+from cluster.check.problem import Problem, mapping
 
 START = ("head_start_ray_commands", "worker_start_ray_commands")
-SETUP = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands")
+_TOKEN = "RAY_AUTH_MODE=token"
 
 
 def launcher_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
     """Keys, types, and bounds by Ray; commands of `ray start`; defaults that surprise."""
+    yield from _validation(document)
+    for name, kind in mapping(document.get("available_node_types")).items():
+        if name != document.get("head_node_type") and "max_workers" not in mapping(kind):
+            where = ("available_node_types", name, "max_workers")
+            yield Problem(where, "is missing, and Ray then takes 2; say how many there may be")
+    if "max_workers" not in document:
+        yield Problem(("max_workers",), "is missing, and Ray then takes 2 for all groups together; say how many")
+    if not document.get("setup_commands"):
+        yield Problem(("setup_commands",), "are empty, and a provider's own then install a nightly Ray; install yours")
+    for key in START:
+        commands = [str(command) for command in document.get(key) or ()]
+        if not any("ray start" in command for command in commands):
+            yield Problem((key,), "start no Ray; end them with ray start …")
+        for at, command in enumerate(commands):
+            yield from ray_start_problems(command, (key, at))
+            if "ray start" in command and _TOKEN not in command:
+                message = f"starts Ray without a token: whoever reaches it can run anything; export {_TOKEN} before it"
+                yield Problem((key, at), message)
+
+
+def _validation(document: Mapping[str, Any]) -> Iterator[Problem]:
+    """What `ray up` itself refuses."""
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     try:
-        validate_config(_with_detected_resources(prepare_config(dict(document))))
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # hints of Ray that name no mistake
+            validate_config(_with_detected_resources(prepare_config(dict(document))))
     except ValidationError as error:
         yield Problem(tuple(error.absolute_path), error.message)
     except Exception as error:  # whatever Ray's bootstrap raises: ValueError, KeyError, its own
         yield Problem((), f"{type(error).__name__}: {error}")
-    types = document.get("available_node_types")
-    for name, kind in types.items() if isinstance(types, Mapping) else ():
-        if name != document.get("head_node_type") and "max_workers" not in kind:
-            yield Problem(("available_node_types", name, "max_workers"), "is missing, and then 2")
-    if "max_workers" not in document:
-        yield Problem(("max_workers",), "is missing, and then 2 for all groups together")
-    if not document.get("setup_commands"):
-        yield Problem(("setup_commands",), "are empty: a provider's own install a nightly Ray")
-    for key in START:
-        commands = document.get(key) or ()
-        if not any("ray start" in str(command) for command in commands):
-            yield Problem((key,), "start no Ray")
-        for at, command in enumerate(commands):
-            yield from ray_start_problems(str(command), (key, at))
-            if "ray start" in str(command) and "RAY_AUTH_MODE=token" not in str(command):
-                yield Problem((key, at), "starts Ray without RAY_AUTH_MODE=token: who reaches it runs what he wants")
 
 
 def _with_detected_resources(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cluster.check.problem import Place, Problem, walk
+from cluster.check.problem import Place, Problem, mapping, walk
+from cluster.check.runtime_env import SECRET
+from ray_diffsynth.errors import did_you_mean
 
 GPU = "nvidia.com/gpu"
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|_KEY)$")
-_FACTORS = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-_FACTORS["Ti"] = 2.0**40
+_SUFFIXES = ("", "k", "M", "G", "T")
+_FACTORS = {"m": 1e-3, **{name: 1e3**power for power, name in enumerate(_SUFFIXES)}}
+_FACTORS |= {f"{name[0].upper()}i": 2.0 ** (10 * power) for power, name in enumerate(_SUFFIXES) if name}
+_RESOURCES = ("cpu", "memory", "ephemeral-storage", GPU)
 
 
 def amount(quantity: Any) -> float:
@@ -32,40 +36,90 @@ def pods_in(document: Mapping[str, Any]) -> Iterator[tuple[Place, Mapping[str, A
 def pod_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
     """Mounts without a volume, requests that are not the limits, users, secrets in the clear."""
     for place, pod in pods_in(document):
-        volumes = {volume.get("name") for volume in pod.get("volumes") or ()}
-        for at, container in enumerate(pod["containers"]):
+        yield from _mounts(pod, place)
+        for at, container in enumerate(map(mapping, pod["containers"])):
             here = (*place, "containers", at)
-            for number, mount in enumerate(container.get("volumeMounts") or ()):
-                if mount.get("name") not in volumes:
-                    known = ", ".join(sorted(map(str, volumes))) or "none"
-                    message = f"there is no volume {mount.get('name')!r} in this pod; volumes there: {known}"
-                    yield Problem((*here, "volumeMounts", number), message)
-            yield from _resources(container.get("resources") or {}, (*here, "resources"))
-            for number, variable in enumerate(container.get("env") or ()):
-                if SECRET.search(str(variable.get("name"))) and variable.get("value"):
-                    yield Problem(
-                        (*here, "env", number),
-                        f"{variable['name']} stands here in the clear; use valueFrom.secretKeyRef",
-                    )
-        security = pod.get("securityContext") or {}
-        if not security.get("runAsNonRoot"):
-            yield Problem((*place, "securityContext"), "runs as root; set runAsNonRoot: true and runAsUser")
+            yield from _resources(mapping(container.get("resources")), (*here, "resources"))
+            yield from _environment(container, here)
+            yield from _hook(container, here, grace=pod.get("terminationGracePeriodSeconds", 30))
+            security = {**mapping(pod.get("securityContext")), **mapping(container.get("securityContext"))}
+            if not security.get("runAsNonRoot") or security.get("runAsUser") == 0:
+                yield Problem(
+                    (*place, "securityContext"), "runs as root; set runAsNonRoot: true and the runAsUser of the image"
+                )
+            if security.get("privileged"):
+                yield Problem((*here, "securityContext", "privileged"), "gives the whole machine away; leave it out")
+
+
+def _mounts(pod: Mapping[str, Any], place: Place) -> Iterator[Problem]:
+    volumes = [str(mapping(volume).get("name")) for volume in pod.get("volumes") or ()]
+    used = set()
+    for at, container in enumerate(map(mapping, pod["containers"])):
+        paths: Counter[str] = Counter()
+        for number, mount in enumerate(map(mapping, container.get("volumeMounts") or ())):
+            name, path = str(mount.get("name")), str(mount.get("mountPath"))
+            where = (*place, "containers", at, "volumeMounts", number)
+            used.add(name)
+            paths[path] += 1
+            if name not in volumes:
+                message = f"there is no volume {name!r} in this pod; {did_you_mean(name, volumes)}"
+                yield Problem((*where, "name"), message)
+            if not path.startswith("/"):
+                yield Problem((*where, "mountPath"), f"{path} is relative; begin it with a slash")
+            if paths[path] == 2:
+                yield Problem((*where, "mountPath"), f"{path} is mounted twice; give each its own path")
+    for number, volume in enumerate(volumes):
+        if volume not in used <= set(volumes):
+            message = f"{volume} is mounted by no container; mount it, or leave it out"
+            yield Problem((*place, "volumes", number), message)
+        if volumes.index(volume) < number:
+            yield Problem((*place, "volumes", number), f"there is another volume {volume}; give each its own name")
+
+
+def _environment(container: Mapping[str, Any], place: Place) -> Iterator[Problem]:
+    for number, variable in enumerate(map(mapping, container.get("env") or ())):
+        if SECRET.search(str(variable.get("name"))) and variable.get("value"):
+            message = f"{variable['name']} stands here in the clear; take it from a secret by valueFrom.secretKeyRef"
+            yield Problem((*place, "env", number), message)
+        if "value" in variable and "valueFrom" in variable:
+            yield Problem((*place, "env", number), "has both value and valueFrom; leave one out")
+
+
+def _hook(container: Mapping[str, Any], place: Place, *, grace: Any) -> Iterator[Problem]:
+    found = re.search(r"--deadline-remaining-seconds[= ](\d+)", " ".join(stop_command(container)))
+    if found and isinstance(grace, int) and int(found[1]) >= grace:
+        yield Problem(
+            (*place, "lifecycle", "preStop"),
+            f"tells Ray of {found[1]} s, but the pod is killed after terminationGracePeriodSeconds, {grace}; say less",
+        )
+
+
+def stop_command(container: Mapping[str, Any]) -> list[str]:
+    """What a container runs before it is stopped, word by word."""
+    hook = mapping(mapping(container.get("lifecycle")).get("preStop"))
+    return [str(word) for word in mapping(hook.get("exec")).get("command") or ()]
 
 
 def _resources(resources: Mapping[str, Any], place: Place) -> Iterator[Problem]:
-    requests, limits = resources.get("requests") or {}, resources.get("limits") or {}
+    requests, limits = mapping(resources.get("requests")), mapping(resources.get("limits"))
     for name in dict.fromkeys((*requests, *limits)):
-        try:
-            wanted, most = (
-                None if given is None else amount(given) for given in (requests.get(name), limits.get(name))
-            )
-        except ValueError as error:
-            yield Problem((*place, name), str(error))
+        section = "requests" if name in requests else "limits"
+        if name not in _RESOURCES and ("/" not in name or name.startswith("nvidia.com/gpu")):
+            yield Problem((*place, section, name), f"is no resource of Kubernetes; {did_you_mean(name, _RESOURCES)}")
             continue
-        if name == GPU and wanted != most and (wanted is not None or most is None):
-            yield Problem((*place, "requests", name), "of GPUs must be equal to the limit")
+        try:
+            wanted = amount(requests[name]) if name in requests else None
+            most = amount(limits[name]) if name in limits else None
+        except ValueError as error:
+            yield Problem((*place, section, name), str(error))
+            continue
+        if name == GPU and most is None:
+            yield Problem((*place, "limits", name), "is missing: GPUs are given by their limit; write it there too")
+        elif name == GPU and wanted is not None and wanted != most:
+            message = f"{requests[name]} GPUs are asked for and the limit is {limits[name]}; they must be equal"
+            yield Problem((*place, "requests", name), message)
         elif wanted is not None and most is not None and wanted > most:
             yield Problem((*place, "requests", name), f"{requests[name]} is above the limit, {limits[name]}")
     if "memory" not in limits:
-        message = "has no limit of memory: Ray's own guard looks at the whole machine, and the pod is killed unasked"
-        yield Problem((*place, "limits"), message)
+        message = "is missing: Ray's own guard then looks at the whole machine, and the pod is killed first; set it"
+        yield Problem((*place, "limits", "memory"), message)

@@ -12,10 +12,12 @@ Place: TypeAlias = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """place: where in the document. message: what is wrong there, and the fix."""
+    """place: where in the document. message: what is wrong there, and the fix. shape: a value of another type stands
+    there than every further rule expects, so that these are not asked."""
 
     place: Place
     message: str
+    shape: bool = False
 
     def __str__(self) -> str:
         where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.place).lstrip(".")
@@ -31,3 +33,8 @@ def walk(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for at, inner in enumerate(value):
             yield from walk(inner, (*place, at))
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value, or an empty mapping where it is none."""
+    return value if isinstance(value, Mapping) else {}

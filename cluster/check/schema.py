@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, ValidationError
 
 from cluster.check.problem import Problem
-from ray_diffsynth.errors import did_you_mean
+from ray_diffsynth.errors import ConfigError, did_you_mean, nearest
 
 KINDS = ("RayCluster", "RayJob", "RayCronJob")
+_TYPES = {
+    "string": "a text; put it in quotes",
+    "integer": "a whole number, without quotes",
+    "number": "a number, without quotes",
+    "boolean": "true or false, without quotes",
+    "array": "a list; begin each entry with a dash",
+    "object": "a mapping of names to values",
+}
 
 
 @cache
@@ -24,27 +32,34 @@ def own_schema() -> dict[str, Any]:
 
 
 def schema_of(kind: str, crds: Path | None = None) -> dict[str, Any]:
-    """The schema of a kind: that of a cluster's own CRDs where their folder is given, else our own."""
-    found = _from_crds(kind, crds) if crds is not None else None
-    return {"$ref": f"#/$defs/{kind}", **own_schema()} if found is None else strict(found)
+    """The schema of a kind: that of a cluster's own CRDs where their folder is given, else our own.
+
+    Raises ConfigError for a folder that has no CRD of the kind.
+    """
+    own = own_schema()
+    if crds is None:
+        return {"$ref": f"#/$defs/{kind}", **own}
+    found = strict(_from_crds(kind, crds))
+    # CRDs leave the metadata of a resource to the API server.
+    return {**found, "properties": {**found["properties"], "metadata": own["$defs"]["metadata"]}, **own}
 
 
-def _from_crds(kind: str, folder: Path) -> dict[str, Any] | None:
+def _from_crds(kind: str, folder: Path) -> dict[str, Any]:
     """The openAPIV3Schema of the newest served version of `kind` in a folder of CRDs (YAML or JSON)."""
-    for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml"), *folder.glob("*.json")]):
+    for path in sorted(path for path in folder.glob("*") if path.suffix in (".yaml", ".yml", ".json")):
         for document in yaml.safe_load_all(path.read_text(encoding="utf-8")):
-            spec = (document or {}).get("spec", {})
-            if (document or {}).get("kind") != "CustomResourceDefinition" or spec.get("names", {}).get("kind") != kind:
-                continue
-            versions = [version for version in spec.get("versions", ()) if version.get("served")]
-            if versions:
-                schema: dict[str, Any] = versions[-1]["schema"]["openAPIV3Schema"]
-                return schema
-    return None
+            for crd in document["items"] if (document or {}).get("kind") == "List" else [document or {}]:
+                spec = crd.get("spec", {})
+                versions = [version for version in spec.get("versions", ()) if version.get("served")]
+                if crd.get("kind") == "CustomResourceDefinition" and spec["names"]["kind"] == kind and versions:
+                    schema: dict[str, Any] = versions[-1]["schema"]["openAPIV3Schema"]
+                    return schema
+    name = f"{kind.lower()}s.ray.io"
+    raise ConfigError(f"{folder} has no CRD of {kind}; kubectl get crd {name} -o yaml > {folder / name}.yaml")
 
 
 def strict(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A structural schema in which unknown keys are refused: the API server drops them without a word."""
+    """A structural schema in which unknown keys are refused: the API server may drop them without a word."""
     made: dict[str, Any] = _strict(schema)
     return made
 
@@ -67,12 +82,38 @@ def _strict(schema: Any) -> Any:
 
 def schema_problems(document: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[Problem]:
     """What the schema refuses, a Problem each, keys that are not known one by one."""
-    for error in sorted(Draft202012Validator(schema).iter_errors(document), key=lambda error: list(error.path)):
+    for error in sorted(Draft202012Validator(schema).iter_errors(document), key=lambda error: str(error.path)):
         place = tuple(error.absolute_path)
         if error.validator == "additionalProperties":
             known = list(error.schema.get("properties", ()))
             for key in error.instance:
                 if key not in known:
-                    yield Problem((*place, key), f"no such field; {did_you_mean(str(key), known)}")
+                    yield Problem((*place, key), _unknown(str(key), known))
+        elif error.validator == "required":
+            for key in error.validator_value:
+                if key not in error.instance:
+                    yield Problem((*place, key), "is missing")
         else:
-            yield Problem(place, error.message)
+            yield Problem(place, _readable(error), shape=error.validator == "type")
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    if nearest(key, known):
+        return f"there is no such field here; {did_you_mean(key, known)}"
+    return (
+        f"there is no such field among those that this check knows here ({', '.join(sorted(known))}); "
+        "if your cluster has it, name a folder of its CRDs (--crds)"
+    )
+
+
+def _readable(error: ValidationError) -> str:
+    value, rule = error.instance, error.validator_value
+    if error.validator == "type":
+        return f"{value!r} is not {_TYPES.get(rule, rule)}"
+    if error.validator == "enum":
+        return f"{value!r} is not one of its values; {did_you_mean(str(value), map(str, rule))}"
+    if error.validator == "const":
+        return f"{value!r} must be {rule}"
+    if error.validator == "minimum":
+        return f"{value!r} must be at least {rule}"
+    return str(error.schema.get("description") or error.message).replace("{value}", repr(value))

@@ -1,0 +1,71 @@
+"""A job and the groups of its cluster: labels that no group has, and more than the groups may become."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cluster.check.autoscaling import started_pods
+from cluster.check.entrypoints import job_config, path_problems
+from cluster.check.kuberay import containers_of, groups_of
+from cluster.check.problem import Place, Problem, mapping
+from ray_diffsynth.cluster.demand import Ask, Demand, amounts
+from ray_diffsynth.cluster.encoders import encoder_demand, encoder_pools
+from ray_diffsynth.cluster.labels import described, matches
+from ray_diffsynth.cluster.nodes import Cluster, Process
+from ray_diffsynth.config import JobConfig, PreprocessConfig, TrainConfig
+from ray_diffsynth.config.cluster import ClusterConfig
+
+
+def demand_of(config: JobConfig) -> Demand:
+    """What a job asks of a cluster in which no worker is up; nothing where the number is left to the cluster."""
+    if isinstance(config, PreprocessConfig):
+        groups = list(config.pools or {"every group": {}})
+        pools = encoder_pools(config, groups, Cluster({}), growing=True)
+        return encoder_demand(pools, {name: pool.max_actors for name, pool in pools.items()}, least=True)
+    if isinstance(config, TrainConfig):
+        least, most = config.worker_range
+        resources = {"GPU": 1.0, "CPU": 1.0, **(config.resources or {})}
+        return Demand((Ask("workers", Process(resources, config.selector), least, most),))
+    return Demand()
+
+
+def demand_problems(entrypoint: str, place: Place, cluster: Mapping[str, Any]) -> Iterator[Problem]:
+    """What the entrypoint wants and no group of its cluster (a RayCluster's `spec`) has."""
+    config = job_config(entrypoint)
+    workers = [mapping(group) for group in cluster.get("workerGroupSpecs") or ()]
+    if config is None or not workers:
+        return
+    labels = [mapping(group.get("labels")) for group in workers]
+    selector = config.selector if isinstance(config, ClusterConfig) else {}
+    if not any(matches(found, selector) for found in labels):
+        yield Problem(place, f"no group is one{described(selector)}; the groups have {json.dumps(labels)}")
+        return
+    demand = demand_of(config)
+    if started_pods(cluster, demand.bundles(), demand.selectors()).refused:
+        wanted = ", ".join(f"{ask.most} times {amounts(ask.process.resources)}" for ask in demand.asks)
+        message = (
+            f"asks for {wanted}{described(selector)}: more than the groups may become, and of that Ray's autoscaler"
+        )
+        yield Problem(place, f"{message} starts nothing at all; raise maxReplicas, or lower --num_workers")
+
+
+def shared_path_problems(entrypoint: str, place: Place, cluster: Mapping[str, Any]) -> Iterator[Problem]:
+    """Paths of the entrypoint that not every pod has on the same volume."""
+    found = [_volumes_of(group) for _, group in groups_of(cluster, ())]
+    yield from path_problems(entrypoint, place, sorted({path for path, _ in set.intersection(*found)}))
+
+
+def _volumes_of(group: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """(path, volume as JSON) of all that lasts longer than a pod in the container of Ray."""
+    pod = mapping(mapping(group.get("template")).get("spec"))
+    kinds = {}
+    for volume in map(mapping, pod.get("volumes") or ()):
+        kinds[volume.get("name")] = {key: value for key, value in volume.items() if key != "name"}
+    found = set()
+    for mount in map(mapping, next(iter(containers_of(group)), {}).get("volumeMounts") or ()):
+        volume = kinds.get(mount.get("name"), {})
+        if "emptyDir" not in volume:
+            found.add((str(mount.get("mountPath")), json.dumps([volume, mount.get("subPath")], sort_keys=True)))
+    return found
