@@ -38,6 +38,7 @@ COMMANDS = {
         "ray_diffsynth.preprocess.job:run", "stage 1: encode images, videos and captions into a cache"
     ),
     "train": Command("ray_diffsynth.training.ray.job:run", "stage 2: train a LoRA from a cache"),
+    "pipeline": Command("ray_diffsynth.two_stages:main", "both stages, one after the other, with one configuration"),
     "generate": Command("ray_diffsynth.generate.job:run", "make images from prompts, with a LoRA or without"),
     "cache": Command("ray_diffsynth.cache.__main__:main", "inspect, verify, repair, preview or export a cache"),
     "demo": Command("ray_diffsynth.demo.run:main", "preprocess, train and generate with a tiny model, on this machine"),
@@ -71,9 +72,10 @@ def run_command(name: str, argv: Sequence[str] | None = None, *, prog: str | Non
         return getattr(import_module(module), function)(argument) or 0
 
     config_class = next((config for config in JOBS if config.job == name), None)
+    if config_class is not None or name == "pipeline":
+        _prepare_ray()
     if config_class is None:
         return call(words)
-    _prepare_ray()
     return main(config_class, call, words, prog=prog)
 
 
@@ -93,17 +95,22 @@ def main(
     if argv is None:
         prepare_process()
     config = parse(config_class, argv, prog=prog)
-    _show_messages(config.verbose)
+    return run_told(lambda: run(config), verbose=config.verbose, output_path=config.output_path)
+
+
+def run_told(run: Callable[[], object], *, verbose: bool, output_path: str) -> int:
+    """Call ``run``, and turn what it raises into a message and an exit code."""
+    _show_messages(verbose)
     try:
-        run(config)
+        run()
     except KeyboardInterrupt:
-        done = f"what is finished lies in {config.output_path}; the same command goes on from there"
+        done = f"what is finished lies in {output_path}; the same command goes on from there"
         print(f"\ninterrupted: {done}", file=sys.stderr)
         return 130
     except Exception as error:
         user_error = find_user_error(error)
         message = explain(error) if user_error is None else str(user_error)
-        if config.verbose or message is None:
+        if verbose or message is None:
             traceback.print_exc()
         if message is None:
             return 1

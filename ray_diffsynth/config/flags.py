@@ -11,7 +11,7 @@ import json
 import re
 import reprlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -59,26 +59,32 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if missing := re.search(r"arguments are required: (\w+)", message):
-            _refuse(self.prog, f"--{missing[1]} is missing: {self.sentences[missing[1]]}")
-        _refuse(self.prog, _readable(message))
+            refuse(self.prog, f"--{missing[1]} is missing: {self.sentences[missing[1]]}")
+        refuse(self.prog, _readable(message))
 
 
-def parse(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str | None = None) -> C:
+def parse(
+    config_class: type[C],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    silent: Collection[str] = (),
+) -> C:
     """Read ``config_class`` from flags and ``--config`` files; later ones win.
 
     Exits with 2 and one message if something is unknown or cannot work. Notes on options that have no effect here go
-    to stderr, one line each.
+    to stderr, one line each, but for those that are to be `silent`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = prog or Path(sys.argv[0]).name
     try:
-        arguments, given, mappings = _arguments(config_class, argv)
+        arguments, given, mappings = _arguments(config_class, argv, silent)
         values = vars(_make_parser(config_class, prog).parse_args(arguments)) | mappings
         config = config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
         check_output_path(config.output_path, writes=not getattr(config, "dry_run", False))
     except ConfigError as error:
-        _refuse(prog, str(error))
-    for name in sorted(given):
+        refuse(prog, str(error))
+    for name in sorted(given.difference(silent)):
         effect = without_effect(config, name)
         if effect is not None and effect.noted:
             _note(name, effect.reason)
@@ -136,7 +142,9 @@ def _sentences(config_class: type[JobConfig]) -> dict[str, str]:
     return sentences
 
 
-def _arguments(config_class: type[JobConfig], argv: list[str]) -> tuple[list[str], set[str], dict[str, Any]]:
+def _arguments(
+    config_class: type[JobConfig], argv: list[str], silent: Collection[str] = ()
+) -> tuple[list[str], set[str], dict[str, Any]]:
     """``argv`` without the options that have no effect here, the names of the fields that are given, and the values of
     those that may hold anything: of their texts jsonargparse would make numbers again.
 
@@ -147,14 +155,14 @@ def _arguments(config_class: type[JobConfig], argv: list[str]) -> tuple[list[str
     given: set[str] = set()
     mappings: dict[str, Any] = {}
     free = {name for name, hint in hints.items() if "Any" in str(hint)}
-    for flag, value in _flags(argv):
+    for flag, value in split_flags(argv):
         name = flag.removeprefix("--")
         if not flag.startswith("--") or name in ("help", "print_config"):
             arguments += [flag] if value is None else [f"{flag}={value}"]
         elif name == "config":
             if value is None:
                 raise ConfigError("--config needs the path of a YAML file")
-            settings = read_file(config_class, value)
+            settings = read_file(config_class, value, silent)
             given |= settings.keys()
             mappings |= {name: value for name, value in settings.items() if name in free and isinstance(value, dict)}
             arguments += ["--config", _as_json(settings, value)]
@@ -171,7 +179,7 @@ def _arguments(config_class: type[JobConfig], argv: list[str]) -> tuple[list[str
     return arguments, given, mappings
 
 
-def _flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+def split_flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
     """``--a 1 --b --c=2`` → ("--a", "1"), ("--b", None), ("--c", "2"); stray words come through as flags."""
     waiting = list(argv)
     while waiting:
@@ -185,11 +193,16 @@ def _flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
             yield word, None
 
 
-def read_file(config_class: type[JobConfig], path: str) -> dict[str, Any]:
-    """The options of a YAML file that this job has; notes the others. Raises ConfigError for what is no option."""
+def read_file(config_class: type[JobConfig], path: str, silent: Collection[str] = ()) -> dict[str, Any]:
+    """The options of a YAML file that this job has; notes the others, but the `silent` ones.
+
+    What stands below the name of a job is for that job, and wins there over the rest of the file. Raises ConfigError
+    for what is no option.
+    """
+    jobs = {job.job for job in JOBS}
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        settings = read_options(text, types_of(config_class), section_options(JOBS))
+        settings = read_options(text, types_of(config_class), {*section_options(JOBS), *jobs})
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from error
     # ValueError: not UTF-8; RecursionError: nested without end.
@@ -199,9 +212,14 @@ def read_file(config_class: type[JobConfig], path: str) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"--config {path} is not a YAML mapping of options; write one `name: value` a line")
+    own = {job: settings.pop(job) for job in jobs & settings.keys()}
+    for job, options in own.items():
+        if not isinstance(options, dict):
+            raise ConfigError(f"--config {path}: {job} is the name of a job; write options below it, or leave it out")
     flat = _flattened(settings, f"--config {path}")
-    mine = {name: value for name, value in flat.items() if _is_field(config_class, name, name, f"{path}: {name}")}
-    return {name: as_text(config_class, name, value) for name, value in mine.items()}
+    flat |= _flattened(own.get(config_class.job, {}), f"--config {path}: {config_class.job}")
+    mine = [name for name in flat if _is_field(config_class, name, name, f"{path}: {name}", silent)]
+    return {name: as_text(config_class, name, flat[name]) for name in mine}
 
 
 def _flattened(settings: Mapping[str, Any], shown: str) -> dict[str, Any]:
@@ -250,17 +268,19 @@ def _as_json(settings: dict[str, Any], path: str) -> str:
     return json.dumps(settings)
 
 
-def _is_field(config_class: type[JobConfig], field: str, name: str, shown: str) -> bool:
+def _is_field(config_class: type[JobConfig], field: str, name: str, shown: str, silent: Collection[str] = ()) -> bool:
     """Whether ``name`` is an option of this job; notes it if it has no effect, raises ConfigError if it is unknown."""
     fields = {f.name for f in dataclasses.fields(config_class)}
     if field in fields:
         return True
     for other in JOBS:
         if field in {f.name for f in dataclasses.fields(other)}:
-            _note(name, f"it belongs to {command(other.job)}")
+            if field not in silent:
+                _note(name, f"it belongs to {command(other.job)}")
             return False
     if field in NO_EFFECT:
-        _note(name, NO_EFFECT[field])
+        if field not in silent:
+            _note(name, NO_EFFECT[field])
         return False
     if field in REFUSED:
         raise ConfigError(f"{shown}: {REFUSED[field]}")
@@ -291,6 +311,6 @@ def _note(name: str, reason: str) -> None:
     print(f"note: --{name} has no effect here: {reason}", file=sys.stderr)
 
 
-def _refuse(prog: str, message: str) -> NoReturn:
+def refuse(prog: str, message: str) -> NoReturn:
     print(f"{prog}: {message}\nSee {prog} --help.", file=sys.stderr)
     raise SystemExit(2)

@@ -126,8 +126,9 @@ def _check(name: str, hint: Any, node: yaml.Node) -> None:
         for child in node.value:
             _check(name, Any, child)
     elif isinstance(node, yaml.MappingNode):
+        inner = next((get_args(kind)[1] for kind in kinds if get_origin(kind) is dict), Any)
         for key, child in node.value:
-            _check(f"{name}: {key.value}", Any, child)
+            _check(f"{name}: {key.value}", inner, child)
 
 
 def check_clear(shown: str, text: str, where: str = "") -> None:

@@ -99,7 +99,8 @@ def _scan(plan: PreprocessPlan, metadata: Metadata, machines: Machines) -> Scann
             metadata,
             plan.sample,
             plan.output_path,
-            process=machines.for_scan(),
+            process=machines.for_scan,
+            stamps_here=not machines.up(),
             remember=not plan.config.dry_run,
             on_progress=progress.advance,
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ray_diffsynth.cluster.encoders import encoder_demand, encoder_pools, scan_demand
-from ray_diffsynth.cluster.nodes import Process
+from ray_diffsynth.cluster.nodes import Process, room
 from ray_diffsynth.cluster.request import Requester, requester
 from ray_diffsynth.cluster.session import joined_cluster
 from ray_diffsynth.cluster.wait import wait_for
@@ -21,6 +21,11 @@ class Machines:
     def __init__(self, config: PreprocessConfig, wanted: Requester) -> None:
         self._config, self._requester = config, wanted
         self._begun = False
+
+    def up(self) -> bool:
+        """Whether a machine is there on which tasks that read headers can be."""
+        (ask,) = scan_demand(self._config, cluster := joined_cluster()).asks
+        return room(ask.process.resources, cluster.select(ask.process.selector).staying) > 0
 
     def for_scan(self) -> Process:
         """What a task that reads headers reserves, once there is room for one."""

@@ -6,6 +6,7 @@ A file whose stamp (size, times and inode, or ETag) equals that of the last scan
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from ray_diffsynth.preprocess.scan_cache import ScanCache
 logger = logging.getLogger(__name__)
 
 FILES_PER_TASK = 64
+STAMP_THREADS = 32
+"""Questions at once to the storage, which mostly wait."""
 MAX_PENDING_TASKS = 512
 """Scan tasks that wait or run at once: the driver's memory must not grow with the dataset."""
 
@@ -73,27 +76,33 @@ def scan_dataset(
     spec: SampleSpec,
     cache: str,
     *,
-    process: Process,
+    process: Callable[[], Process],
+    stamps_here: bool = False,
     remember: bool = True,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[list[Sample], list[Quarantined]]:
     """Samples in dataset order, and the rows that cannot be used with their reason. Ray tasks read the files.
 
-    process: what a task reserves, and where. What is read is remembered as it goes, so that a run which ends on the way
-    need not read it again.
+    process: what a task reserves, and where; asked when there is something for one to do. stamps_here: this process
+    looks for what has changed since the last scan, as no machine is up for it. What is read is remembered as it goes,
+    so that a run which ends on the way need not read it again.
     """
     rows = metadata.table.to_pylist()
     places = _places(rows, spec)
     paths = list(dict.fromkeys(places.values()))
     require_video_support(paths)
     scan_cache = ScanCache(cache, paths, remember=remember)
-    cpus, selector = process.resources["CPU"], dict(process.selector)
-    task = ray.remote(num_cpus=cpus, label_selector=selector or None, max_retries=1)(scan_files)
     files: dict[str, Scanned] = {}
+    if stamps_here:
+        files |= unchanged(scan_cache.known(paths))
+        on_progress(len(files))
+        paths = [path for path in paths if path not in files]
+    task = _task(process()) if paths else None
     unchecked: list[Unchecked] = []
     pending: deque[tuple[list[str], Any]] = deque()
 
     def begin(part: Sequence[str]) -> Any:
+        assert task is not None
         return task.remote(part, scan_cache.known(part), spec.size.video, spec.max_decode_bytes)
 
     def take() -> None:
@@ -122,6 +131,24 @@ def scan_dataset(
             *(len(unchecked), unchecked[0].reason),
         )
     return assign(rows, {name: files[path] for name, path in places.items()}, spec)
+
+
+def unchanged(known: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
+    """Those of the files whose stamp is that of the last scan; what cannot be asked is not among them."""
+
+    def same(file: SourceFile) -> bool:
+        try:
+            return bool(file.stamp) and source_stamp(file.path) == file.stamp
+        except UserError:  # gone, or out of reach for the moment
+            return False
+
+    with ThreadPoolExecutor(STAMP_THREADS) as threads:
+        return {path: known[path] for path, kept in zip(known, threads.map(same, known.values()), strict=True) if kept}
+
+
+def _task(process: Process) -> Any:
+    cpus, selector = process.resources["CPU"], dict(process.selector)
+    return ray.remote(num_cpus=cpus, label_selector=selector or None, max_retries=1)(scan_files)
 
 
 def _result(part: Sequence[str], reference: Any, begin: Callable[[Sequence[str]], Any]) -> list[Scanned | Unchecked]:

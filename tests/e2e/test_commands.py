@@ -171,31 +171,23 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_ray_job_submit(head: Head, tiny_qwen: Path, checkout: Path, tmp_path: Path) -> None:
-    """Both jobs on a cluster that is there already, from the checkout's working directory, with a module of its own."""
+    """Both stages as one job on a cluster that is there already, from the checkout, with a module of its own; twice."""
     draw_dataset(tmp_path / "data", 4)
-    submit = [
-        str(Path(sys.executable).with_name("ray")),
-        "job",
-        "submit",
-        "--address",
-        head.address,
-        "--working-dir",
-        ".",
-    ]
-    first = [
-        "--family",
-        "my_submitted_family",
-        "--model",
-        str(tiny_qwen),
-        "--dataset_base_path",
-        str(tmp_path / "data"),
-        "--output_path",
-        str(tmp_path / "cache"),
-    ]
-    said = run([*submit, "--", "python", "jobs/preprocess.py", *first], checkout, head.environment)
+    cache, lora = tmp_path / "cache", tmp_path / "lora"
+    (checkout / "run.yaml").write_text("train: {lora_target_modules: [to_q, to_k], lora_rank: 4}\nbatch_size: 2\n")
+    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head.address]
+    both = ["jobs/pipeline.py", "--config", "run.yaml", "--model", str(tiny_qwen), "--family", "my_submitted_family"]
+    both += ["--dataset_base_path", str(tmp_path / "data"), "--cache_path", str(cache), "--output_path", str(lora)]
+
+    def run_both(steps: int) -> str:
+        command = [*submit, "--working-dir", ".", "--", "python", *both, "--max_steps", str(steps)]
+        return run(command, checkout, head.environment)
+
+    said = run_both(2)
     assert "cache of 4 samples" in said and "succeeded" in said
-    second = ["--model", str(tiny_qwen), "--dataset_base_path", str(tmp_path / "cache"), "--max_steps", "2"]
-    second += ["--output_path", str(tmp_path / "lora"), "--lora_target_modules", "to_q,to_k", "--lora_rank", "4"]
-    second += ["--family", "my_submitted_family"]
-    said = run([*submit, "--", "python", "jobs/train.py", *second], checkout, head.environment)
-    assert "succeeded" in said and load_file(next((tmp_path / "lora").glob("*.safetensors")))
+    assert load_file(lora / "step-2.safetensors")
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
+    said = run_both(4)  # goes on: nothing is encoded again, and two steps are trained
+    assert load_file(lora / "step-4.safetensors")
+    assert "step 2" in said
+    assert written == {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import Manifest
+from ray_diffsynth.cluster.nodes import Process
 from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.preprocess import catalog as catalog_module
 from ray_diffsynth.preprocess import job as job_module
@@ -50,6 +52,32 @@ def test_a_lost_file_is_encoded_again(tmp_path: Path, many: Path, inline: Stage1
     report = inline(model, many, cache)
     assert len(calls(model, "vae")) - before == SHARD and len(calls(model, "text_encoder")) == CAPTIONS + 1
     assert report["samples"] == IMAGES and files(cache) == whole
+
+
+def test_where_no_machine_is_up_what_has_not_changed_needs_none(
+    tmp_path: Path, few: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 1 of a cache that is whole asks for no machine; with a new image for one, which reads that image alone."""
+    model, data, cache = encoded(tmp_path, few, inline)
+    read: list[list[str]] = []
+    started: list[int] = []
+
+    def scan_some(paths: list[str], *rest: object) -> object:
+        read.append(list(paths))
+        return scan_files(paths, *rest)  # type: ignore[arg-type]
+
+    def for_scan() -> Process:
+        started.append(1)
+        return Process({"CPU": 0.5})
+
+    there = SimpleNamespace(up=lambda: False, for_scan=for_scan, for_encoding=lambda runs: None)
+    monkeypatch.setattr(job_module, "machines_of", lambda *_: nullcontext(there))
+    monkeypatch.setattr(scan_module, "scan_files", scan_some)
+    report = inline(model, data, cache)
+    assert not started and not read and report["samples"] == 12
+    Image.new("RGB", (64, 64), "red").save(data / "0003.png")
+    assert inline(model, data, cache)["samples"] == 12
+    assert len(started) == 1 and [[Path(path).name for path in paths] for paths in read] == [["0003.png"]]
 
 
 def test_a_rerun_reads_no_header_of_what_the_index_names(
