@@ -37,8 +37,15 @@ def job_words(command: str) -> tuple[str, list[str]] | None:
 
 
 def _up_to_operator(words: Sequence[str]) -> list[str]:
-    end = next((at for at, word in enumerate(words) if word in ("&&", "||", ";", "|", "&")), len(words))
-    return [word.removesuffix(";") for word in words[:end]]
+    """The words of one command, of a line that may hold more."""
+    found = []
+    for word in words:
+        if word in ("&&", "||", ";", "|", "&"):
+            break
+        found.append(word.removesuffix(";"))
+        if word.endswith(";"):
+            break
+    return found
 
 
 def job_problems(command: str, place: Place) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ _RESOURCES = ("cpu", "memory", "ephemeral-storage", GPU)
 
 def amount(quantity: Any) -> float:
     """A quantity of Kubernetes as a number: `500m` is 0.5, `1Ki` 1024. Raises ValueError."""
-    found = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", str(quantity))
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)", str(quantity))
     if found is None or found[2] not in _FACTORS:
         raise ValueError(f"{quantity!r} is no quantity; write e.g. 500m, 4 or 16Gi")
     return float(found[1]) * _FACTORS[found[2]]
