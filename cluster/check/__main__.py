@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
-from cluster.check.entrypoints import job_problems, ray_start_problems
+from cluster.check.entrypoints import job_problems
 from cluster.check.groups import demand_problems, shared_path_problems
 from cluster.check.kuberay import clusters_of, groups_of, jobs_of, operator_problems
 from cluster.check.launcher import launcher_problems
 from cluster.check.pods import pod_problems, pods_in, stop_command
 from cluster.check.problem import Problem, mapping
+from cluster.check.ray_commands import ray_start_problems
 from cluster.check.rayjob import rayjob_problems
 from cluster.check.runtime_env import runtime_env_problems
 from cluster.check.schema import KINDS, schema_of, schema_problems

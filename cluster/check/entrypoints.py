@@ -1,4 +1,4 @@
-"""Commands in cluster files, by the parsers that will read them: the jobs' own, and that of `ray start`."""
+"""Commands of jobs in cluster files, by the jobs' own parsers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from pathlib import Path
 
 from cluster.check.problem import Place, Problem
 from ray_diffsynth.config import JOBS, JobConfig
+from ray_diffsynth.config.both_stages import parse_both
 from ray_diffsynth.config.flags import parse
 from ray_diffsynth.errors import did_you_mean
 
+PIPELINE = "pipeline"
+KNOWN = (*(config.job for config in JOBS), PIPELINE)
+WRITTEN = ("--output_path", "--cache_path")
 _JOB = re.compile(r"(?:^|/)jobs/(\w+)\.py$")
 
 
@@ -57,49 +61,44 @@ def job_problems(command: str, place: Place) -> Iterator[Problem]:
         return
     if found is None:
         yield Problem(place, "runs no job of ray_diffsynth; write ray-diffsynth JOB … or python jobs/JOB.py …")
-        return
-    name, words = found
-    known = [config.job for config in JOBS]
-    if name not in known:
-        yield Problem(place, f"there is no job {name!r}; {did_you_mean(name, known)}")
-    else:
-        _, message = _parsed(name, tuple(words))
-        if message:
-            yield Problem(place, message)
+    elif found[0] not in KNOWN:
+        yield Problem(place, f"there is no job {found[0]!r}; {did_you_mean(found[0], KNOWN)}")
+    elif message := _parsed(found[0], tuple(found[1]))[1]:
+        yield Problem(place, message)
 
 
-def job_config(command: str) -> JobConfig | None:
-    """The configuration that a command gives to its job; None where there is none, or one that the job refuses."""
+def job_configs(command: str) -> tuple[JobConfig, ...]:
+    """The configuration that a command gives to its job, one for each stage; empty where the job refuses them."""
     try:
         found = job_words(command)
     except ValueError:
-        return None
-    if found is None or found[0] not in [config.job for config in JOBS]:
-        return None
-    return _parsed(found[0], tuple(found[1]))[0]
+        return ()
+    return _parsed(found[0], tuple(found[1]))[0] if found and found[0] in KNOWN else ()
 
 
 @cache
-def _parsed(name: str, given_words: tuple[str, ...]) -> tuple[JobConfig | None, str]:
-    """The configuration, and what is wrong with it. Paths of the cluster are not looked for here."""
-    config_class = next(config for config in JOBS if config.job == name)
+def _parsed(name: str, given_words: tuple[str, ...]) -> tuple[tuple[JobConfig, ...], str]:
+    """The configurations, and what is wrong with them. Paths of the cluster are not looked for here."""
     words = [re.sub(r"\$\{?\w+\}?", "1", word) for word in given_words]  # filled in by a shell
     given = _options(words)
     if (file := given.get("--config")) and not Path(file).exists():
         words = [word for word in words if word not in ("--config", file, f"--config={file}")]
     elif file:
         file = None
-    here, output = tempfile.gettempdir(), given.get("--output_path")
-    if output and "://" not in output:
-        words = [word.replace(output, here) if word in (output, f"--output_path={output}") else word for word in words]
+    for option in WRITTEN:
+        if (path := given.get(option)) and "://" not in path:  # the parser tries whether it can be written
+            here = {path: tempfile.gettempdir(), f"{option}={path}": f"{option}={tempfile.gettempdir()}"}
+            words = [here.get(word, word) for word in words]
     with redirect_stderr(StringIO()) as told:
         try:
-            return parse(config_class, words, prog=name), ""
+            if name == PIPELINE:
+                return parse_both(words, prog=name), ""
+            return (parse(next(config for config in JOBS if config.job == name), words, prog=name),), ""
         except SystemExit:
             message = " ".join(told.getvalue().split(f"{name}: ", 1)[-1].partition("\nSee ")[0].split())
     if file and "is missing" in message:  # perhaps it stands in that file
-        return None, ""
-    return None, f"{name}: {message}"
+        return (), ""
+    return (), f"{name}: {message}"
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
@@ -119,27 +118,10 @@ def path_problems(command: str, place: Place, mounts: Sequence[str]) -> Iterator
     except ValueError:
         return
     for option, path in _options(found[1] if found else []).items():
-        if option not in ("--output_path", "--dataset_base_path", "--dataset_metadata_path") or "://" in path:
+        if option not in (*WRITTEN, "--dataset_base_path", "--dataset_metadata_path") or "://" in path:
             continue
         if not path.startswith(("/", "$")):
             yield Problem(place, f"{option} {path} is relative to a pod that goes; use an absolute path or a URL")
         elif not any(path == mount or path.startswith(mount.rstrip("/") + "/") for mount in mounts):
             there = ", ".join(mounts) or "no path"
             yield Problem(place, f"{option} {path} lies on no volume that all pods share; those are at {there}")
-
-
-def ray_start_problems(command: str, place: Place) -> Iterator[Problem]:
-    """What Ray's own parser says of each `ray start …` and `ray drain-node …` in a line of shell."""
-    from click import ClickException
-    from ray.scripts.scripts import drain_node, start
-
-    commands = {"start": start, "drain-node": drain_node}
-    for part in re.split(r"&&|\|\||;|\n", command.replace("\\\n", " ")):
-        found = re.search(r"(?:^|[\s/])ray (start|drain-node)(?=\s|$)(.*)", part, re.DOTALL)
-        if found is None:
-            continue
-        words = [re.sub(r"\$\{?\w+\}?", "1", word) for word in shlex.split(found[2].rstrip(" &"), comments=True)]
-        try:
-            commands[found[1]].make_context(found[1], words)
-        except ClickException as error:
-            yield Problem(place, f"ray {found[1]}: {error.format_message()}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.check.autoscaling import started_pods
-from cluster.check.entrypoints import job_config, path_problems
+from cluster.check.entrypoints import job_configs, path_problems
 from cluster.check.kuberay import containers_of, groups_of
 from cluster.check.problem import Place, Problem, mapping
 from ray_diffsynth.cluster.demand import Ask, Demand, amounts
@@ -33,22 +33,27 @@ def demand_of(config: JobConfig) -> Demand:
 
 def demand_problems(entrypoint: str, place: Place, cluster: Mapping[str, Any]) -> Iterator[Problem]:
     """What the entrypoint wants and no group of its cluster (a RayCluster's `spec`) has."""
-    config = job_config(entrypoint)
     workers = [mapping(group) for group in cluster.get("workerGroupSpecs") or ()]
-    if config is None or not workers:
-        return
-    labels = [mapping(group.get("labels")) for group in workers]
+    for config in job_configs(entrypoint) if workers else ():
+        yield from _demand_problems(config, place, cluster, [mapping(group.get("labels")) for group in workers])
+
+
+def _demand_problems(
+    config: JobConfig, place: Place, cluster: Mapping[str, Any], labels: Sequence[Mapping[str, str]]
+) -> Iterator[Problem]:
     selector = config.selector if isinstance(config, ClusterConfig) else {}
     if not any(matches(found, selector) for found in labels):
-        yield Problem(place, f"no group is one{described(selector)}; the groups have {json.dumps(labels)}")
+        message = f"{config.job}: no group is one{described(selector)}; the groups have {json.dumps(labels)}"
+        yield Problem(place, f"{message}; change --node_labels, or the labels of a group")
         return
     demand = demand_of(config)
     if started_pods(cluster, demand.bundles(), demand.selectors()).refused:
         wanted = ", ".join(f"{ask.most} times {amounts(ask.process.resources)}" for ask in demand.asks)
-        message = (
-            f"asks for {wanted}{described(selector)}: more than the groups may become, and of that Ray's autoscaler"
-        )
-        yield Problem(place, f"{message} starts nothing at all; raise maxReplicas, or lower --num_workers")
+        message = f"{config.job}: asks for {wanted}{described(selector)}, more than the groups may become, and of that"
+        yield Problem(place, f"{message} Ray's autoscaler starts nothing; raise maxReplicas, or lower --num_workers")
+    elif not selector and len({tuple(sorted(found.items())) for found in labels}) > 1:
+        message = "names no machines, and Ray would take those of any group; add --node_labels"
+        yield Problem(place, f"{config.job}: {message}, e.g. '{json.dumps(dict(labels[0]))}'")
 
 
 def shared_path_problems(entrypoint: str, place: Place, cluster: Mapping[str, Any]) -> Iterator[Problem]:

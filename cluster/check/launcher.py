@@ -7,8 +7,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
 
-from cluster.check.entrypoints import ray_start_problems
 from cluster.check.problem import Problem, mapping
+from cluster.check.ray_commands import ray_start_problems
 
 START = ("head_start_ray_commands", "worker_start_ray_commands")
 _TOKEN = "RAY_AUTH_MODE=token"

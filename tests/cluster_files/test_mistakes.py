@@ -370,7 +370,7 @@ MISTAKES = {
         PRE,
         {f"{ENCODE}.labels.stage": "encod"},
         "spec.entrypoint",
-        "no group is one with stage=encode; the groups.*encod",
+        "no group is one with stage=encode; the groups.*; change --node_labels",
     ),
     "a misspelled label": Mistake(
         PRE,
@@ -386,6 +386,24 @@ MISTAKES = {
         {"spec.entrypoint": lambda text: f'{text.strip()} --resources \'{{"GPU": 1, "CPU": 65}}\''},
         "spec.entrypoint",
         "asks for 32 times 1 GPU, 65 CPU.*lower --num_workers",
+    ),
+    "a stage that names no machines": Mistake(
+        "pipeline.yaml",
+        {"spec.entrypoint": instead("""--train.node_labels '{"stage": "train"}'""", "")},
+        "spec.entrypoint",
+        "train: names no machines.*add --node_labels",
+    ),
+    "a misspelled option of one stage": Mistake(
+        "pipeline.yaml",
+        {"spec.entrypoint": instead("--train.num_workers", "--train.num_worker")},
+        "spec.entrypoint",
+        "did you mean num_workers",
+    ),
+    "a cache on the pod's own disk": Mistake(
+        "pipeline.yaml",
+        {"spec.entrypoint": instead("/shared/cache", "/tmp/cache")},
+        "spec.entrypoint",
+        "--cache_path.*volume",
     ),
     # Schedules and queues
     "a schedule with six fields": Mistake(CRON, {"spec.schedule": "0 0 2 * * *"}, "spec.schedule", "6 fields; write 5"),

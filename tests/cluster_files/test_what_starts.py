@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.check.autoscaling import Started, started_pods
-from cluster.check.entrypoints import job_config, job_words
+from cluster.check.entrypoints import job_configs
 from cluster.check.groups import demand_of
 from ray_diffsynth.cluster.encoders import scan_demand
 from ray_diffsynth.cluster.nodes import Cluster
@@ -22,8 +22,7 @@ FIT = "ray-diffsynth train --model m/m --dataset_base_path /shared/c --output_pa
 
 
 def started(name: str, command: str) -> Started:
-    config = job_config(command)
-    assert config is not None
+    (config,) = job_configs(command)
     demand = demand_of(config)
     return started_pods(cluster_of(read(name)), demand.bundles(), demand.selectors())
 
@@ -52,7 +51,7 @@ def test_without_labels_it_is_the_packing_that_decides(name: str) -> None:
 
 @pytest.mark.parametrize("name", BOTH)
 def test_reading_headers_starts_a_pod_that_encodes(name: str) -> None:
-    config = job_config(f"{PREPROCESS} --node_labels {ENCODE}")
+    (config,) = job_configs(f"{PREPROCESS} --node_labels {ENCODE}")
     assert isinstance(config, PreprocessConfig)
     demand = scan_demand(config, Cluster({}))
     for tasks in (False, True):
@@ -95,13 +94,13 @@ def test_nothing_starts_that_nobody_asks_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if job_of(read(name)) is not None])
-def test_the_command_of_a_file_starts_its_own_group(name: str) -> None:
-    """To the maximum of the group, where it names one: as many as the file allows."""
+def test_each_stage_of_a_file_starts_its_own_group_to_its_maximum(name: str) -> None:
     job: Any = job_of(read(name))
-    found = job_words(job["entrypoint"])
-    assert found is not None
-    if found[0] not in ("preprocess", "train"):
-        return
-    (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
-    result = started(name, job["entrypoint"])
-    assert result == Started({group["groupName"]: group["maxReplicas"]}, refused=False)
+    most = {group["groupName"]: group["maxReplicas"] for group in job["rayClusterSpec"]["workerGroupSpecs"]}
+    stages = {"preprocess": "encode", "train": "train"}
+    configs = job_configs(job["entrypoint"])
+    assert [stages[config.job] for config in configs] == list(most)
+    for config in configs:
+        demand, group = demand_of(config), stages[config.job]
+        found = started_pods(job["rayClusterSpec"], demand.bundles(), demand.selectors())
+        assert found == Started({group: most[group]}, refused=False)
