@@ -29,6 +29,34 @@ def unused(cluster: Cluster) -> Cluster:
     return replace(cluster, nodes={node: left.get(node, {}) for node in cluster.nodes})
 
 
+class Waiting:
+    """One wait of a job: says what is missing when that changes and once a minute, and has an end."""
+
+    def __init__(self, minutes: float) -> None:
+        self._minutes = minutes
+        self._began, self._spoke = time.monotonic(), 0.0
+        self._said = ""
+
+    @property
+    def seconds(self) -> float:
+        """How long it has lasted."""
+        return time.monotonic() - self._began
+
+    def say(self, shortage: Shortage) -> None:
+        """Raise ClusterError with what is missing when it has lasted too long."""
+        waited = self.seconds
+        if waited >= self._minutes * 60:
+            raise ClusterError(
+                f"after {self._minutes:g} minutes there is still no room for {shortage}; the same command goes on "
+                "where this one ended. --wait_minutes sets how long to wait"
+            )
+        text = str(shortage)
+        if waited >= QUIET_SECONDS and (text != self._said or waited - self._spoke >= REPEAT_SECONDS):
+            why = "others have the machines" if shortage.busy else "waiting for machines"
+            logger.warning("%s for %.0f s (at most %g min): %s", why, waited, self._minutes, text)
+            self._said, self._spoke = text, waited
+
+
 def wait_for(
     demand: Demand, requester: Requester, *, minutes: float, stopped: Callable[[], bool] = lambda: False
 ) -> bool:
@@ -37,8 +65,7 @@ def wait_for(
     Raises ClusterError when it has no room after so many minutes; at once where the cluster has no autoscaler and its
     machines would not do if they were free. The request stays: the caller takes it back.
     """
-    began, spoke = time.monotonic(), 0.0
-    said = ""
+    waiting = Waiting(minutes)
     while not stopped():
         cluster = joined_cluster()
         free = unused(cluster)
@@ -55,16 +82,6 @@ def wait_for(
             )
         if scaling is not None:
             requester.ask(demand)
-        waited = time.monotonic() - began
-        if waited >= minutes * 60:
-            raise ClusterError(
-                f"after {minutes:g} minutes there is still no room for {shortage}; the same command goes on where this "
-                "one ended. --wait_minutes sets how long to wait"
-            )
-        text = str(shortage)
-        if waited >= QUIET_SECONDS and (text != said or waited - spoke >= REPEAT_SECONDS):
-            why = "others have the machines" if shortage.busy else "waiting for machines"
-            logger.warning("%s for %.0f s (at most %g min): %s", why, waited, minutes, text)
-            said, spoke = text, waited
+        waiting.say(shortage)
         time.sleep(POLL_SECONDS)
     return False

@@ -20,7 +20,7 @@ from ray_diffsynth.cluster.encoders import (
 from ray_diffsynth.cluster.generators import GeneratorPool, generator_pool
 from ray_diffsynth.cluster.nodes import Cluster, Process, pack, room
 from ray_diffsynth.cluster.session import ClusterError
-from ray_diffsynth.cluster.workers import WorkerGroup, sampler_resources, worker_group
+from ray_diffsynth.cluster.workers import WorkerGroup, check_sampler, sampler_process, worker_group
 from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
 from ray_diffsynth.errors import ConfigError
 
@@ -220,8 +220,9 @@ def generating(**options: Any) -> GenerateConfig:
     return GenerateConfig(model="m", prompt="p", **options)
 
 
-def training(cluster: Cluster, virtual_ranks: int | None = None, **options: Any) -> WorkerGroup:
-    return worker_group(TrainConfig(model="m", dataset_base_path="c", **options), cluster, virtual_ranks)
+def training(cluster: Cluster, virtual_ranks: int | None = None, growing: bool = False, **options: Any) -> WorkerGroup:
+    config = TrainConfig(model="m", dataset_base_path="c", **options)
+    return worker_group(config, cluster, virtual_ranks, growing=growing)
 
 
 def test_a_fixed_number_that_no_nodes_hold_is_refused() -> None:
@@ -237,9 +238,9 @@ def test_a_machine_that_is_being_taken_away_gets_no_worker() -> None:
     with pytest.raises(ClusterError, match="its 2 nodes hold 1 of"):
         training(nodes, num_workers=2)
     assert training(nodes, num_workers="1..2") == WorkerGroup(1, 2, {"CPU": 1.0, "GPU": 1.0}, 2)
-    assert sampler_resources({"GPU": 1.0}, WorkerGroup(1, 1, {"CPU": 1.0}), nodes) == {"GPU": 1.0}
+    check_sampler(Process({"GPU": 1.0}), WorkerGroup(1, 1, {"CPU": 1.0}), nodes)
     with pytest.raises(ClusterError, match="leaves no room"):
-        sampler_resources({"GPU": 1.0}, WorkerGroup(1, 1, {"GPU": 1.0}), nodes)
+        check_sampler(Process({"GPU": 1.0}), WorkerGroup(1, 1, {"GPU": 1.0}), nodes)
 
 
 @pytest.mark.parametrize(
@@ -301,9 +302,10 @@ def test_who_draws(
     gpus: float, workers: dict[str, float], asked: dict[str, float] | None, expected: dict[str, float] | None
 ) -> None:
     cluster, group = machines(4, gpus), WorkerGroup(1, 1, workers, 1)
-    assert sampler_resources(asked, group, cluster) == expected
+    config = TrainConfig(model="m", dataset_base_path="c", sample_resources=asked, validation_prompts="a cat")
+    assert sampler_process(config, group, cluster) == (None if expected is None else Process(expected))
     with pytest.raises(ClusterError, match="does not fit on any machine"):
-        sampler_resources({"GPU": 2.0 + gpus}, group, cluster)
+        check_sampler(Process({"GPU": 2.0 + gpus}), group, cluster)
 
 
 @pytest.mark.parametrize(
@@ -320,4 +322,59 @@ def test_who_draws(
 def test_what_draws_leaves_room_for_the_workers(workers: WorkerGroup, asked: dict[str, float], fits: bool) -> None:
     cluster = Cluster({"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0}})
     with nullcontext() if fits else pytest.raises(ClusterError, match="leaves no room for . workers of"):
-        assert sampler_resources(asked, workers, cluster) == asked
+        check_sampler(Process(asked), workers, cluster)
+
+
+def test_training_counts_the_machines_with_its_labels_alone() -> None:
+    """Two encode machines stand beside one to train on, which has fewer GPUs."""
+    labels = {"a": {"stage": "encode"}, "b": {"stage": "encode"}, "c": {"stage": "train"}}
+    cluster = Cluster({name: {"CPU": 8.0, "GPU": 2.0 if name == "c" else 4.0} for name in labels}, labels=labels)
+    group = training(cluster, node_labels={"stage": "train"})
+    assert group == WorkerGroup(2, 2, {"CPU": 1.0, "GPU": 1.0}, 2, selector={"stage": "train"})
+    assert group.room(cluster) == 2 and training(cluster).most == 10
+    with pytest.raises(ClusterError, match="3 workers of 1 CPU and 1 GPU with stage=train do not fit a cluster of 8"):
+        training(cluster, node_labels={"stage": "train"}, num_workers=3)
+    assert training(cluster, growing=True, node_labels={"stage": "train"}, num_workers=3).most == 3
+
+
+def test_no_machine_is_up_yet(caplog: pytest.LogCaptureFixture) -> None:
+    """Scaled to zero: a head without CPUs is no machine to train on, and what is to come has a GPU."""
+    head = Cluster({"head": {"CPU": 0.0, "memory": 1e9}})
+    gpu = {"CPU": 1.0, "GPU": 1.0}
+    assert training(head, growing=True, num_workers="2..4") == WorkerGroup(2, 4, gpu, 4)
+    assert training(head, growing=True, resources={"GPU": 0, "CPU": 2}, num_workers=3) == WorkerGroup(
+        3, 3, {"CPU": 2}, 3
+    )
+    assert not caplog.records
+    assert training(head, growing=True) == WorkerGroup(1, 1, gpu, 1)
+    assert "no machine is up yet, so one worker trains; --num_workers 1..8 takes" in caplog.text
+    # The same command after a kill, which began with eight workers.
+    assert training(head, 16, growing=True, gradient_accumulation_steps=2) == WorkerGroup(1, 8, gpu, 16)
+    with pytest.raises(ClusterError, match="1 workers of 1 CPU and 1 GPU do not fit a cluster of 0 CPU and 0 GPU"):
+        training(head)  # where nothing would come
+    with pytest.raises(ClusterError, match="divides the run's 4 virtual ranks, and --num_workers 3 has none"):
+        training(head, 4, growing=True, num_workers=3, shard_base=True, resources={"CPU": 1})
+
+
+def test_what_a_group_asks_for() -> None:
+    group = WorkerGroup(2, 4, {"CPU": 1.0, "GPU": 1.0}, 8, selector={"stage": "train"})
+    beside = Ask("actors", Process({"GPU": 1.0}, {"stage": "draw"}), 1, 1)
+    demand = group.demand([beside])
+    assert demand.bundles() == [{"CPU": 1.0, "GPU": 1.0}] * 4 + [{"GPU": 1.0}]
+    assert demand.selectors() == [{"stage": "train"}] * 4 + [{"stage": "draw"}]
+    assert [ask.most for ask in group.demand([beside], training=3).asks] == [1, 1]  # Ray Train asks for the three
+    assert group.demand(training=4).asks == ()
+    assert WorkerGroup(1, 8, {"CPU": 1.0}, 6, even=True).demand().asks[0].most == 6
+
+
+def test_sample_images_have_machines_of_their_own() -> None:
+    labels = {"t": {"stage": "train"}, "e": {"stage": "encode"}}
+    cluster = Cluster({name: {"CPU": 4.0, "GPU": 1.0} for name in labels}, labels=labels)
+    options: dict[str, Any] = {"model": "m", "dataset_base_path": "c", "validation_prompts": "a cat"}
+    options["node_labels"] = {"stage": "train"}
+    group = worker_group(TrainConfig(**options), cluster)
+    assert sampler_process(TrainConfig(**options), group, cluster) is None  # the one GPU trains
+    elsewhere = TrainConfig(**options, sample_node_labels={"stage": "encode"})
+    assert sampler_process(elsewhere, group, cluster) == Process({"GPU": 1.0}, {"stage": "encode"})
+    with pytest.raises(ClusterError, match="--sample_resources {'GPU': 1.0} with stage=train leaves no room for 1"):
+        check_sampler(Process({"GPU": 1.0}, {"stage": "train"}), group, cluster)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -14,81 +14,171 @@ import ray.train
 import torch
 from torch import nn
 
-from ray_diffsynth.cluster import session
-from ray_diffsynth.cluster.session import ClusterError
+from ray_diffsynth.cluster import session, wait
+from ray_diffsynth.cluster.address import ClusterError
+from ray_diffsynth.cluster.demand import Ask, Demand
+from ray_diffsynth.cluster.nodes import Cluster as Machines
+from ray_diffsynth.cluster.nodes import Process
 from ray_diffsynth.cluster.workers import WorkerGroup
 from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.ray_compat import Autoscaler
 from ray_diffsynth.training import distributed, shard
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.ray import elastic, job, worker
-from ray_diffsynth.training.ray.elastic import Watch, wait_for_room
+from ray_diffsynth.training.ray.elastic import Watch, ask_for_more, wait_for_room
 from ray_diffsynth.training.result import TrainResult
 from tests.training.helpers import unresolved
 
-Nodes = Mapping[str, Mapping[str, float]]
-TWO: Nodes = {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0, "GPU": 1.0}}
-ONE_HELD: Nodes = {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0}}
+GPUS = {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0, "GPU": 1.0}}
+TWO = Machines(GPUS)
+ONE_HELD = Machines({**GPUS, "b": {"CPU": 2.0}})
+NONE_FREE = Machines({"a": {}, "b": {}})
+ONE = Machines({"a": GPUS["a"]})
+
+
+class Looks:
+    """Looks at the cluster, in order, the last of which stays: what is there, and what is free of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.looks: list[tuple[Machines, Machines]] = []
+        self.scaling: Autoscaler | None = None
+        self.asked: list[Demand] = []
+        self.requester = SimpleNamespace(ask=self.asked.append, cancel=lambda: self.asked.append(Demand()))
+        self.now = 0.0  # seconds pass only while it sleeps
+        self._current: tuple[Machines, Machines] = (TWO, TWO)
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep)
+        monkeypatch.setattr(elastic, "joined_cluster", self.look)
+        monkeypatch.setattr(elastic, "answering", lambda found: found)
+        monkeypatch.setattr(elastic, "unused", lambda found: self._current[1])
+        monkeypatch.setattr(elastic, "autoscaler", lambda: self.scaling)
+        monkeypatch.setattr(elastic, "time", clock)
+        monkeypatch.setattr(wait, "time", clock)
+
+    def look(self) -> Machines:
+        if self.looks:
+            self._current = self.looks.pop(0)
+        return self._current[0]
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def wait(self, group: WorkerGroup, minutes: float = 30.0, **options: Any) -> int:
+        return wait_for_room(
+            group,
+            self.requester,  # type: ignore[arg-type]
+            options.pop("stopped", lambda: False),
+            minutes=minutes,
+            **options,
+        )
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Nodes, Nodes]]]:
-    """A list to fill with (nodes, what is free of them): one entry for each look at the cluster, the last one stays."""
-    looks: list[tuple[Nodes, Nodes]] = []
-    current: list[tuple[Nodes, Nodes]] = []
-
-    def look() -> Nodes:
-        if looks:
-            current[:] = [looks.pop(0)]
-        return current[0][0]
-
-    monkeypatch.setattr(elastic, "nodes", look)
-    monkeypatch.setattr(elastic, "answering", lambda found: found)
-    monkeypatch.setattr(elastic, "free", lambda found: current[0][1])
-    monkeypatch.setattr(elastic, "draining_nodes", lambda: set())
-    now = [0.0]  # seconds pass only while it sleeps
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr(elastic, "time", clock)
-    yield looks
-
-
-def never() -> bool:
-    return False
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Looks:
+    return Looks(monkeypatch)
 
 
 def test_a_fixed_group_waits_for_what_is_free_and_says_what_is_missing(
-    cluster: list[tuple[Nodes, Nodes]], caplog: pytest.LogCaptureFixture
+    cluster: Looks, caplog: pytest.LogCaptureFixture
 ) -> None:
     group = WorkerGroup(2, 2, {"CPU": 1.0, "GPU": 1.0}, virtual_ranks=2)
-    lost = {"a": TWO["a"]}
-    cluster += [*[(lost, lost)] * 40, (TWO, TWO)]
-    assert wait_for_room(group, never) == 2 and not cluster
+    cluster.looks += [*[(ONE, ONE)] * 40, (TWO, TWO)]
+    assert cluster.wait(group) == 2 and not cluster.looks
     logged = (
-        "waiting for room for 2 workers of {'CPU': 1.0, 'GPU': 1.0}: 1 would fit; free are 2 of 2 CPU, 1 of 1 GPU on 1"
+        "waiting for machines for 5 s (at most 30 min): 2 training workers of 1 GPU, 1 CPU: 1 would fit; free are "
+        "2 of 2 CPU, 1 of 1 GPU on 1 machines"
     )
-    assert caplog.text.count(logged) == 1
-    cluster += [(TWO, ONE_HELD)]  # there, but another job has it
+    assert caplog.text.count("waiting for machines") == 1 and logged in caplog.text
+    assert not cluster.asked  # without an autoscaler
+    cluster.looks += [(TWO, ONE_HELD)]  # there, but another job has it
     with pytest.raises(
-        ClusterError, match="no room for 2 workers .* 1 would fit; free are 4 of 4 CPU, 1 of 2 GPU on 2"
+        ClusterError, match="no room for 2 training workers .* 1 would fit; free are 4 of 4 CPU, 1 of 2 GPU on 2"
     ):
-        wait_for_room(group, never, seconds=100)
-    cluster += [(TWO, ONE_HELD)]
+        cluster.wait(group, minutes=2)
+    assert "others have the machines for 5 s (at most 2 min)" in caplog.text
+    cluster.looks += [(TWO, ONE_HELD)]
     stop = iter([False, False, True])
-    assert wait_for_room(group, lambda: next(stop)) == 0
+    assert cluster.wait(group, stopped=lambda: next(stop)) == 0
 
 
-def test_an_elastic_group_waits_a_moment_for_what_is_still_held(cluster: list[tuple[Nodes, Nodes]]) -> None:
+def test_an_elastic_group_waits_a_moment_for_what_is_still_held(cluster: Looks) -> None:
     group = WorkerGroup(1, 8, {"GPU": 1.0}, virtual_ranks=8)
-    cluster += [(TWO, {"a": {}, "b": {}}), (TWO, ONE_HELD), (TWO, TWO)]
-    assert wait_for_room(group, never) == 2
-    cluster += [(TWO, ONE_HELD)]  # and if somebody else holds it, it takes what there is
-    assert wait_for_room(group, never) == 1
+    cluster.looks += [(TWO, NONE_FREE), (TWO, ONE_HELD), (TWO, TWO)]
+    assert cluster.wait(group) == 2
+    cluster.looks += [(TWO, ONE_HELD)]  # and if somebody else holds it, it takes what there is
+    assert cluster.wait(group) == 1
 
 
-def test_a_group_grows_by_what_is_free_alone(cluster: list[tuple[Nodes, Nodes]]) -> None:
+def test_a_group_grows_by_what_is_free_alone(cluster: Looks) -> None:
     watch = Watch(None, WorkerGroup(1, 8, {"GPU": 1.0}, virtual_ranks=8), 1, threading.Event())
-    for free, larger in (({"a": {}, "b": {}}, False), (ONE_HELD, True)):
-        cluster += [(TWO, free)]
-        assert watch._larger(elastic.nodes()) is larger
+    for free, possible in ((NONE_FREE, 1), (ONE_HELD, 2)):
+        cluster.looks += [(TWO, free)]
+        assert watch._possible(elastic.joined_cluster()) == possible
+
+
+def test_a_cluster_at_zero_is_asked_for_all_and_training_starts_with_the_least(
+    cluster: Looks, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = WorkerGroup(1, 8, {"CPU": 1.0, "GPU": 1.0}, virtual_ranks=8, selector={"stage": "train"})
+    drawing = Ask("actors that make sample images", Process({"GPU": 1.0}, {"stage": "draw"}), 1, 1)
+    head, encode = {"head": {"CPU": 0.0}}, {"e": GPUS["a"]}
+    labels = {"e": {"stage": "encode"}, "a": {"stage": "train"}, "d": {"stage": "draw"}}
+    nothing = Machines({**head, **encode}, labels=labels)
+    worker = Machines({**head, **encode, "a": GPUS["a"]}, labels=labels)
+    both = Machines({**worker.nodes, "d": GPUS["a"]}, labels=labels)
+    cluster.scaling = Autoscaler(("train",))
+    cluster.looks += [*[(nothing, nothing)] * 20, *[(worker, worker)] * 20, (both, both)]
+    assert cluster.wait(group, beside=[drawing]) == 1 and not cluster.looks
+    assert all(asked == group.demand([drawing]) for asked in cluster.asked) and len(cluster.asked[0].bundles()) == 9
+    said = [record.message.partition("): ")[2] for record in caplog.records]
+    assert said == [
+        "1 to 8 training workers of 1 GPU, 1 CPU with stage=train: 0 would fit; there is no such machine; "
+        "1 actors that make sample images of 1 GPU with stage=draw: 0 would fit; there is no such machine; "
+        "starting: train",
+        "1 actors that make sample images of 1 GPU with stage=draw: 0 would fit; there is no such machine; "
+        "starting: train",
+    ]
+    cluster.asked.clear()
+    ask_for_more(group, cluster.requester, 3, [drawing])  # type: ignore[arg-type]
+    assert cluster.asked.pop() == group.demand([drawing], training=3)
+    ask_for_more(group, cluster.requester, 8, [drawing])  # type: ignore[arg-type]
+    assert cluster.asked.pop() == Demand()
+
+
+def test_machines_that_come_together_are_taken_together(cluster: Looks) -> None:
+    watch = Watch(None, WorkerGroup(1, 2, {"GPU": 1.0}, virtual_ranks=2), 1, threading.Event())
+    watch._group = WorkerGroup(1, 8, {"GPU": 1.0}, virtual_ranks=8)
+    cluster.looks += [(TWO, ONE)]
+    cluster.scaling = Autoscaler(("train",))
+    assert not watch._should_grow(10.0)
+    assert watch._should_grow(elastic.GROW_SECONDS)  # but not for ever
+    cluster.scaling = Autoscaler()
+    assert watch._should_grow(10.0)
+    watch._group = WorkerGroup(1, 2, {"GPU": 1.0}, virtual_ranks=2)
+    cluster.scaling = Autoscaler(("train",))
+    assert watch._should_grow(10.0)  # it needs no more
+
+
+@pytest.mark.parametrize(("leaving", "regroup"), [("x", None), ("b", "a node is being taken away")])
+def test_only_a_node_that_trains_makes_a_run_regroup(
+    cluster: Looks, monkeypatch: pytest.MonkeyPatch, leaving: str, regroup: str | None
+) -> None:
+    """An autoscaler takes idle machines away, those of another stage too: that is no reason to start again."""
+    looked, stops = threading.Event(), list[str]()
+
+    def draining() -> set[str]:
+        looked.set()
+        return {leaving}
+
+    collector = SimpleNamespace(
+        nodes=SimpleNamespace(remote=lambda workers: ["a", "b"] if workers == 2 else []),
+        request_stop=SimpleNamespace(remote=lambda: stops.append("stop")),
+    )
+    monkeypatch.setattr(elastic, "draining_nodes", draining)
+    monkeypatch.setattr(elastic, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(elastic.ray, "get", lambda value: value)
+    with Watch(collector, WorkerGroup(2, 2, {"GPU": 1.0}, virtual_ranks=2), 2, threading.Event()) as watch:
+        assert looked.wait(60)
+    assert watch.regroup == regroup and stops == ([] if regroup is None else ["stop"])
 
 
 class Cluster:
@@ -106,7 +196,8 @@ class Cluster:
         collector = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda env: self.made(env, handle)))
         monkeypatch.setattr(job, "Collector", collector)
         monkeypatch.setattr(job, "on_this_node", lambda: None)
-        monkeypatch.setattr(job, "wait_for_room", lambda group, stopped, ask: 1)
+        monkeypatch.setattr(job, "wait_for_room", lambda *_, **options: 1)
+        monkeypatch.setattr(job, "ask_for_more", lambda *_: None)
         monkeypatch.setattr(job, "_fit", self.fit)
         monkeypatch.setattr(job, "list_checkpoints", lambda path: ["step-1"][: self.steps])
         monkeypatch.setattr(job.ray, "get", lambda value: value)
@@ -138,7 +229,8 @@ class Cluster:
 
 
 def fit(config: TrainConfig) -> tuple[TrainResult, int]:
-    return job._fit_until_done(unresolved(config), WorkerGroup(1, 2, {"CPU": 1.0}, 2), [], threading.Event())
+    wanted: Any = None
+    return job._fit_until_done(unresolved(config), WorkerGroup(1, 2, {"CPU": 1.0}, 2), [], wanted, threading.Event())
 
 
 def test_failures_are_counted_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ray_diffsynth.pipelines.core import on_demand
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
-from ray_diffsynth.training.ray import job
+from ray_diffsynth.training.ray import job, sampler
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from tests.cuda_autocast import CudaAutocast
 from tests.training.conftest import CacheMaker
@@ -159,7 +159,7 @@ def test_workers_share_the_prompts(runs: Runs, tmp_path: Path, shard: bool) -> N
 def test_workers_of_ray_draw_where_no_gpu_is_left(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None
 ) -> None:
-    monkeypatch.setattr(job, "sampler_resources", lambda *_: None)
+    monkeypatch.setattr(sampler, "sampler_process", lambda *_: None)
     options: dict[str, Any] = {"max_steps": 2, "num_workers": 1, "resources": {"CPU": 1}}
     job.run(make_config(tiny_qwen, make_cache(), tmp_path / "out", **options, **DRAWN))
     assert list(grids(tmp_path / "out")) == ["step-00000000.png", "step-00000002.png"]

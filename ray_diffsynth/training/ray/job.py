@@ -14,20 +14,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 
+from ray_diffsynth.cluster.request import Requester, requester
 from ray_diffsynth.cluster.session import joined_cluster, on_this_node, ray_session
-from ray_diffsynth.cluster.workers import WorkerGroup, sampler_resources, worker_group
+from ray_diffsynth.cluster.workers import WorkerGroup, check_sampler, sampler_process, worker_group
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.errors import UserError, first_line, worker_failures
-from ray_diffsynth.models.lora_file import check_lora_file
 from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
-from ray_diffsynth.storage import absolute, join
+from ray_diffsynth.ray_compat import autoscaler
+from ray_diffsynth.storage import join
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import (
     CheckpointError,
@@ -37,21 +37,14 @@ from ray_diffsynth.training.checkpoint import (
 )
 from ray_diffsynth.training.data.opening import check_data
 from ray_diffsynth.training.identity import check_chosen
-from ray_diffsynth.training.optim import customized
-from ray_diffsynth.training.ray.elastic import Watch, wait_for_room
+from ray_diffsynth.training.ray.checks import absolute_paths, check_files
+from ray_diffsynth.training.ray.elastic import Watch, ask_for_more, wait_for_room
 from ray_diffsynth.training.ray.failure import WorkerError, is_lost_connection, reason
-from ray_diffsynth.training.ray.worker import (
-    POLL_SECONDS,
-    Collector,
-    RayRuntime,
-    SamplerActor,
-    messages_to_driver,
-)
+from ray_diffsynth.training.ray.sampler import Sampling
+from ray_diffsynth.training.ray.worker import POLL_SECONDS, Collector, RayRuntime, messages_to_driver
 from ray_diffsynth.training.report.metrics_log import TrainingProgress
-from ray_diffsynth.training.report.sample_grids import GridInfo, is_drawn
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt, plan_samples
 from ray_diffsynth.training.report.summary import write_training_report
-from ray_diffsynth.training.report.trackers import check_trackers, fallback
 from ray_diffsynth.training.result import TrainResult, merged
 from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.trainer import train
@@ -85,9 +78,18 @@ def run(config: TrainConfig) -> dict[str, Any]:
     start.begin()
     plan = replace(plan, config=replace(config, resume="auto"))
     # In this order: Ray sets a handler of its own when it starts.
-    with ray_session(config.ray_address, verbose=config.verbose), sigterm() as terminated:
-        group = worker_group(config, joined_cluster(), _virtual_ranks(config.output_path))
-        result, workers = _fit_until_done(plan, group, samples, terminated)
+    with (
+        ray_session(config.ray_address, verbose=config.verbose),
+        sigterm() as terminated,
+        requester(f"train {config.output_path}") as wanted,
+    ):
+        growing = autoscaler() is not None
+        group = worker_group(config, joined_cluster(), _virtual_ranks(config.output_path), growing=growing)
+        if samples and config.sample_resources is not None and not growing:
+            cluster = joined_cluster()
+            if (drawing := sampler_process(config, group, cluster)) is not None:
+                check_sampler(drawing, group, cluster)
+        result, workers = _fit_until_done(plan, group, samples, wanted, terminated)
     report = write_training_report(plan.config, result, workers=workers, seconds=time.monotonic() - started)
     if terminated.is_set() and not result.finished:
         raise SystemExit(TERMINATED)
@@ -108,36 +110,6 @@ def sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Ray's workers run in another folder: everything that is a path here is made one from the root."""
-    names = ("dataset_base_path", "dataset_metadata_path", "output_path", "preset_lora_path")
-    changes: dict[str, Any] = {name: absolute(value) for name in names if (value := getattr(config, name))}
-    for name in ("model", "tokenizer_path", "processor_path"):
-        value = getattr(config, name)
-        if value and Path(value).exists():  # else a hub id
-            changes[name] = absolute(value)
-    if config.lora_checkpoint:
-        changes["lora_checkpoint"] = ",".join(absolute(path) for path in config.lora_checkpoints.values())
-    if config.resume not in ("auto", "never"):
-        changes["resume"] = absolute(config.resume)
-    return replace(config, **changes)
-
-
-def check_files(config: TrainConfig, *, going_on: bool) -> None:
-    """Raise the UserErrors of LoRA files, trackers and an optimizer that a worker would raise after Ray has started.
-
-    A run that is `going_on` may have left the LoRA that it started from behind.
-    """
-    start = () if going_on else config.lora_checkpoints.values()
-    for path in filter(None, (config.preset_lora_path, *start)):
-        check_lora_file(path)
-    check_trackers(config)
-    if told := fallback(config):
-        logger.info(told)
-    if config.customized_optimizer:
-        customized(config.customized_optimizer, config)
-
-
 def _virtual_ranks(output_path: str) -> int | None:
     """Virtual ranks of the run that is gone on with; None for a new one."""
     for name in reversed(list_checkpoints(output_path)):
@@ -149,25 +121,37 @@ def _virtual_ranks(output_path: str) -> int | None:
 
 
 def _fit_until_done(
-    plan: TrainPlan, group: WorkerGroup, samples: list[SamplePrompt], terminated: threading.Event
+    plan: TrainPlan, group: WorkerGroup, samples: list[SamplePrompt], wanted: Requester, terminated: threading.Event
 ) -> tuple[TrainResult, int]:
-    """Train, with another group of workers whenever one is lost or another number fits; also the last group's size."""
+    """Train, with another group of workers whenever one is lost or another number fits; also the last group's size.
+
+    wanted: by which the autoscaler is asked, if there is one, for what Ray Train does not ask for itself.
+    """
     environment = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
     collector = Collector.options(scheduling_strategy=on_this_node()).remote(environment)  # type: ignore[attr-defined]
-    sampler = _sampler(plan, group, samples, collector)
-    arguments = {
-        "plan": plan,
-        "collector": collector,
-        "sampler": sampler,
-        "samples": [] if sampler is not None else samples,
-        "folder": os.getcwd(),
-    }
+    sampling = Sampling(plan, samples, collector)
     failures, workers, results = 0, group.most, list[TrainResult]()
     with _progress_bar(collector):
         while not terminated.is_set():
-            workers = wait_for_room(group, terminated.is_set, ask=bool(failures or results))
+            workers = wait_for_room(
+                *(group, wanted, terminated.is_set),
+                minutes=plan.config.wait_minutes,
+                beside=sampling.beside(group),
+                placed=sampling.placed,
+                ask=bool(failures or results),
+            )
             if not workers:
                 break
+            if sampling.begin(group, terminated.is_set):
+                continue
+            arguments = {
+                "plan": plan,
+                "collector": collector,
+                "sampler": sampling.actor,
+                "samples": sampling.of_workers,
+                "folder": os.getcwd(),
+            }
+            ask_for_more(group, wanted, workers, sampling.placed)
             before = list_checkpoints(plan.output_path)
             ray.get(collector.begin.remote())
             with Watch(collector, group, workers, terminated) as watch:
@@ -186,11 +170,8 @@ def _fit_until_done(
             if results[-1].finished or watch.regroup is None:
                 break
             logger.warning("%s: going on from step %d", watch.regroup, results[-1].steps)
-        if sampler is not None and results and results[-1].finished:
-            _end_sampler(sampler)
+        sampling.end(finished=bool(results) and results[-1].finished)
         of_prompts: list[list[str]] = ray.get(collector.warnings.remote())
-    if sampler is not None:
-        ray.kill(sampler)
     ray.kill(collector)
     if not results:
         raise SystemExit(TERMINATED)  # asked to end before there was anything to report
@@ -207,7 +188,10 @@ def _fit(arguments: dict[str, Any], group: WorkerGroup, workers: int) -> None:
         # NCCL refuses two workers on one GPU.
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if group.resources.get("GPU", 0) >= 1 else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=gpu, resources_per_worker=dict(group.resources)
+            num_workers=workers,
+            use_gpu=gpu,
+            resources_per_worker=dict(group.resources),
+            label_selector=dict(group.selector) or None,
         ),
         # Each failure comes back here, also workers that find no room: Ray would try that group again for ever.
         run_config=ray.train.RunConfig(
@@ -218,36 +202,6 @@ def _fit(arguments: dict[str, Any], group: WorkerGroup, workers: int) -> None:
             ),
         ),
     ).fit()
-
-
-def _sampler(plan: TrainPlan, group: WorkerGroup, samples: list[SamplePrompt], collector: Any = None) -> Any:
-    """The actor that makes sample images; None if there are none, or the workers draw them."""
-    if not samples:
-        return None
-    wanted = sampler_resources(plan.config.sample_resources, group, joined_cluster())
-    if wanted is None:
-        logger.info("no GPU is left for the sample images: the workers draw them between steps, which takes time")
-        return None
-    cpu, gpu = wanted.pop("CPU", 0.0), wanted.pop("GPU", 0.0)
-    options = SamplerActor.options(  # type: ignore[attr-defined]
-        num_cpus=cpu, num_gpus=gpu, resources=wanted or None
-    )
-    fresh = not list_checkpoints(plan.output_path)
-    start = fresh or not is_drawn(plan.output_path, 0, GridInfo.of(plan.config, samples, 0))
-    if not start:  # all that it draws comes with the weights of a step
-        plan = replace(plan, config=replace(plan.config, lora_checkpoint=None))
-    actor = options.remote(plan, samples, start, collector)
-    if start:
-        actor.begin.remote()  # beside the start of the workers
-    return actor
-
-
-def _end_sampler(sampler: Any) -> None:
-    """Wait for the last images; it logs itself what went wrong with any, but not that it is lost."""
-    try:
-        ray.get(sampler.finish.remote())
-    except ray.exceptions.RayError as lost:
-        logger.warning("the sample images ended early: %s", first_line(lost))
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -261,7 +215,8 @@ def _worker(arguments: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     if os.path.isdir(arguments["folder"]):  # relative paths inside options mean the driver's folder
         os.chdir(arguments["folder"])
-    for name, value in ray.get(arguments["collector"].environment.remote()).items():
+    node = ray.get_runtime_context().get_node_id()
+    for name, value in ray.get(arguments["collector"].environment.remote(node)).items():
         os.environ.setdefault(name, value)
     runtime = RayRuntime(arguments["collector"], arguments["sampler"], arguments["samples"])
     try:

@@ -122,16 +122,17 @@ class Collector:
         self._result: dict[str, Any] | None = None
         self._messages: list[tuple[str, int]] = []
         self._warnings: list[list[str]] = []
-        self._stop = self._begun = False
+        self._nodes: list[str] = []
+        self._stop = False
 
-    def environment(self) -> dict[str, str]:
-        """For a worker that starts."""
-        self._begun = True
+    def environment(self, node: str) -> dict[str, str]:
+        """For a worker that starts on a node."""
+        self._nodes.append(node)
         return self._environment
 
-    def has_begun(self) -> bool:
-        """Whether the group's workers are there."""
-        return self._begun
+    def nodes(self, workers: int) -> list[str]:
+        """The nodes of the group's workers, once all of these are there; none before."""
+        return self._nodes if len(self._nodes) >= workers else []
 
     def add(self, metrics: dict[str, Any]) -> None:
         self._latest = metrics
@@ -162,7 +163,7 @@ class Collector:
 
     def begin(self) -> None:
         """A new group of workers starts."""
-        self._stop, self._begun, self._result = False, False, None
+        self._stop, self._nodes, self._result = False, [], None
 
     def finish(self, result: dict[str, Any]) -> None:
         self._result = result
@@ -187,9 +188,13 @@ class SamplerActor:
         self._drawn: list[str] = []
         self._error: str | None = None
 
+    def placed(self) -> None:
+        """Answers once the actor is there."""
+
     def begin(self) -> None:
-        """Load the model now, and make the images of step 0, without waiting for a step that asks for its own."""
-        self._attempt(0, self._ready)
+        """Load the model now and make the images of step 0, if they are to be made: no step has to ask for its own."""
+        if self._start:
+            self._attempt(0, self._ready)
 
     def draw(self, step: int, weights: Mapping[str, Any]) -> None:
         def make() -> None:
