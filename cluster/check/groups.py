@@ -10,24 +10,23 @@ from cluster.check.autoscaling import started_pods
 from cluster.check.entrypoints import job_configs, path_problems
 from cluster.check.kuberay import containers_of, groups_of
 from cluster.check.problem import Place, Problem, mapping
-from ray_diffsynth.cluster.demand import Ask, Demand, amounts
+from ray_diffsynth.cluster.demand import Demand, amounts
 from ray_diffsynth.cluster.encoders import encoder_demand, encoder_pools
 from ray_diffsynth.cluster.labels import described, matches
-from ray_diffsynth.cluster.nodes import Cluster, Process
+from ray_diffsynth.cluster.nodes import Cluster
+from ray_diffsynth.cluster.workers import worker_group
 from ray_diffsynth.config import JobConfig, PreprocessConfig, TrainConfig
 from ray_diffsynth.config.cluster import ClusterConfig
 
 
 def demand_of(config: JobConfig) -> Demand:
-    """What a job asks of a cluster in which no worker is up; nothing where the number is left to the cluster."""
+    """What a job asks of a cluster in which no worker is up."""
     if isinstance(config, PreprocessConfig):
         groups = list(config.pools or {"every group": {}})
         pools = encoder_pools(config, groups, Cluster({}), growing=True)
         return encoder_demand(pools, {name: pool.max_actors for name, pool in pools.items()}, least=True)
     if isinstance(config, TrainConfig):
-        least, most = config.worker_range
-        resources = {"GPU": 1.0, "CPU": 1.0, **(config.resources or {})}
-        return Demand((Ask("workers", Process(resources, config.selector), least, most),))
+        return worker_group(config, Cluster({}), growing=True).demand()
     return Demand()
 
 

@@ -72,7 +72,8 @@ def _cluster(spec: Mapping[str, Any], place: Place) -> Iterator[Problem]:
     for where, group in groups_of(spec, place):
         yield from _group(group, where, scales=scales, version=version)
     for at, group in enumerate(workers):
-        yield from _replicas(group, (*place, "workerGroupSpecs", at), scales=scales, version=version)
+        said = str(options.get("version"))
+        yield from _replicas(group, (*place, "workerGroupSpecs", at), scales=scales, version=said)
 
 
 def _access(spec: Mapping[str, Any], place: Place) -> Iterator[Problem]:
@@ -131,7 +132,8 @@ def _replicas(group: Mapping[str, Any], place: Place, *, scales: bool, version: 
     if not scales and not least == now == most:
         message = f"stays at {now} without enableInTreeAutoscaling: true; set it, or all three numbers to the same"
         yield Problem((*place, "replicas"), message)
-    if "idleTimeoutSeconds" in group and (version != "v2" or not scales):
-        yield Problem((*place, "idleTimeoutSeconds"), "of a group needs the autoscaler v2")
+    for field in ("idleTimeoutSeconds", "priority"):
+        if group.get(field) and (version != "v2" or not scales):
+            yield Problem((*place, field), "of a group needs autoscalerOptions.version: v2, said in words")
     if scales and group.get("suspend"):
         yield Problem((*place, "suspend"), "of a group is refused with an autoscaler; set maxReplicas: 0")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zoneinfo
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.check.kuberay import clusters_of, jobs_of
 from cluster.check.problem import Place, Problem, mapping
+from cluster.check.schedule import schedule_problems
 
 KUEUE = "kueue.x-k8s.io/queue-name"
 ELASTIC = "kueue.x-k8s.io/elastic-job"
@@ -15,7 +15,6 @@ VOLCANO = "volcano.sh/queue-name"
 MOST_GROUPS = 7
 """Groups of workers that Kueue takes."""
 CLUSTER_NAME = "ray.io/cluster"
-FIELDS_OF_CRON = ("minute", "hour", "day of the month", "month", "day of the week")
 
 
 def rayjob_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
@@ -25,7 +24,7 @@ def rayjob_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _cluster_of_job(spec, place)
         yield from _submission(spec, place)
     if document.get("kind") == "RayCronJob":
-        yield from _schedule(mapping(document.get("spec")))
+        yield from schedule_problems(mapping(document.get("spec")))
     metadata = mapping(document.get("metadata"))
     labels = mapping(metadata.get("labels"))
     if KUEUE in labels:
@@ -70,17 +69,6 @@ def _submission(spec: Mapping[str, Any], place: Place) -> Iterator[Problem]:
     if pod and pod.get("restartPolicy") not in ("Never", "OnFailure"):
         where = (*place, "submitterPodTemplate", "spec", "restartPolicy")
         yield Problem(where, "must be Never or OnFailure: the submitter is a Job of Kubernetes")
-
-
-def _schedule(spec: Mapping[str, Any]) -> Iterator[Problem]:
-    words = str(spec.get("schedule", "")).split()
-    if words and words[0].startswith(("TZ=", "CRON_TZ=")):
-        yield Problem(("spec", "schedule"), f"{words[0]} is refused here; use timeZone")
-    elif len(words) != len(FIELDS_OF_CRON) and not "".join(words).startswith("@"):
-        message = f"has {len(words)} fields; write {len(FIELDS_OF_CRON)}: {', '.join(FIELDS_OF_CRON)}"
-        yield Problem(("spec", "schedule"), message)
-    if (zone := spec.get("timeZone")) is not None and zone not in zoneinfo.available_timezones():
-        yield Problem(("spec", "timeZone"), f"{zone} is no time zone; write e.g. Etc/UTC or Europe/Berlin")
 
 
 def _kueue(document: Mapping[str, Any], *, elastic: bool) -> Iterator[Problem]:

@@ -128,7 +128,13 @@ MISTAKES = {
         KUEUE, {f"{J}.autoscalerOptions": {"version": "v2"}}, f"{J}.autoscalerOptions", "enableInTreeAutoscaling: true"
     ),
     "an idle time that the old autoscaler does not know": Mistake(
-        PRE, {f"{J}.autoscalerOptions.version": "v1"}, f"{WHERE}.idleTimeoutSeconds", "needs the autoscaler v2"
+        PRE,
+        {f"{J}.autoscalerOptions.version": "v1"},
+        f"{WHERE}.idleTimeoutSeconds",
+        "needs autoscalerOptions.version: v2",
+    ),
+    "a priority without a version of the autoscaler": Mistake(
+        VOLCANO, {f"{ENCODE}.priority": 1}, f"{WHERE}.priority", "needs autoscalerOptions.version: v2"
     ),
     "a pod that restarts by itself": Mistake(
         PRE, {f"{POD}.restartPolicy": "Always"}, f"{WHERE}.template.spec.restartPolicy", "must be Never"
@@ -407,6 +413,12 @@ MISTAKES = {
     ),
     # Schedules and queues
     "a schedule with six fields": Mistake(CRON, {"spec.schedule": "0 0 2 * * *"}, "spec.schedule", "6 fields; write 5"),
+    "an hour that no day has": Mistake(
+        CRON, {"spec.schedule": "0 24 * * *"}, "spec.schedule", "24 is no hour; .*0 to 23"
+    ),
+    "a day by another name": Mistake(
+        CRON, {"spec.schedule": "0 2 * * MONDAY"}, "spec.schedule", "MONDAY is no day of the week; .*SUN"
+    ),
     "a zone in the schedule": Mistake(CRON, {"spec.schedule": "TZ=UTC 0 2 * * 0"}, "spec.schedule", "use timeZone"),
     "a time zone that is none": Mistake(CRON, {"spec.timeZone": "Berlin"}, "spec.timeZone", "write e.g. Etc/UTC"),
     "a queued job that is not suspended": Mistake(
