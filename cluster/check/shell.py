@@ -1,7 +1,7 @@
-"""What two shells do to the entrypoint of a RayJob before the job sees it.
+"""What the submitter's shell does to the entrypoint of a RayJob before the job sees it.
 
-KubeRay puts the text as it is into the submitter's `bash -c '… ray job submit … -- ENTRYPOINT ; fi ; …'`. `ray job
-submit` joins the words again, by double quotes and only where one holds a space, and the head runs that by `sh -c`.
+KubeRay puts the text as it is into its `bash -c '… ray job submit … -- ENTRYPOINT ; fi ; …'`. The words that this shell
+makes of it reach the job: `ray job submit` quotes them again for the shell of the head.
 """
 
 from __future__ import annotations
@@ -35,29 +35,23 @@ def acted_on(command: str) -> Iterator[tuple[int, str]]:
 
 
 def shell_problems(entrypoint: str, place: Place) -> Iterator[Problem]:
-    """What the submitter's shell, or that of the head, would not hand on to the job as it is written."""
+    """What the submitter's shell would not hand on to the job as it is written."""
     command = entrypoint.strip()
     try:
-        words = shlex.split(command)
+        shlex.split(command)
     except ValueError as error:
         yield Problem(place, f"is no shell command: {error}; close the quotes")
         return
     for at, character in acted_on(command):
         yield Problem(place, _by_the_submitter(command, at, character))
         return  # the rest is another command, or follows from this
-    for word in words:
-        if not re.search(r"\s", word) and (found := re.search(r"[;|&<>()`]", word)):
-            yield Problem(
-                place,
-                f"{word}: ray job submit drops the quotes of a word without spaces, and the head's shell acts on "
-                f"{found[0]}; write a space into it, e.g. after a colon or a comma",
-            )
 
 
 def _by_the_submitter(command: str, at: int, character: str) -> str:
     if character == "$":
         name = re.match(r"\$\{?\w*\}?", command[at:])
-        return f"{name[0] if name else '$'} is filled in in the submitter's pod; put it in single quotes for the head"
+        what = name[0] if name else "$"
+        return f"{what} is filled in in the submitter's pod; for the head's write sh -c '…' around it all"
     if character == "`":
         return "what stands in backticks runs in the submitter's pod; write sh -c '…' around it all"
     if character == "#":

@@ -122,12 +122,12 @@ def test_a_pod_that_is_deleted_tells_ray_within_its_grace(group: str) -> None:
 
 
 RAY = """#!/usr/bin/env python3
-import json, subprocess, sys
+import shlex, subprocess, sys
 words = sys.argv[1:]
 if words[:2] == ["job", "status"]:
     sys.exit(1)
 if words[:2] == ["job", "submit"]:
-    subprocess.run(subprocess.list2cmdline(words[words.index("--") + 1 :]), shell=True, check=True)
+    subprocess.run(shlex.join(words[words.index("--") + 1 :]), shell=True, check=True)
 """
 JOB = """#!/usr/bin/env python3
 import json, sys

@@ -338,12 +338,6 @@ MISTAKES = {
     "quotes that do not close": Mistake(
         PRE, {"spec.entrypoint": lambda text: f"{text.strip()} --trigger 'a"}, "spec.entrypoint", "No closing quotation"
     ),
-    "a word that only the first shell is kept from": Mistake(
-        PRE,
-        {"spec.entrypoint": instead("/shared/data/images", "'/shared/data/a;b'")},
-        "spec.entrypoint",
-        "drops the quotes of a word without spaces.*write a space",
-    ),
     "a result on the pod's own disk": Mistake(
         PRE,
         {"spec.entrypoint": instead("/shared/cache", "/share/cache")},
