@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.plan.run_plan import TrainPlan
+from ray_diffsynth.training.attempt import Attempt
 from ray_diffsynth.training.background import BackgroundWriter
 from ray_diffsynth.training.checkpoint import (
     Checkpoint,
@@ -40,6 +41,7 @@ class Checkpointing:
         self.start = self.found.step if self.found else 0
         self.files: list[str] = []
         self.saved: str | None = None
+        self._attempt = Attempt(plan.output_path)
         self._writer = BackgroundWriter()
         if not all_equal(self.start, runtime.world_size, runtime.device):
             raise TrainingError(
@@ -116,8 +118,10 @@ class Checkpointing:
 
     def _write(self, files: Sequence[TrainedFile], checkpoint: Checkpoint) -> None:
         for file in files:
+            self._attempt.check()
             file.write()
             self.files.append(file.path)
+        self._attempt.check()
         self.saved = save_checkpoint(self._plan.output_path, checkpoint, self._config.keep_checkpoints)
 
     def raise_failed(self) -> None:

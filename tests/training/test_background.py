@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from ray_diffsynth.storage import folders
 from ray_diffsynth.training import checkpointing
 from ray_diffsynth.training.background import BackgroundWriter
 from ray_diffsynth.training.checkpoint import list_checkpoints
+from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.result import TrainResult
 from ray_diffsynth.training.runtime import LocalRuntime
+from ray_diffsynth.training.start import Start
 from ray_diffsynth.training.trainer import train
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config
@@ -189,3 +192,25 @@ def test_another_error_waits_for_the_save_and_tells_of_its_failure(
     with pytest.raises(ZeroDivisionError) as raised:
         run(tiny_qwen, make_cache(), tmp_path / "lost", Steps(fails))
     assert "the last save could not be written: OSError" in raised.value.__notes__[0]
+
+
+def test_a_worker_of_an_earlier_command_writes_nothing_more(
+    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its driver was killed and the same command began again while it lives on: the next save ends it."""
+    config = make_config(tiny_qwen, make_cache(), tmp_path, max_steps=8, save_steps=2, log_with="none")
+    Start.of(config).begin()
+    resumed: list[TrainResult] = []
+
+    def again(step: int) -> None:
+        if step == 3 and not resumed:
+            while not list_checkpoints(str(tmp_path)):  # that of step 2 is still being written
+                time.sleep(0.01)
+            Start.of(config).begin()
+            resumed.append(run(tiny_qwen, make_cache(), tmp_path, max_steps=6))
+
+    with pytest.raises(TrainingError, match="another command was started on .* this one ends and writes nothing more"):
+        run(tiny_qwen, make_cache(), tmp_path, Steps(again), max_steps=8)
+    assert resumed[0].started_at == 2 and resumed[0].finished
+    assert list_checkpoints(str(tmp_path)) == [f"step-{step:08d}" for step in (2, 4, 6)]
+    assert not (tmp_path / "step-8.safetensors").exists()
