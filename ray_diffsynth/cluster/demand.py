@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ray_diffsynth.cluster.labels import described
 from ray_diffsynth.cluster.nodes import Cluster, Process, pack, room
@@ -49,9 +50,13 @@ class Demand:
         counts = {id(ask): sum(next(placed) for _ in range(ask.least)) for ask in order}
         return [(ask, counts[id(ask)]) for ask in self.asks if counts[id(ask)] < ask.least]
 
-    def least(self) -> Demand:
-        """With no more than the least of each kind."""
-        return Demand(tuple(Ask(ask.what, ask.process, ask.least, ask.least) for ask in self.asks))
+    def reduced(self, share: float) -> Demand:
+        """The least of each kind, and this share (0 to 1) of what is wanted beyond it; all of that at least."""
+        return Demand(tuple(replace(ask, least=number, most=number) for ask, number in self._numbers(share)))
+
+    def _numbers(self, share: float) -> Iterator[tuple[Ask, int]]:
+        for ask in self.asks:
+            yield ask, ask.least + math.ceil((ask.most - ask.least) * share)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,19 @@ from contextlib import contextmanager
 import ray
 
 from ray_diffsynth.cluster.demand import Demand
-from ray_diffsynth.ray_compat import autoscaling_coordinator
+from ray_diffsynth.cluster.session import joined_cluster
+from ray_diffsynth.ray_compat import autoscaler, autoscaling_coordinator
 
 logger = logging.getLogger(__name__)
 
 EXPIRE_SECONDS = 60.0
 """A request ends by itself so long after its job last repeated it: a killed job keeps no machine."""
 RENEW_SECONDS = 15.0
+STILL_RENEWALS = 2
+"""Renewals without a machine that starts after which less is asked for."""
+RETRY_RENEWALS = 20
+"""Renewals after which all is asked for again."""
+_SMALLEST_SHARE = 0.05
 ANSWER_SECONDS = 30.0
 """How long the actor that collects the requests may take."""
 
@@ -27,11 +33,16 @@ class Requester:
 
     Ray reserves for a requester what it asks for, so a request is taken back before a dataset is run that is to have
     the machines. Training workers are placed by other means; beside them a request may stay, so that more come.
+
+    The autoscaler takes the sum of all requests whole or not at all: one for more machines than there may be keeps
+    every job waiting. So what is wanted beyond the least is halved while nothing starts, and wanted again later.
     """
 
     def __init__(self, name: str) -> None:
         self._id = f"ray_diffsynth-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
         self._wanted: Demand | None = None
+        self._share = 1.0
+        self._still = self._renewals = 0
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -41,10 +52,10 @@ class Requester:
         with self._lock:
             if demand == self._wanted:
                 return
-            self._wanted = demand
+            self._wanted, self._share, self._still, self._renewals = demand, 1.0, 0, 0
             self._send(demand)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._renew, name="autoscaler-request", daemon=True)
+            self._thread = threading.Thread(target=self._keep, name="autoscaler-request", daemon=True)
             self._thread.start()
 
     def cancel(self) -> None:
@@ -77,11 +88,34 @@ class Requester:
         except ray.exceptions.RayError as error:
             logger.warning("the autoscaler could not be asked for machines, which is tried again: %s", error)
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Repeat what is wanted; less of it if none of it starts."""
+        with self._lock:
+            if self._wanted is None:
+                return
+            self._renewals += 1
+            if self._renewals % RETRY_RENEWALS == 0:  # there may be room in the cloud again
+                self._share, self._still = 1.0, 0
+            else:
+                self._adjust(self._wanted)
+            self._send(self._wanted.reduced(self._share))
+
+    def _adjust(self, wanted: Demand) -> None:
+        state = autoscaler()
+        moving = state is not None and bool(state.starting)
+        if moving or not wanted.reduced(self._share).missing(joined_cluster()):
+            self._still = 0
+            return
+        self._still += 1
+        if self._still >= STILL_RENEWALS:
+            self._share, self._still = (self._share / 2 if self._share > _SMALLEST_SHARE else 0.0), 0
+
+    def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
-            with self._lock:
-                if self._wanted is not None:
-                    self._send(self._wanted)
+            try:
+                self.renew()
+            except ray.exceptions.RayError as error:
+                logger.warning("what is asked of the autoscaler could not be renewed, which is tried again: %s", error)
 
 
 @contextmanager

@@ -57,8 +57,8 @@ class WorkerGroup:
 
     def demand(self, beside: Sequence[Ask] = (), *, training: int = 0) -> Demand:
         """What the group wants, and what is beside it. training: workers that train now, for whom Ray Train asks."""
-        least, most = self.numbers[0], self.numbers[-1] - training
-        asks = (Ask("training workers", self.worker, min(least, most), most),) if most > 0 else ()
+        least, most = 0 if training else self.numbers[0], self.numbers[-1] - training
+        asks = (Ask("training workers", self.worker, least, most),) if most > 0 else ()
         return Demand((*asks, *beside))
 
 
