@@ -10,6 +10,7 @@ mapfile -t NODES <<<"$SKYPILOT_NODE_IPS"
 PORT=${RAY_PORT:-6395}
 HEAD=${NODES[0]}:$PORT
 export RAY_AUTH_MODE=token # the token is RAY_AUTH_TOKEN
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # Ray ends when the job has: nothing is left to drain
 unset RAY_ADDRESS
 
 start() { # OPTIONS: `ray start` on this node, until it is ended

@@ -131,38 +131,31 @@ def test_the_script_starts_ray_as_ray_reads_it() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_both_stages_on_two_nodes_and_a_job_that_is_queued_again(slurm: Slurm, tiny_qwen: Path) -> None:
-    model = ["--model", str(tiny_qwen), "--dtype", "float32"]
-    encoding = slurm.start(
-        "preprocess", *model, "--dataset_base_path", str(slurm.checkout.images), "--output_path",
-        str(slurm.folder / "cache"),
-    )  # fmt: skip
-    assert encoding.wait() == 0, slurm.output
-    assert "cache of 4 samples" in slurm.output
-    assert {call.split()[1] for call in slurm.calls} == set(NODES)
-    assert not slurm.checkout.left
-
     lora = slurm.folder / "lora"
     # A worker takes the CPUs of a whole node, so that two need both.
-    training = [
-        "train", *model, "--dataset_base_path", str(slurm.folder / "cache"), "--output_path", str(lora),
-        "--num_workers", "2", "--resources", json.dumps({"CPU": 2}), "--lora_rank", "4", "--max_steps", "300",
-        "--save_steps", "300", "--log_with", "none", "--lora_target_modules", "to_q",
+    job = [
+        "pipeline", "--model", str(tiny_qwen), "--dtype", "float32", "--dataset_base_path", str(slurm.checkout.images),
+        "--cache_path", str(slurm.folder / "cache"), "--output_path", str(lora), "--train.num_workers", "2",
+        "--train.resources", json.dumps({"CPU": 2}), "--lora_rank", "4", "--lora_target_modules", "to_q",
+        "--max_steps", "200", "--save_steps", "200", "--log_with", "none",
     ]  # fmt: skip
-    first = slurm.start(*training)
+    first = slurm.start(*job)
     while not read_metrics(str(lora)):
         assert first.poll() is None, slurm.output
         time.sleep(0.1)
     first.send_signal(signal.SIGUSR1)  # as Slurm does 300 s before the time limit
     assert first.wait() == 143, slurm.output
+    assert "cache of 4 samples" in slurm.output
     saved = newest_checkpoint(str(lora))
-    assert saved is not None and 0 < saved.step < 300
-    assert slurm.calls[-1] == f"scontrol requeue {slurm.checkout.number}"
+    assert saved is not None and 0 < saved.step < 200
+    assert {call.split()[1] for call in slurm.calls[:2]} == set(NODES)
+    assert slurm.calls[2:] == [f"scontrol requeue {slurm.checkout.number}"]
     assert not slurm.checkout.left
 
-    again = slurm.start(*training)
+    again = slurm.start(*job)
     assert again.wait() == 0, slurm.output
-    assert f"going on from step {saved.step} of 300" in slurm.output
-    assert [line["step"] for line in read_metrics(str(lora))] == list(range(1, 301))
+    assert f"going on from step {saved.step} of 200" in slurm.output
+    assert [line["step"] for line in read_metrics(str(lora))] == list(range(1, 201))
     assert sum("requeue" in call for call in slurm.calls) == 1 and not slurm.checkout.left
 
 
