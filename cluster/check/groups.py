@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.check.autoscaling import started_pods
@@ -45,14 +46,28 @@ def _demand_problems(
         message = f"{config.job}: no group is one{described(selector)}; the groups have {json.dumps(labels)}"
         yield Problem(place, f"{message}; change --node_labels, or the labels of a group")
         return
-    demand = demand_of(config)
-    if started_pods(cluster, demand.bundles(), demand.selectors()).refused:
-        wanted = ", ".join(f"{ask.most} times {amounts(ask.process.resources)}" for ask in demand.asks)
-        message = f"{config.job}: asks for {wanted}{described(selector)}, more than the groups may become, and of that"
-        yield Problem(place, f"{message} Ray's autoscaler starts nothing; raise maxReplicas, or lower --num_workers")
+    most = demand_of(config)
+    least = Demand(tuple(replace(ask, most=ask.least) for ask in most.asks))
+    if not _can_be(cluster, least):
+        message = f"needs {_listed(least)}{described(selector)}, and the groups cannot become that"
+        yield Problem(place, f"{config.job}: {message}; raise maxReplicas or a pod's resources, or lower --num_workers")
+    elif not _can_be(cluster, most):
+        message = (
+            f"asks for {_listed(most)}{described(selector)}, more than the groups may become, and Ray's autoscaler"
+        )
+        fix = "raise maxReplicas, or lower --num_workers"
+        yield Problem(place, f"{config.job}: {message} starts none of them until the job asks for less; {fix}")
     elif not selector and len({tuple(sorted(found.items())) for found in labels}) > 1:
         message = "names no machines, and Ray would take those of any group; add --node_labels"
         yield Problem(place, f"{config.job}: {message}, e.g. '{json.dumps(dict(labels[0]))}'")
+
+
+def _can_be(cluster: Mapping[str, Any], demand: Demand) -> bool:
+    return not started_pods(cluster, demand.bundles(), demand.selectors()).refused
+
+
+def _listed(demand: Demand) -> str:
+    return ", ".join(f"{ask.most} times {amounts(ask.process.resources)}" for ask in demand.asks)
 
 
 def shared_path_problems(entrypoint: str, place: Place, cluster: Mapping[str, Any]) -> Iterator[Problem]:

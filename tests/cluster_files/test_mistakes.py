@@ -379,13 +379,13 @@ MISTAKES = {
         "no group is one with stages=encode",
     ),
     "more actors than the group may have": Mistake(
-        PRE, {f"{ENCODE}.maxReplicas": 15}, "spec.entrypoint", "asks for 16 times 1 GPU.*starts nothing.*maxReplicas"
+        PRE, {f"{ENCODE}.maxReplicas": 15}, "spec.entrypoint", "asks for 16 times 1 GPU.*starts none.*maxReplicas"
     ),
     "workers larger than the machines": Mistake(
         "train.yaml",
         {"spec.entrypoint": lambda text: f'{text.strip()} --resources \'{{"GPU": 1, "CPU": 65}}\''},
         "spec.entrypoint",
-        "asks for 32 times 1 GPU, 65 CPU.*lower --num_workers",
+        "needs 8 times 1 GPU, 65 CPU.*cannot become.*lower --num_workers",
     ),
     "a stage that names no machines": Mistake(
         "pipeline.yaml",
