@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_a_pod_that_is_deleted_tells_ray_within_its_grace(group: str) -> None:
     subprocess.run(["bash", "-n", "-c", script], check=True)
 
 
-RAY = """#!/usr/bin/env python3
+RAY = f"""#!{sys.executable}
 import shlex, subprocess, sys
 words = sys.argv[1:]
 if words[:2] == ["job", "status"]:
@@ -129,7 +130,7 @@ if words[:2] == ["job", "status"]:
 if words[:2] == ["job", "submit"]:
     subprocess.run(shlex.join(words[words.index("--") + 1 :]), shell=True, check=True)
 """
-JOB = """#!/usr/bin/env python3
+JOB = f"""#!{sys.executable}
 import json, sys
 print(json.dumps(sys.argv[1:]))
 """
@@ -166,3 +167,23 @@ def test_make_checks_a_file_of_the_user() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^cluster-check: .*## ", makefile, re.MULTILINE)
     assert "python -m cluster.check $(FILE)" in makefile
+
+
+@pytest.mark.parametrize(("code", "waits"), [(0, True), (1, False)])
+def test_a_pod_waits_for_its_ray_only_where_ray_has_heard_of_its_end(code: int, waits: bool, tmp_path: Path) -> None:
+    """The hook itself, with a `ray` that answers so, and a folder in place of /proc with one process named raylet."""
+    command = _pod("encode")["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    process = tmp_path / "proc" / "7" / "comm"
+    process.parent.mkdir(parents=True)
+    process.write_text("raylet\n")
+    (tmp_path / "ray").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/words\nexit {code}\n')
+    (tmp_path / "ray").chmod(0o755)
+    script = command[-1].replace("/proc/", f"{tmp_path}/proc/")
+    hook = subprocess.Popen([*command[:-1], script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    if waits:
+        with pytest.raises(subprocess.TimeoutExpired):
+            hook.wait(1.5)
+        process.unlink()
+    assert hook.wait(60) in (0, 1) and process.exists() is not waits
+    words = (tmp_path / "words").read_text().splitlines()
+    assert words[:3] == ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"] and "its pod is deleted" in words
