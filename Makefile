@@ -69,8 +69,8 @@ $(DOCS_STAMP): docs_site/requirements.txt
 check: lint types imports ## All checks but the tests
 
 # make cluster-check FILE=my_cluster.yaml CRDS=folder; without FILE all of cluster/
-cluster-check: FILE ?= $(wildcard cluster/kuberay/*.yaml cluster/launcher/*.yaml)
-cluster-check: $(STAMP) ## Say what is wrong in FILE, a manifest of KubeRay or a file of ray up
+cluster-check: FILE ?= $(wildcard cluster/kuberay/*.yaml cluster/launcher/*.yaml cluster/skypilot/*.yaml cluster/slurm/*.sbatch)
+cluster-check: $(STAMP) ## Say what is wrong in FILE, of KubeRay, ray up, SkyPilot or Slurm
 	@$(BIN)/python -m cluster.check $(FILE) $(if $(CRDS),--crds $(CRDS))
 
 bench: $(STAMP) ## Run the benchmarks, one file a claim, and print one table

@@ -23,16 +23,20 @@ from cluster.check.rayjob import rayjob_problems
 from cluster.check.runtime_env import runtime_env_problems
 from cluster.check.schema import KINDS, schema_of, schema_problems
 from cluster.check.shell import shell_problems
+from cluster.check.skypilot import skypilot_problems
+from cluster.check.slurm import slurm_problems
 from cluster.check.versions import version_problems
 from ray_diffsynth.errors import ConfigError, did_you_mean
 
 
 def check_file(path: Path, crds: Path | None = None) -> list[Problem]:
-    """What is wrong in a YAML file of KubeRay's resources or of Ray's launcher.
+    """What is wrong in a YAML file of KubeRay's resources, of Ray's launcher or of SkyPilot, or in a script for Slurm.
 
     Raises ConfigError for a folder `crds` that has not what the file needs.
     """
     try:
+        if path.suffix == ".sbatch":
+            return list(slurm_problems(path.read_text(encoding="utf-8")))
         documents = [d for d in yaml.safe_load_all(path.read_text(encoding="utf-8")) if d is not None]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return [Problem((), f"cannot be read: {error}")]
@@ -49,6 +53,8 @@ def check_document(document: Any, crds: Path | None = None) -> list[Problem]:
         return [*launcher_problems(document), *version_problems(document)]
     if document.get("kind") in KINDS:
         return list(_kuberay(document, crds))
+    if "kind" not in document and ("run" in document or set(document) == {"name"}):
+        return list(skypilot_problems(document))
     kind = str(document.get("kind"))
     return [Problem(("kind",), f"{kind} is not known; {did_you_mean(kind, KINDS)}")]
 

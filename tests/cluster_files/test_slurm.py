@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.check.__main__ import check_file
+from cluster.check.slurm import slurm_problems
 from ray_diffsynth.training.checkpoint import newest_checkpoint
 from ray_diffsynth.training.report.metrics_log import read_metrics
 from tests.cluster_files.commands import ray_options, shell_problems
@@ -107,10 +109,28 @@ def slurm(checkout: Checkout) -> Slurm:
 def test_the_script_is_sound_shell_with_options_that_slurm_reads() -> None:
     text = SCRIPT.read_text(encoding="utf-8")
     assert shell_problems(text) == ""
-    first_command = text.index("set -euo pipefail")
+    assert check_file(SCRIPT) == []
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", text, re.MULTILINE))
-    assert text.count("#SBATCH --") == len(options) and text.rindex("#SBATCH --") < first_command
     assert options["signal"] == "B:USR1@300" and "requeue" in options and options["open-mode"] == "append"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("--partition=gpu", "--partitoin=gpu", "line[10]: --partitoin is no option of sbatch; did you mean partition?"),
+        ("B:USR1@300", "USR1@300", "signal: goes to every process"),
+        ("#SBATCH --signal=B:USR1@300\n", "", "signal: is missing"),
+        ("#SBATCH --cpus-per-task=64\n", "", "cpus-per-task: is missing"),
+        ("--ntasks-per-node=1", "--ntasks-per-node=8", "ntasks-per-node: must be 1"),
+        ("#SBATCH --requeue", "# SBATCH --requeue", "is not read by Slurm"),
+        ("set -euo pipefail\n", "set -euo pipefail\n#SBATCH --mem=0\n", "stands behind the first command"),
+    ],
+)
+def test_a_mistake_in_the_head_is_found(old: str, new: str, problem: str) -> None:
+    text = SCRIPT.read_text(encoding="utf-8")
+    assert old in text
+    (found,) = slurm_problems(text.replace(old, new))
+    assert re.sub(r"line\[\d+\]", "line[10]", problem) in re.sub(r"line\[\d+\]", "line[10]", str(found))
 
 
 def test_the_script_starts_ray_as_ray_reads_it() -> None:
