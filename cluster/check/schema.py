@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from cluster.check.problem import Problem
 from ray_diffsynth.errors import ConfigError, did_you_mean, nearest
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # definitions are megabytes, a minute in Python alone
 KINDS = ("RayCluster", "RayJob", "RayCronJob")
 _TYPES = {
     "string": "a text; put it in quotes",
@@ -44,10 +45,11 @@ def schema_of(kind: str, crds: Path | None = None) -> dict[str, Any]:
     return {**found, "properties": {**found["properties"], "metadata": own["$defs"]["metadata"]}, **own}
 
 
+@cache
 def _from_crds(kind: str, folder: Path) -> dict[str, Any]:
     """The openAPIV3Schema of the newest served version of `kind` in a folder of CRDs (YAML or JSON)."""
     for path in sorted(path for path in folder.glob("*") if path.suffix in (".yaml", ".yml", ".json")):
-        for document in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+        for document in yaml.load_all(path.read_text(encoding="utf-8"), Loader=_LOADER):
             for crd in document["items"] if (document or {}).get("kind") == "List" else [document or {}]:
                 spec = crd.get("spec", {})
                 versions = [version for version in spec.get("versions", ()) if version.get("served")]
