@@ -42,7 +42,7 @@ test: $(STAMP) browser ## Run all tests (those marked gpu are skipped without CU
 # PLW1514: text files are opened as UTF-8, whatever the terminal's encoding is; a rule that ruff has as a preview.
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .
-	$(BIN)/ruff check --preview --select PLW1514 ray_diffsynth jobs benchmarks
+	$(BIN)/ruff check --preview --select PLW1514 ray_diffsynth jobs cluster benchmarks
 	for finding in findings/*.sh; do bash -n $$finding || exit 1; done
 	$(BIN)/ruff format --check .
 
