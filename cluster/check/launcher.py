@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
 
-from cluster.check.problem import Problem, mapping
+from cluster.check.problem import Problem, mapping, walk
 from cluster.check.ray_commands import ray_start_problems
 
 START = ("head_start_ray_commands", "worker_start_ray_commands")
@@ -25,6 +26,10 @@ def launcher_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("max_workers",), "is missing, and Ray then takes 2 for all groups together; say how many")
     if not document.get("setup_commands"):
         yield Problem(("setup_commands",), "are empty, and a provider's own then install a nightly Ray; install yours")
+    if "~/.ray/auth_token" not in mapping(document.get("file_mounts")):
+        message = "have no token, and nothing else copies it; add ~/.ray/auth_token: ~/.ray/auth_token"
+        yield Problem(("file_mounts",), message)
+    yield from _clouds(document)
     for key in START:
         commands = [str(command) for command in document.get(key) or ()]
         if not any("ray start" in command for command in commands):
@@ -34,6 +39,30 @@ def launcher_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
             if "ray start" in command and _TOKEN not in command:
                 message = f"starts Ray without a token: whoever reaches it can run anything; export {_TOKEN} before it"
                 yield Problem((key, at), message)
+            if exposed := re.search(r"--dashboard-host[= ](?!127\.0\.0\.1|localhost)(\S+)", command):
+                message = f"opens the dashboard to {exposed[1]}; write 127.0.0.1, and reach it by ray dashboard FILE"
+                yield Problem((key, at), message)
+
+
+def _clouds(document: Mapping[str, Any]) -> Iterator[Problem]:
+    """What a cloud would refuse, or take in place of what was left out."""
+    provider = mapping(document.get("provider"))
+    cloud, zone = provider.get("type"), str(provider.get("availability_zone"))
+    for name, kind in mapping(document.get("available_node_types")).items():
+        where = ("available_node_types", name)
+        config = mapping(mapping(kind).get("node_config"))
+        if cloud == "aws" and "ImageId" not in config:
+            message = (
+                "is missing, and Ray then takes an image of Ubuntu 18.04, on which torch does not install; name one"
+            )
+            yield Problem((*where, "node_config", "ImageId"), message)
+        if cloud == "gcp" and not mapping(mapping(kind).get("resources")):
+            message = "are missing, and Ray detects none here: no job's demand starts this group; write CPU and GPU"
+            yield Problem((*where, "resources"), message)
+        for place, value in walk(config, (*where, "node_config")):
+            found = re.search(r"\bzones/([\w-]+)/", value) if cloud == "gcp" and isinstance(value, str) else None
+            if found and found[1] != zone:
+                yield Problem(place, f"is in the zone {found[1]}, and the node would be in {zone}; write {zone}")
 
 
 def _validation(document: Mapping[str, Any]) -> Iterator[Problem]:

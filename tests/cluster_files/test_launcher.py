@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from cluster.check.__main__ import check_file
+from cluster.check.launcher import launcher_problems
 from cluster.check.versions import pinned
 from tests.cluster_files.commands import ray_options, shell_problems
 
@@ -71,6 +72,27 @@ def test_the_commands_are_shell_and_name_only_pinned_versions(path: Path) -> Non
             package, given, version = word.partition("==")
             assert not given or pinned()[package] == version, word
     assert any("pip install --quiet -c constraints.txt '.[" in command for command in document["setup_commands"])
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value", "problem"),
+    [
+        ("gcp.yaml", ("provider", "availability_zone"), "us-east4-a", "is in the zone us-central1-a"),
+        ("gcp.yaml", ("available_node_types", "encode", "resources"), {}, "no job's demand starts this group"),
+        ("aws.yaml", ("available_node_types", "train", "node_config"), {"InstanceType": "p5.48xlarge"}, "Ubuntu 18.04"),
+        ("aws.yaml", ("file_mounts",), {}, "have no token"),
+        ("onprem.yaml", ("head_start_ray_commands",), None, "opens the dashboard to 0.0.0.0"),
+    ],
+)
+def test_what_ray_would_accept_is_found(name: str, keys: tuple[str, ...], value: object, problem: str) -> None:
+    document = load(name)
+    inner: Any = document
+    for key in keys[:-1]:
+        inner = inner[key]
+    old = inner[keys[-1]]
+    inner[keys[-1]] = [line.replace("127.0.0.1", "0.0.0.0") for line in old] if value is None else value
+    found = list(map(str, launcher_problems(document)))
+    assert found and all(problem in line for line in found), found
 
 
 def test_the_groups_are_the_same_in_both_clouds() -> None:
