@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,10 +72,11 @@ class Slurm:
         return self.checkout.folder.parent
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
-        """The script as sbatch would run it; its output goes where `output` finds it."""
+        """The script as sbatch would run it, from a copy; its output goes where `output` finds it."""
+        shutil.copy(SCRIPT, self.folder / "slurm_script")
         with open(self.folder / "job.log", "wb") as log:
             return subprocess.Popen(
-                ["bash", str(SCRIPT), *words], env=self.environment, cwd=self.folder, stdout=log, stderr=log
+                ["bash", "slurm_script", *words], env=self.environment, cwd=self.folder, stdout=log, stderr=log
             )
 
     @property

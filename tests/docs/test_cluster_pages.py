@@ -12,11 +12,13 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from cluster.check.entrypoints import job_problems
+from ray_diffsynth.cli import COMMANDS
 from ray_diffsynth.report import training_numbers, write_json
 from ray_diffsynth.version import __version__
 from tests.cluster_files.commands import ray_options
@@ -148,6 +150,28 @@ def test_a_command_with_a_mistake_is_found(line: str) -> None:
     program, *words = shlex.split(line)
     with pytest.raises((Exception, SystemExit)):  # argparse, click and make end in ways of their own
         PROGRAMS[program](words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_within_sentences_exist(page: Path) -> None:
+    """With their options; what they need beside them may be left out there."""
+    from ray.scripts.scripts import cli
+
+    sentences = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"`((?:ray|ray-diffsynth|make) [^`]+)`", sentences)
+    assert len(found) >= 5
+    for program, *words in map(shlex.split, found):
+        if program == "ray":
+            command: Any = cli
+            while words and words[0] in getattr(command, "commands", {}):
+                command = command.commands[words.pop(0)]
+            assert command is not cli, words
+            options = {name for parameter in command.params for name in parameter.opts}
+            assert {word.partition("=")[0] for word in words if word.startswith("-")} <= options, (command.name, words)
+        elif program == "make":
+            assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        else:
+            assert words[0] in COMMANDS
 
 
 def test_the_sizes_follow_from_reports(
