@@ -37,6 +37,16 @@ def draining_nodes() -> set[str]:
     return set(ray._private.state.state.get_draining_nodes() or {})
 
 
+def taken_away_nodes() -> set[str]:
+    """Ids of the nodes that will be taken away, or ended because they were told to: not those that were lost."""
+    told = {_ENDED_BY_SIGTERM, _ENDED_AFTER_NOTICE, _ENDED_IDLE}
+    return draining_nodes() | {node["NodeID"] for node in ray.nodes() if node.get("DeathReason") in told}
+
+
+_ENDED_BY_SIGTERM, _ENDED_AFTER_NOTICE, _ENDED_IDLE = 1, 3, 4
+"""Reasons of a node's death, as `ray.nodes()` gives them."""
+
+
 @dataclass(frozen=True)
 class Autoscaler:
     """What the cluster's autoscaler says. starting, failed: types of nodes that come, or could not be started."""

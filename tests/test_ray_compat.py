@@ -15,6 +15,7 @@ import ray.train.torch
 from ray.autoscaler._private.autoscaler import AutoscalerSummary
 from ray.autoscaler._private.util import format_readonly_node_type
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
+from ray.core.generated.common_pb2 import NodeDeathInfo
 from ray.data import DataContext
 
 from ray_diffsynth import ray_compat
@@ -55,7 +56,14 @@ def test_the_state_of_the_nodes(local_ray: None) -> None:
     nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     available = ray_compat.available_resources()
     assert available.keys() == nodes and all("CPU" in resources for resources in available.values())
-    assert ray_compat.draining_nodes() == set()
+    assert ray_compat.draining_nodes() == ray_compat.taken_away_nodes() == set()
+    assert all("DeathReason" in node for node in ray.nodes())
+
+
+def test_why_a_node_ended() -> None:
+    reasons = (ray_compat._ENDED_BY_SIGTERM, ray_compat._ENDED_AFTER_NOTICE, ray_compat._ENDED_IDLE)
+    named = (NodeDeathInfo.EXPECTED_TERMINATION, NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED)
+    assert reasons == (*named, NodeDeathInfo.AUTOSCALER_DRAIN_IDLE)
 
 
 REPORT = """{"autoscaler_report": {"active_nodes": {"head": 1}, "idle_nodes": null,

@@ -205,7 +205,10 @@ class Cluster:
 
         @contextmanager
         def watched(*_: object) -> Iterator[Any]:
-            yield SimpleNamespace(regroup="there is room for more workers")
+            yield SimpleNamespace(
+                regroup="there is room for more workers",
+                lost_to_notice=lambda: self.script[self.fits - 1] == "taken",
+            )
 
         @contextmanager
         def progress_bar(collector: object) -> Iterator[None]:
@@ -220,7 +223,7 @@ class Cluster:
 
     def fit(self, arguments: dict[str, Any], group: WorkerGroup, workers: int) -> None:
         self.arguments, self.fits = arguments, self.fits + 1
-        if self.script[self.fits - 1] == "lost":
+        if self.script[self.fits - 1] in ("lost", "taken"):
             raise ray.train.TrainingFailedError("a worker died")
 
     def result(self) -> dict[str, Any]:
@@ -242,6 +245,8 @@ def test_failures_are_counted_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ray_stands.environment["WANDB_API_KEY"] == "secret" and ray_stands.environment["AWS_PROFILE"] == "mine"
     assert "PATH" not in ray_stands.environment
     assert "secret" not in str(ray_stands.arguments)  # which Ray Train may show
+    ray_stands = Cluster(monkeypatch, [*["lost", "taken"] * 2, *["taken"] * 3, "end"])  # spot machines come and go
+    assert fit(config)[0].finished and ray_stands.fits == 8
     ray_stands = Cluster(monkeypatch, ["regroup", "lost", "lost", "lost", "end"])
     with pytest.raises(ray.train.TrainingFailedError):
         fit(config)
@@ -265,6 +270,7 @@ def test_each_failure_comes_back_from_ray(monkeypatch: pytest.MonkeyPatch, gpu: 
     job._fit({"plan": unresolved(config)}, WorkerGroup(2, 2, {"CPU": 1.0, "GPU": gpu} if gpu else {"CPU": 1.0}, 2), 2)
     limits = made[0]["run_config"].failure_config
     assert (limits.max_failures, limits.controller_failure_limit, limits.max_preemption_failures) == (0, 0, 0)
+    assert limits.preemption_grace_s == job.GRACE_SECONDS
     assert made[0]["torch_config"].backend == backend
 
 

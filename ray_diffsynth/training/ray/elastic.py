@@ -18,7 +18,7 @@ from ray_diffsynth.cluster.request import Requester
 from ray_diffsynth.cluster.session import joined_cluster
 from ray_diffsynth.cluster.wait import Waiting, unused
 from ray_diffsynth.cluster.workers import WorkerGroup
-from ray_diffsynth.ray_compat import Autoscaler, autoscaler, draining_nodes
+from ray_diffsynth.ray_compat import Autoscaler, autoscaler, draining_nodes, taken_away_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,10 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self._end.set()
         self._thread.join()
+
+    def lost_to_notice(self) -> bool:
+        """Whether a node that trained was taken away, of which the cluster knew: no fault of what it ran."""
+        return bool(self._nodes & taken_away_nodes())
 
     def _possible(self, cluster: Cluster) -> int:
         """How many workers there could be in the place of those that train and in the room that is left."""

@@ -52,7 +52,9 @@ from ray_diffsynth.training.trainer import train
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
-"""Failures in a row without a new checkpoint between them, after which a run gives up."""
+"""Failures in a row without a new checkpoint between them, after which a run gives up; nodes taken away are none."""
+GRACE_SECONDS = 60.0
+"""How long workers go on after the node of one, that was announced to be taken away, is gone."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a run that SIGTERM ended before its last step: the same command goes on."""
 _ENVIRONMENT = ("DIFFSYNTH_", "HF_", "WANDB_", "MLFLOW_", "AWS_", "GOOGLE_")
@@ -160,10 +162,13 @@ def _fit_until_done(
                 except ray.train.TrainingFailedError as error:
                     if (told := reason(worker_failures(error))) is not None:
                         raise told from error
-                    failures = failures + 1 if list_checkpoints(plan.output_path) == before else 1
+                    taken = watch.lost_to_notice()
+                    if not taken:
+                        failures = failures + 1 if list_checkpoints(plan.output_path) == before else 1
                     if failures >= MAX_FAILURES:
                         raise
-                    logger.warning("a worker was lost (%s); going on from the newest checkpoint", first_line(error))
+                    what = "the node of a worker was taken away" if taken else "a worker was lost"
+                    logger.warning("%s (%s); going on from the newest checkpoint", what, first_line(error))
                     continue
             failures = 0
             results.append(TrainResult(**ray.get(collector.result.remote())))
@@ -198,7 +203,11 @@ def _fit(arguments: dict[str, Any], group: WorkerGroup, workers: int) -> None:
             name="ray",
             storage_path=plan.output_path,
             failure_config=ray.train.FailureConfig(
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                max_failures=0,
+                controller_failure_limit=0,
+                max_preemption_failures=0,
+                # Ray ends all workers when a node's notice is over: the others may still be writing a checkpoint then.
+                preemption_grace_s=GRACE_SECONDS,
             ),
         ),
     ).fit()

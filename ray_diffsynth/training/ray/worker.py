@@ -18,6 +18,8 @@ from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 
 POLL_SECONDS = 0.5
+STOP_SECONDS = 0.1
+"""How often a worker asks whether it should stop: of the few seconds that it may have for a checkpoint."""
 MAX_PENDING_GRIDS = 4
 """Grids that may wait for the actor that makes them; further ones are left out."""
 
@@ -56,7 +58,7 @@ class RayRuntime:
         if self.world_rank != 0 or self._stop:
             return self._stop
         if self._asked is None:
-            if time.monotonic() - self._asked_at >= POLL_SECONDS:
+            if time.monotonic() - self._asked_at >= STOP_SECONDS:
                 self._asked, self._asked_at = self.collector.stop_wanted.remote(), time.monotonic()
         elif ray.wait([self._asked], timeout=0)[0]:
             self._stop, self._asked = bool(ray.get(self._asked)), None
