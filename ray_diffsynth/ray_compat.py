@@ -15,7 +15,6 @@ import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.experimental.internal_kv import _internal_kv_get
 
 DATA_ERRORS_LOGGER = "ray.data._internal.execution.streaming_executor_state"
 """Logger by which Ray Data reports, with the exception, that it ignores a block that failed (`max_errored_blocks`)."""
@@ -57,7 +56,7 @@ class Autoscaler:
 
 def autoscaler() -> Autoscaler | None:
     """What the autoscaler says; None where the cluster has none: machines come only by hand."""
-    found = _second_autoscaler() if is_autoscaler_v2() else _first_autoscaler()
+    found = _second_autoscaler() if is_autoscaler_v2(gcs_client=_gcs_client()) else _first_autoscaler()
     if found is None:
         return None
     types, state = found
@@ -68,8 +67,13 @@ def autoscaler() -> Autoscaler | None:
 _NO_TYPE = re.compile("node_[0-9a-f]{40,}")
 
 
+def _gcs_client() -> Any:
+    """The connection of this process: the one that `ray.experimental.internal_kv` keeps goes with any other cluster."""
+    return ray._private.worker.global_worker.gcs_client
+
+
 def _first_autoscaler() -> tuple[list[str], Autoscaler] | None:
-    status = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
+    status = _gcs_client().internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None)
     report = (json.loads(status) if status else {}).get("autoscaler_report")
     if not report:
         return None

@@ -193,7 +193,7 @@ USES = [
     Use(
         "ray",
         "ray_compat",
-        ("_internal", "_internal_kv_get"),
+        ("_internal",),
         "what the autoscaler says, and who collects requests to it",
         autoscaler_is_asked_and_answers,
     ),

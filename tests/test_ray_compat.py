@@ -17,6 +17,7 @@ from ray.autoscaler._private.util import format_readonly_node_type
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 from ray.core.generated.common_pb2 import NodeDeathInfo
 from ray.data import DataContext
+from ray.experimental.internal_kv import _initialize_internal_kv, _internal_kv_reset
 
 from ray_diffsynth import ray_compat
 from ray_diffsynth.errors import UserError, find_user_error, remote_cause, worker_failures
@@ -58,6 +59,9 @@ def test_the_state_of_the_nodes(local_ray: None) -> None:
     assert available.keys() == nodes and all("CPU" in resources for resources in available.values())
     assert ray_compat.draining_nodes() == ray_compat.taken_away_nodes() == set()
     assert all("DeathReason" in node for node in ray.nodes())
+    _internal_kv_reset()  # as the end of another cluster in this process does
+    assert ray_compat.autoscaler() is None
+    _initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
 
 
 def test_why_a_node_ended() -> None:
@@ -78,14 +82,15 @@ def test_the_first_autoscaler_says_what_comes(monkeypatch: pytest.MonkeyPatch) -
         assert name in fields
     assert "failed_nodes: List[Tuple[NodeIP, NodeType]]" in fields
     by_hand = json.dumps({"autoscaler_report": {"active_nodes": {format_readonly_node_type("6e" * 28): 1}}})
-    monkeypatch.setattr(ray_compat, "is_autoscaler_v2", lambda: False)
+    monkeypatch.setattr(ray_compat, "is_autoscaler_v2", lambda **_: False)
     for status, expected in (
         (REPORT, ray_compat.Autoscaler(("encode", "train", "train"), ("encode",))),
         (by_hand, None),
         ("", None),
         ("{}", None),
     ):
-        monkeypatch.setattr(ray_compat, "_internal_kv_get", lambda key, status=status: status.encode())
+        client = SimpleNamespace(internal_kv_get=lambda key, namespace, status=status: status.encode())
+        monkeypatch.setattr(ray_compat, "_gcs_client", lambda client=client: client)
         assert ray_compat.autoscaler() == expected
 
 
@@ -94,7 +99,8 @@ def test_the_second_autoscaler_says_what_comes(monkeypatch: pytest.MonkeyPatch) 
     failed = LaunchRequest("encode", "encode", 1, LaunchRequest.Status.FAILED, 0, details="no quota")
     head = NodeInfo("m5", "head", "id", "10.0.0.1")
     status = ClusterStatus(active_nodes=[head], pending_launches=[launch], failed_launches=[failed])
-    monkeypatch.setattr(ray_compat, "is_autoscaler_v2", lambda: True)
+    monkeypatch.setattr(ray_compat, "is_autoscaler_v2", lambda **_: True)
     monkeypatch.setattr(ray_compat, "get_cluster_status", lambda address: status)
+    monkeypatch.setattr(ray_compat, "_gcs_client", lambda: None)
     monkeypatch.setattr(ray_compat.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="a:1"))
     assert ray_compat.autoscaler() == ray_compat.Autoscaler(("train", "train"), ("encode (no quota)",))
