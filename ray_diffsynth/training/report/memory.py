@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.config.options import split_names
 from ray_diffsynth.diffusion.out_of_memory import is_out_of_memory
 from ray_diffsynth.errors import UserError
@@ -22,6 +22,29 @@ GB = 1e9
 
 class OutOfMemory(UserError):
     """Too little memory for a run."""
+
+
+class MemoryOptions(Protocol):
+    """The options that decide what a step holds."""
+
+    @property
+    def use_gradient_checkpointing(self) -> bool: ...
+    @property
+    def gradient_checkpointing_every(self) -> int | None: ...
+    @property
+    def use_gradient_checkpointing_offload(self) -> bool: ...
+    @property
+    def fp8_base(self) -> bool: ...
+    @property
+    def shard_base(self) -> bool: ...
+    @property
+    def use_dora(self) -> bool: ...
+    @property
+    def trainable_models(self) -> str | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def gradient_accumulation_steps(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +85,7 @@ class Footprint:
         return max(0, self.peak - self.base - self.trained)
 
 
-def report(found: Footprint, config: TrainConfig, workers: int) -> str:
+def report(found: Footprint, config: MemoryOptions, workers: int) -> str:
     """One line: the peak, what it consists of, and what each option would save."""
     parts = f"frozen weights {_gb(found.base)}, trained weights with gradients and optimizer {_gb(found.trained)}"
     if found.peak:
@@ -71,7 +94,7 @@ def report(found: Footprint, config: TrainConfig, workers: int) -> str:
     return f"memory: {parts}" + (f"; would save: {', '.join(ways)}" if ways else "")
 
 
-def savings(found: Footprint, config: TrainConfig, workers: int) -> list[str]:
+def savings(found: Footprint, config: MemoryOptions, workers: int) -> list[str]:
     """Options that are not in use, with what they would save."""
     ways: list[str] = []
     if found.activations and not config.use_gradient_checkpointing:
@@ -96,7 +119,7 @@ def savings(found: Footprint, config: TrainConfig, workers: int) -> list[str]:
 
 @contextmanager
 def explained(
-    footprint: Callable[[], Footprint], config: TrainConfig, workers: int, restart: Callable[[], str]
+    footprint: Callable[[], Footprint], config: MemoryOptions, workers: int, restart: Callable[[], str]
 ) -> Iterator[None]:
     """An allocation that fails in the block becomes an error that says what to try, ending in `restart`."""
     try:
@@ -107,7 +130,7 @@ def explained(
         raise OutOfMemory(advice(footprint(), config, workers, error) + restart()) from error
 
 
-def advice(found: Footprint, config: TrainConfig, workers: int, error: BaseException) -> str:
+def advice(found: Footprint, config: MemoryOptions, workers: int, error: BaseException) -> str:
     """The message for an allocation that failed."""
     ways = savings(found, config, workers)
     held = f"frozen weights {_gb(found.base)}, trained weights with gradients and optimizer {_gb(found.trained)}"
