@@ -33,13 +33,18 @@ class Checkout:
     port: int
 
     @property
+    def scratch(self) -> tuple[str, ...]:
+        """Beginnings of the folders in which the Rays of Slurm's job and of SkyPilot's task have their files."""
+        return (f"/tmp/ray-{self.number}-", *(f"/tmp/ray-job-{rank}-{self.port}" for rank in range(2)))
+
+    @property
     def left(self) -> list[psutil.Process]:
-        """Processes of the job's Ray that are alive."""
+        """Processes of these Rays that are alive."""
         return [
             process
             for process in psutil.process_iter(["cmdline", "status"])
-            if str(self.number) in " ".join(process.info["cmdline"] or ()).partition("/tmp/ray-")[2]
-            and process.info["status"] != psutil.STATUS_ZOMBIE
+            if process.info["status"] != psutil.STATUS_ZOMBIE
+            and any(place in word for word in process.info["cmdline"] or () for place in self.scratch)
         ]
 
 
@@ -64,8 +69,9 @@ def checkout(tmp_path: Path) -> Iterator[Checkout]:
     yield made
     for process in made.left:
         process.kill()
-    for folder in Path("/tmp").glob(f"ray-*{number}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for place in made.scratch:
+        for found in Path("/tmp").glob(f"{Path(place).name}*"):
+            shutil.rmtree(found, ignore_errors=True)
 
 
 def _port(number: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,4 +104,5 @@ def test_a_job_on_two_nodes(checkout: Checkout, tiny_qwen: Path) -> None:
     assert codes == [0, 0], "\n".join(said)
     assert "cache of 4 samples" in said[0] and (cache / "manifest.json").exists()
     assert "Ray runtime started" in said[1] and "secret-of-this-test" not in "".join(said)
-    assert not checkout.left
+    while checkout.left:  # Ray's workers end by themselves when its daemon has, as long as the test may last
+        time.sleep(0.1)
