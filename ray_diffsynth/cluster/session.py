@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_diffsynth.cluster.address import ClusterError as ClusterError
 from ray_diffsynth.cluster.address import check_answers, no_cluster, temporary_folder
+from ray_diffsynth.cluster.environment import Environment, environment, forwarded
 from ray_diffsynth.cluster.nodes import Cluster
 from ray_diffsynth.console import open_stream
 from ray_diffsynth.ray_compat import draining_nodes, init_local
@@ -26,14 +27,21 @@ LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
 
 
 @contextmanager
-def ray_session(address: str | None = None, *, verbose: bool = False) -> Iterator[None]:
+def ray_session(
+    address: str | None = None, *, verbose: bool = False, env: Sequence[str] = ()
+) -> Iterator[Environment | None]:
     """Within it Ray is up: the one already joined, else `address` or RAY_ADDRESS, else a local one that ends with it.
+
+    Gives what brings the variables of this process to the job's others, those named by `env` too; None for a local Ray,
+    where they inherit them. Raises ClusterError, and ConfigError for a variable that is not set.
 
     Workers compute with one thread per reserved CPU (OMP_NUM_THREADS is Ray's default): pools do not fight over cores.
     Unless `verbose`, Ray's own messages go to a file, which a failure names and a success removes.
     """
+    values = forwarded(env)
     if ray.is_initialized():
-        yield
+        with environment(values) as given_out:
+            yield given_out
         return
     given = bool(address)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -54,10 +62,8 @@ def ray_session(address: str | None = None, *, verbose: bool = False) -> Iterato
             _join(address, given, options)
         for name in LOGGERS:
             logging.getLogger(name).setLevel(level)
-        try:
-            yield
-        finally:
-            ray.shutdown()
+        session.callback(ray.shutdown)
+        yield None if address == "local" else session.enter_context(environment(values))
 
 
 def _join(address: str, given: bool, options: dict[str, Any]) -> None:

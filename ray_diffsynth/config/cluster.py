@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ray_diffsynth.config.effects import WORKERS
-from ray_diffsynth.config.options import Component, option
+from ray_diffsynth.config.options import Component, option, split_names
 from ray_diffsynth.errors import ConfigError, did_you_mean
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
@@ -39,9 +39,26 @@ class ClusterConfig(Component):
     """How long to wait for machines that are not there yet, or busy; then the job ends and says what was missing."""
     ray_address: str | None = option(None, identity=False)
     """Ray cluster to join, e.g. auto; when not given, the one of RAY_ADDRESS or a local one made for this job."""
+    env: str | None = option(None, many=",", identity=False)
+    """Names of variables, comma-separated, that the job's processes on all machines get from where it runs, beside
+    NCCL_*, TORCH_*, HF_*, AWS_* and the like. Names only: values in arguments would stand in Ray's dashboard."""
+
+    @property
+    def env_names(self) -> tuple[str, ...]:
+        """The names of `env`."""
+        return split_names(self.env)
 
     def check(self) -> None:
-        """Raise ConfigError for a resource that is not an amount, and for what is no selector of labels."""
+        """Raise ConfigError for a resource that is not an amount, and for what is no selector of labels, or no name."""
+        for name in self.env_names:
+            if "=" in name:
+                name = name.partition("=")[0]
+                raise ConfigError(
+                    f"env: {name}=… has a value, and what stands in a command's arguments is shown in Ray's dashboard; "
+                    f"export {name} where the job runs, and give the name alone"
+                )
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ConfigError(f"env: {name!r} is no name of a variable; write names, with commas between them")
         for name, amount in (self.resources or {}).items():
             if not math.isfinite(amount) or amount < 0:
                 raise ConfigError(f"resources: {name}={amount} is not an amount; use a number of at least 0")

@@ -36,11 +36,12 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     missing = [item for item in items if item.file not in there]
     painted = Painted({}, 0.0)
     if missing:
-        with ray_session(config.ray_address, verbose=config.verbose):
+        session = ray_session(config.ray_address, verbose=config.verbose, env=config.env_names)
+        with session as environment:
             size = _wait_for_pool(config, len(missing), output)
             done = len(items) - len(missing)
             with Progress("generate", total=len(items), unit="images", initial=done) as progress:
-                painted = paint_all(missing, plan, size, progress.advance)
+                painted = paint_all(missing, plan, size, progress.advance, environment)
     made = Made(plan.family, pipeline, plan.loras, items, len(missing), painted.failures, painted.seconds)
     counts = write_results(config, made, output, seconds=time.monotonic() - started)
     if painted.failures:

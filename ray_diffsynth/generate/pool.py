@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 
+from ray_diffsynth.cluster.environment import Environment, Parcel
 from ray_diffsynth.cluster.generators import GeneratorPool
 from ray_diffsynth.cluster.session import ClusterError
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.generate.actor import PainterActor
 from ray_diffsynth.generate.items import Item
-from ray_diffsynth.generate.painter import Painter
 from ray_diffsynth.plan.run_plan import GeneratePlan
 
 logger = logging.getLogger(__name__)
@@ -36,35 +36,18 @@ class Painted:
     seconds: float
 
 
-class PainterActor:
-    """`Painter` in an actor. The model is loaded by the first call, so that its errors are those of a call."""
-
-    def __init__(self, plan: GeneratePlan) -> None:
-        self.plan = plan
-        self._painter: Painter | None = None
-
-    def load(self) -> None:
-        if self._painter is None:
-            self._painter = Painter(self.plan)
-
-    def paint(self, item: Item) -> str:
-        self.load()
-        assert self._painter is not None
-        try:
-            return self._painter(item)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            raise
-
-
 def paint_all(
-    items: Sequence[Item], plan: GeneratePlan, size: GeneratorPool, on_done: Callable[[int], None] = lambda count: None
+    items: Sequence[Item],
+    plan: GeneratePlan,
+    size: GeneratorPool,
+    on_done: Callable[[int], None] = lambda count: None,
+    environment: Environment | None = None,
 ) -> Painted:
     """Make the images of all items; one that fails does not end it, a UserError does.
 
     on_done is called with 1 for each item that is over.
     """
-    return _Pool(items, plan, size, on_done).paint()
+    return _Pool(items, Parcel(environment, plan), size, on_done).paint()
 
 
 class _Pool:
@@ -76,7 +59,7 @@ class _Pool:
     """
 
     def __init__(
-        self, items: Sequence[Item], plan: GeneratePlan, size: GeneratorPool, on_done: Callable[[int], None]
+        self, items: Sequence[Item], plan: Parcel, size: GeneratorPool, on_done: Callable[[int], None]
     ) -> None:
         self._waiting = deque(items)
         self._on_done = on_done

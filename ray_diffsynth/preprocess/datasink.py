@@ -15,20 +15,31 @@ from ray.data.datasource import WriteResult
 
 from ray_diffsynth.cache.row_warnings import parse_row_warnings
 from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
-from ray_diffsynth.preprocess.messages import described, give_up, unpack
+from ray_diffsynth.cluster.environment import Environment, Shipped
+from ray_diffsynth.preprocess.errors import described
+from ray_diffsynth.preprocess.messages import give_up, unpack
 from ray_diffsynth.preprocess.monitor import attempt_at
 
 logger = logging.getLogger(__name__)
 
 
-class ShardSink(Datasink[list[dict[str, Any]]]):
+class ShardSink(Shipped, Datasink[list[dict[str, Any]]]):
     """Writes the shards of one group. When all are written, the driver's copy holds what became of each in `results`.
 
     A result is {"shard": `Shard.to_dict`, or None where nothing was to be written, "transient": …, "warnings": those of
     no single row}. A shard that was given up has none.
     """
 
-    def __init__(self, cache: str, group: str, parameters: Sequence[str], codec: str, monitor: Any = None) -> None:
+    def __init__(
+        self,
+        cache: str,
+        group: str,
+        parameters: Sequence[str],
+        codec: str,
+        monitor: Any = None,
+        environment: Environment | None = None,
+    ) -> None:
+        self.environment = environment
         self.cache = cache
         self.group = group
         self.parameters = tuple(parameters)

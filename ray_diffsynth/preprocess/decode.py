@@ -4,12 +4,14 @@ import json
 import logging
 from typing import Any
 
+from ray_diffsynth.cluster.environment import Environment, Shipped
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.media import TRANSIENT
 from ray_diffsynth.data.samples import load_inputs
 from ray_diffsynth.data.video_stream import VideoSupportError
 from ray_diffsynth.data.warnings import collecting
-from ray_diffsynth.preprocess.messages import EncoderSpec, described, give_up, pack
+from ray_diffsynth.preprocess.errors import described
+from ray_diffsynth.preprocess.messages import EncoderSpec, give_up, pack
 from ray_diffsynth.preprocess.monitor import attempt_at
 from ray_diffsynth.storage import StorageError
 
@@ -19,10 +21,11 @@ ERRORS_OF_ALL_SAMPLES = (StorageError, VideoSupportError)
 """Errors of the machine, which lacks something for every sample, not of one sample."""
 
 
-class Decoder:
+class Decoder(Shipped):
     """CPU task: shard -> shard with the inputs of its rows. Those not decoded are in `failed` or `transient`."""
 
-    def __init__(self, spec: EncoderSpec, monitor: Any = None) -> None:
+    def __init__(self, spec: EncoderSpec, monitor: Any = None, environment: Environment | None = None) -> None:
+        self.environment = environment
         self.spec = spec
         self.monitor = monitor
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import ray
 
+from ray_diffsynth.cluster.environment import Environment
 from ray_diffsynth.cluster.session import alive_nodes, on_this_node
 from ray_diffsynth.preprocess.attempts import Unfinished
+from ray_diffsynth.preprocess.errors import EncoderError, described
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.losses import RETRIES, Losses
-from ray_diffsynth.preprocess.messages import EncoderError, described
 from ray_diffsynth.preprocess.metrics import PoolMetrics
 from ray_diffsynth.preprocess.monitor import Counts, Monitor
 from ray_diffsynth.preprocess.nodes import living
@@ -27,7 +28,7 @@ STOP_SECONDS = 60.0
 """How long the other groups may take to end when one cannot go on."""
 
 
-def encode_all(runs: Sequence[GroupRun], *, cache: str, codec: str) -> None:
+def encode_all(runs: Sequence[GroupRun], *, cache: str, codec: str, environment: Environment | None = None) -> None:
     """Encode and write the shards of all groups side by side. Raises EncoderError, and whatever Ray raises.
 
     When one group cannot go on, the others are stopped too.
@@ -40,7 +41,7 @@ def encode_all(runs: Sequence[GroupRun], *, cache: str, codec: str) -> None:
     contexts = []
     for run, monitor in zip(runs, monitors, strict=True):
         assert run.pool is not None, "machines are waited for before anything is encoded"
-        contexts.append(PassContext(run.encoder, run.pool, cache, codec, monitor, stop))
+        contexts.append(PassContext(run.encoder, run.pool, cache, codec, monitor, stop, environment))
     title = f"encode {runs[0].name}" if len(runs) == 1 else "encode"
     total = sum(run.rows for run in runs)
     try:

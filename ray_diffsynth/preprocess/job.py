@@ -11,6 +11,7 @@ from ray_diffsynth.cache.inspection import histogram
 from ray_diffsynth.cache.lease import lease
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cluster.encoders import batch_size
+from ray_diffsynth.cluster.environment import Environment
 from ray_diffsynth.cluster.session import ray_session
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import Metadata, read_metadata
@@ -45,14 +46,14 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
     holding = nullcontext() if config.dry_run else lease(cache)
     with (
         holding as held,
-        ray_session(config.ray_address, verbose=config.verbose),
+        ray_session(config.ray_address, verbose=config.verbose, env=config.env_names) as environment,
         machines_of(config, [group.name for group in plan.groups], cache) as machines,
     ):
         # Not before: an attempt that had the cache until now may just have committed.
         committed = Committed.of(cache)
         ids = metadata.table["sample_id"]
         check_same_dataset(cache, committed.manifest, committed.index, plan.family, ids)
-        rows = _scan(plan, metadata, machines)
+        rows = _scan(plan, metadata, machines, environment)
         runs = [
             GroupRun.begin(group, EncoderSpec(plan, group, batch_size(config, group.name)), rows.samples)
             for group in plan.groups
@@ -70,7 +71,7 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
         )
         for turn in turns:
             machines.for_encoding(turn)
-            _encode(turn, cache, config.cache_codec)
+            _encode(turn, cache, config.cache_codec, environment)
             check_quarantine(rows, runs, config.max_quarantine)
         if held is not None:
             held.check()
@@ -92,7 +93,7 @@ def _read_metadata(plan: PreprocessPlan) -> Metadata:
     )
 
 
-def _scan(plan: PreprocessPlan, metadata: Metadata, machines: Machines) -> ScannedRows:
+def _scan(plan: PreprocessPlan, metadata: Metadata, machines: Machines, environment: Environment | None) -> ScannedRows:
     """The rows by bucket, in dataset order within each, and those that cannot be used."""
     with Progress("scan", total=len(metadata.table), unit="files") as progress:
         samples, bad = scan_dataset(
@@ -100,6 +101,7 @@ def _scan(plan: PreprocessPlan, metadata: Metadata, machines: Machines) -> Scann
             plan.sample,
             plan.output_path,
             process=machines.for_scan,
+            environment=environment,
             stamps_here=not machines.up(),
             remember=not plan.config.dry_run,
             on_progress=progress.advance,
@@ -108,11 +110,11 @@ def _scan(plan: PreprocessPlan, metadata: Metadata, machines: Machines) -> Scann
     return ScannedRows(samples, [*metadata.rejected, *bad], metadata.total)
 
 
-def _encode(turn: Sequence[GroupRun], cache: str, codec: str) -> None:
+def _encode(turn: Sequence[GroupRun], cache: str, codec: str, environment: Environment | None) -> None:
     """Encode what is pending of the groups, side by side; the next scan reads again what changed under the run."""
     began = time.monotonic()
     try:
-        encode_all(turn, cache=cache, codec=codec)
+        encode_all(turn, cache=cache, codec=codec, environment=environment)
     finally:
         if changed := {path for run in turn for path in run.changed_sources()}:
             forget(cache, changed)

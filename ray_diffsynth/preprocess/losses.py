@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from ray_diffsynth.preprocess.attempts import Unfinished, on_living_nodes
-from ray_diffsynth.preprocess.messages import EncoderError
+from ray_diffsynth.preprocess.errors import EncoderError
 from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, halves, split
 

@@ -10,14 +10,10 @@ import ray
 
 from ray_diffsynth.cache.schema import rows_from_table, table_from_rows
 from ray_diffsynth.data.samples import digests_of
-from ray_diffsynth.errors import UserError
 from ray_diffsynth.plan.cache_keys import GroupPlan
 from ray_diffsynth.plan.run_plan import PreprocessPlan
+from ray_diffsynth.preprocess.errors import EncoderError
 from ray_diffsynth.preprocess.shards import ShardPlan
-
-
-class EncoderError(UserError):
-    """The shards of a group cannot be encoded or written at all, so no sample is to blame."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +65,6 @@ def give_up(shard: Mapping[str, Any], monitor: Any, reason: str) -> dict[str, An
         raise EncoderError(reason)
     ray.get(monitor.give_up.remote(reason))
     return {**shard, "inputs": b"", "given_up": True}
-
-
-def described(error: BaseException) -> str:
-    """An error in one line: the message of one that is meant for users, else its class too."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def pack(keys: Sequence[str], rows: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -> bytes:

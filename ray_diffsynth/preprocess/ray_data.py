@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from ray_diffsynth.cluster.encoders import EncoderPool
+from ray_diffsynth.cluster.environment import CallableActor, Environment, Parcel
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encoder import Encoder
@@ -30,6 +32,7 @@ class PassContext:
     codec: str
     monitor: Any
     stop: threading.Event
+    environment: Environment | None = None
 
 
 def run_pass(
@@ -42,7 +45,8 @@ def run_pass(
     whatever Ray raises.
     """
     spec, size, monitor = context.spec, context.size, context.monitor
-    sink = ShardSink(context.cache, spec.group.name, spec.group.parameters, context.codec, monitor)
+    environment = context.environment
+    sink = ShardSink(context.cache, spec.group.name, spec.group.parameters, context.codec, monitor, environment)
     # Rows of the dataset are whole shards, so a block never tears one apart.
     dataset = ray.data.from_items([shard_row(shard) for shard in shards], override_num_blocks=len(shards))
     options = dataset.context  # its own copy, which the steps below inherit
@@ -55,14 +59,14 @@ def run_pass(
     options.execution_options.label_selector = dict(size.selector) or None
     options.custom_execution_callback_classes = [*options.custom_execution_callback_classes, PassCallback]
     decoded = dataset.map(
-        Decoder(spec, monitor),
+        Decoder(spec, monitor, environment),
         num_cpus=size.decode_cpus,
         compute=TaskPoolStrategy(size.decode_tasks),
         max_retries=retries,
     )
     encoded = decoded.map(
-        Encoder,
-        fn_constructor_args=(spec, monitor),
+        CallableActor,
+        fn_constructor_args=(Parcel(environment, partial(Encoder, spec, monitor)),),
         num_cpus=size.actor_cpus,
         num_gpus=size.actor_gpus or None,
         resources=dict(size.others) or None,

@@ -18,7 +18,7 @@ from ray.exceptions import (
 )
 
 from ray_diffsynth.errors import remote_cause
-from ray_diffsynth.preprocess.messages import EncoderError, described
+from ray_diffsynth.preprocess.errors import EncoderError, described
 from ray_diffsynth.ray_compat import DATA_ERRORS_LOGGER
 
 DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, LocalRayletDiedError, ObjectLostError)

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from ray_diffsynth.cluster.environment import Environment, Parcel, call
 from ray_diffsynth.cluster.nodes import Process
 from ray_diffsynth.data.fit import Fits
 from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, source_stamp
@@ -77,6 +78,7 @@ def scan_dataset(
     cache: str,
     *,
     process: Callable[[], Process],
+    environment: Environment | None = None,
     stamps_here: bool = False,
     remember: bool = True,
     on_progress: Callable[[int], None] = lambda n: None,
@@ -97,13 +99,13 @@ def scan_dataset(
         files |= unchanged(scan_cache.known(paths))
         on_progress(len(files))
         paths = [path for path in paths if path not in files]
-    task = _task(process()) if paths else None
+    task, scan = _task(process()) if paths else None, Parcel(environment, scan_files)
     unchecked: list[Unchecked] = []
     pending: deque[tuple[list[str], Any]] = deque()
 
     def begin(part: Sequence[str]) -> Any:
         assert task is not None
-        return task.remote(part, scan_cache.known(part), spec.size.video, spec.max_decode_bytes)
+        return task.remote(scan, part, scan_cache.known(part), spec.size.video, spec.max_decode_bytes)
 
     def take() -> None:
         part, reference = pending.popleft()
@@ -148,7 +150,7 @@ def unchanged(known: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
 
 def _task(process: Process) -> Any:
     cpus, selector = process.resources["CPU"], dict(process.selector)
-    return ray.remote(num_cpus=cpus, label_selector=selector or None, max_retries=1)(scan_files)
+    return ray.remote(num_cpus=cpus, label_selector=selector or None, max_retries=1)(call)
 
 
 def _result(part: Sequence[str], reference: Any, begin: Callable[[Sequence[str]], Any]) -> list[Scanned | Unchecked]:

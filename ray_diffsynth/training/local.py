@@ -30,7 +30,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     runtime = LocalRuntime()
     if threading.current_thread() is threading.main_thread():
         runtime.catch_sigterm()
-    for name in ("resources", "ray_address", "sample_resources"):
+    for name in ("resources", "ray_address", "sample_resources", "env"):
         if runtime.world_rank == 0 and getattr(config, name) is not None:
             logger.warning("--%s has no effect here: this run is without Ray", name)
     if config.resume != "auto" and runtime.world_size > 1:

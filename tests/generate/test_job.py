@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on_and_makes_every_image_once(
     out, once = tmp_path / "out", tmp_path / "once"
     given = config(tiny_qwen, out, prompt_path=prompts, images_per_prompt=2)
 
-    def interrupted(items: Sequence[Item], plan: GeneratePlan, size: Any, on_done: Any) -> dict[str, str]:
+    def interrupted(items: Sequence[Item], plan: GeneratePlan, *_: Any) -> dict[str, str]:
         paint = Painter(plan)
         for item in items[:2]:
             paint(item)

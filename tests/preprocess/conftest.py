@@ -129,7 +129,7 @@ class InlineRay:
         return value
 
 
-def encode_inline(runs: Sequence[GroupRun], *, cache: str, codec: str) -> None:
+def encode_inline(runs: Sequence[GroupRun], *, cache: str, codec: str, environment: object) -> None:
     """Decoder, encoder and sink, one shard after another."""
     for run in runs:
         sink = ShardSink(cache, run.name, run.encoder.group.parameters, codec)

@@ -17,9 +17,9 @@ from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.preprocess import execute as execute_module
 from ray_diffsynth.preprocess.attempts import Attempt, Attempts, Stage
 from ray_diffsynth.preprocess.catalog import GroupCatalog
+from ray_diffsynth.preprocess.errors import EncoderError
 from ray_diffsynth.preprocess.execute import _side_by_side, encode_group
 from ray_diffsynth.preprocess.group_run import GroupRun
-from ray_diffsynth.preprocess.messages import EncoderError
 from ray_diffsynth.preprocess.monitor import Counts
 from ray_diffsynth.preprocess.ray_errors import PassCallback, Reports, Stopped
 from ray_diffsynth.preprocess.records import Failure

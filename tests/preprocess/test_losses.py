@@ -6,8 +6,8 @@ import pytest
 
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.preprocess.attempts import Attempt, Stage, Unfinished
+from ray_diffsynth.preprocess.errors import EncoderError
 from ray_diffsynth.preprocess.losses import NODES, RETRIES, Losses
-from ray_diffsynth.preprocess.messages import EncoderError
 from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
 

@@ -19,7 +19,7 @@ from ray_diffsynth.preprocess import decode, encoder, messages
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.encode_batches import DeviceError
 from ray_diffsynth.preprocess.encoder import Encoder
-from ray_diffsynth.preprocess.messages import EncoderError
+from ray_diffsynth.preprocess.errors import EncoderError
 from ray_diffsynth.storage import StorageError
 from tests.preprocess import counting
 from tests.preprocess.failing import Bench, Process, always

@@ -22,7 +22,7 @@ from ray_diffsynth.data.metadata import Metadata
 from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.errors import ConfigError, UserError
 from ray_diffsynth.preprocess import job
-from ray_diffsynth.preprocess.messages import EncoderError
+from ray_diffsynth.preprocess.errors import EncoderError
 from ray_diffsynth.preprocess.ray_errors import PassCallback
 from tests.preprocess.conftest import CAPTIONS, IMAGES, Stage1, files
 from tests.preprocess.counting import behave, build_model, calls, digest

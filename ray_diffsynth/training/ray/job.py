@@ -20,6 +20,7 @@ import ray
 import ray.train
 import ray.train.torch
 
+from ray_diffsynth.cluster.environment import Environment, Parcel
 from ray_diffsynth.cluster.request import Requester, requester
 from ray_diffsynth.cluster.session import joined_cluster, on_this_node, ray_session
 from ray_diffsynth.cluster.workers import WorkerGroup, check_sampler, sampler_process, worker_group
@@ -37,6 +38,7 @@ from ray_diffsynth.training.checkpoint import (
 )
 from ray_diffsynth.training.data.opening import check_data
 from ray_diffsynth.training.identity import check_chosen
+from ray_diffsynth.training.ray.backend import BackendConfig
 from ray_diffsynth.training.ray.checks import absolute_paths, check_files
 from ray_diffsynth.training.ray.elastic import Watch, ask_for_more, wait_for_room
 from ray_diffsynth.training.ray.failure import WorkerError, is_lost_connection, reason
@@ -57,8 +59,6 @@ GRACE_SECONDS = 60.0
 """How long workers go on after the node of one, that was announced to be taken away, is gone."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a run that SIGTERM ended before its last step: the same command goes on."""
-_ENVIRONMENT = ("DIFFSYNTH_", "HF_", "WANDB_", "MLFLOW_", "AWS_", "GOOGLE_")
-"""Beginnings of the names of variables that the workers get from the driver, where they have none of their own."""
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     plan = replace(plan, config=replace(config, resume="auto"))
     # In this order: Ray sets a handler of its own when it starts.
     with (
-        ray_session(config.ray_address, verbose=config.verbose),
+        ray_session(config.ray_address, verbose=config.verbose, env=config.env_names) as environment,
         sigterm() as terminated,
         requester(f"train {config.output_path}") as wanted,
     ):
@@ -91,7 +91,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             cluster = joined_cluster()
             if (drawing := sampler_process(config, group, cluster)) is not None:
                 check_sampler(drawing, group, cluster)
-        result, workers = _fit_until_done(plan, group, samples, wanted, terminated)
+        result, workers = _fit_until_done(plan, group, samples, wanted, terminated, environment)
     report = write_training_report(plan.config, result, workers=workers, seconds=time.monotonic() - started)
     if terminated.is_set() and not result.finished:
         raise SystemExit(TERMINATED)
@@ -123,15 +123,19 @@ def _virtual_ranks(output_path: str) -> int | None:
 
 
 def _fit_until_done(
-    plan: TrainPlan, group: WorkerGroup, samples: list[SamplePrompt], wanted: Requester, terminated: threading.Event
+    plan: TrainPlan,
+    group: WorkerGroup,
+    samples: list[SamplePrompt],
+    wanted: Requester,
+    terminated: threading.Event,
+    environment: Environment | None = None,
 ) -> tuple[TrainResult, int]:
     """Train, with another group of workers whenever one is lost or another number fits; also the last group's size.
 
     wanted: by which the autoscaler is asked, if there is one, for what Ray Train does not ask for itself.
     """
-    environment = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
-    collector = Collector.options(scheduling_strategy=on_this_node()).remote(environment)  # type: ignore[attr-defined]
-    sampling = Sampling(plan, samples, collector)
+    collector = Collector.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
+    sampling = Sampling(plan, samples, collector, environment)
     failures, workers, results = 0, group.most, list[TrainResult]()
     with _progress_bar(collector):
         while not terminated.is_set():
@@ -158,7 +162,7 @@ def _fit_until_done(
             ray.get(collector.begin.remote())
             with Watch(collector, group, workers, terminated) as watch:
                 try:
-                    _fit(arguments, group, workers)
+                    _fit(arguments, group, workers, environment)
                 except ray.train.TrainingFailedError as error:
                     if (told := reason(worker_failures(error))) is not None:
                         raise told from error
@@ -184,14 +188,16 @@ def _fit_until_done(
     return replace(result, warnings=[*result.warnings, *of_prompts]), workers
 
 
-def _fit(arguments: dict[str, Any], group: WorkerGroup, workers: int) -> None:
+def _fit(arguments: dict[str, Any], group: WorkerGroup, workers: int, environment: Environment | None = None) -> None:
     plan: TrainPlan = arguments["plan"]
     gpu = bool(group.resources.get("GPU"))
     _Trainer(
         _worker,
-        train_loop_config=arguments,
+        train_loop_config={"arguments": Parcel(environment, arguments)},
         # NCCL refuses two workers on one GPU.
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if group.resources.get("GPU", 0) >= 1 else "gloo"),
+        torch_config=BackendConfig(
+            backend="nccl" if group.resources.get("GPU", 0) >= 1 else "gloo", environment=environment
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=gpu,
@@ -220,13 +226,13 @@ class _Trainer(ray.train.torch.TorchTrainer):
         return
 
 
-def _worker(arguments: dict[str, Any]) -> None:
+def _worker(config: dict[str, Parcel]) -> None:
     """What each Ray Train worker runs."""
+    arguments: dict[str, Any] = config["arguments"].value
     if os.path.isdir(arguments["folder"]):  # relative paths inside options mean the driver's folder
         os.chdir(arguments["folder"])
     node = ray.get_runtime_context().get_node_id()
-    for name, value in ray.get(arguments["collector"].environment.remote(node)).items():
-        os.environ.setdefault(name, value)
+    ray.get(arguments["collector"].worker_begins.remote(node))
     runtime = RayRuntime(arguments["collector"], arguments["sampler"], arguments["samples"])
     try:
         with messages_to_driver(runtime):

@@ -10,13 +10,14 @@ from typing import Any
 import ray
 
 from ray_diffsynth.cluster.demand import Ask
+from ray_diffsynth.cluster.environment import Environment, Parcel
 from ray_diffsynth.cluster.nodes import Process
 from ray_diffsynth.cluster.session import joined_cluster
 from ray_diffsynth.cluster.workers import WorkerGroup, sampler_process
 from ray_diffsynth.errors import first_line
 from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.checkpoint import list_checkpoints
-from ray_diffsynth.training.ray.worker import SamplerActor
+from ray_diffsynth.training.ray.sampler_actor import SamplerActor
 from ray_diffsynth.training.report.sample_grids import GridInfo, is_drawn
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 
@@ -30,7 +31,10 @@ class Sampling:
     the run wants of the cluster.
     """
 
-    def __init__(self, plan: TrainPlan, samples: list[SamplePrompt], collector: Any) -> None:
+    def __init__(
+        self, plan: TrainPlan, samples: list[SamplePrompt], collector: Any, environment: Environment | None = None
+    ) -> None:
+        self._environment = environment
         self.actor: Any = None
         self.of_workers: list[SamplePrompt] = []
         self.placed: list[Ask] = []
@@ -76,7 +80,7 @@ class Sampling:
         start = fresh or not is_drawn(plan.output_path, 0, GridInfo.of(plan.config, self._samples, 0))
         if not start:  # all that it draws comes with the weights of a step
             plan = replace(plan, config=replace(plan.config, lora_checkpoint=None))
-        return options.remote(plan, self._samples, start, self._collector)
+        return options.remote(Parcel(self._environment, (plan, self._samples)), start, self._collector)
 
     def end(self, *, finished: bool) -> None:
         """End the actor; first wait for the last images of a run that has `finished`."""

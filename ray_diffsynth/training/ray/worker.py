@@ -1,10 +1,10 @@
-"""Ray's side of one worker, and the actors that stand beside a run."""
+"""Ray's side of one worker, and the actor that carries its messages."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from ray_diffsynth.data.warnings import DataWarnings, collecting
+from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.training.report.sample_prompts import SamplePrompt
 
@@ -113,13 +113,9 @@ def messages_to_driver(runtime: RayRuntime) -> Iterator[None]:
 
 @ray.remote(num_cpus=0)
 class Collector:
-    """Carries messages, metrics and the result from rank 0 to the driver, and the driver's wish to stop to rank 0.
+    """Carries messages, metrics and the result from rank 0 to the driver, and the driver's wish to stop to rank 0."""
 
-    environment: variables for the workers. Here, since Ray Train may show its own arguments, and these may be secret.
-    """
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._environment = environment
+    def __init__(self) -> None:
         self._latest: dict[str, Any] | None = None
         self._result: dict[str, Any] | None = None
         self._messages: list[tuple[str, int]] = []
@@ -127,10 +123,9 @@ class Collector:
         self._nodes: list[str] = []
         self._stop = False
 
-    def environment(self, node: str) -> dict[str, str]:
-        """For a worker that starts on a node."""
+    def worker_begins(self, node: str) -> None:
+        """A worker of the group is there, on this node."""
         self._nodes.append(node)
-        return self._environment
 
     def nodes(self, workers: int) -> list[str]:
         """The nodes of the group's workers, once all of these are there; none before."""
@@ -174,62 +169,3 @@ class Collector:
         if self._result is None:
             raise RuntimeError("the workers ended without a result")
         return self._result
-
-
-@ray.remote
-class SamplerActor:
-    """`ImageSampler` in a process of its own, which loads the model by the first call; a failure ends only the images.
-
-    start: make those of step 0 before all others. collector: gets the message of a failure.
-    """
-
-    def __init__(self, plan: TrainPlan, samples: list[SamplePrompt], start: bool, collector: Any) -> None:
-        self._plan, self._samples, self._start, self._collector = plan, samples, start, collector
-        self._sampler: Any = None
-        self._warned = DataWarnings()
-        self._drawn: list[str] = []
-        self._error: str | None = None
-
-    def placed(self) -> None:
-        """Answers once the actor is there."""
-
-    def begin(self) -> None:
-        """Load the model now and make the images of step 0, if they are to be made: no step has to ask for its own."""
-        if self._start:
-            self._attempt(0, self._ready)
-
-    def draw(self, step: int, weights: Mapping[str, Any]) -> None:
-        def make() -> None:
-            tensors = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
-            self._drawn.append(self._ready().draw(step, tensors))
-
-        self._attempt(step, make)
-
-    def _ready(self) -> Any:
-        from ray_diffsynth.training.report.sample_images import ImageSampler
-
-        if self._sampler is None:
-            device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-            sampler = ImageSampler(self._plan, self._samples, device)
-            if self._start:  # here, as calls of the driver and of a worker come in any order, and a step's weights stay
-                self._drawn.append(sampler.draw(0, {}))
-            self._sampler = sampler
-        return self._sampler
-
-    def _attempt(self, step: int, make: Callable[[], object]) -> None:
-        if self._error is not None:
-            return
-        try:
-            with collecting() as found:
-                make()
-            known = set(self._warned)
-            if new := DataWarnings(warning for warning in found if warning not in known):
-                self._warned.merge(new)
-                ray.get(self._collector.warn.remote(new.rows()))
-        except Exception as error:  # training goes on
-            self._error = f"step {step}: {type(error).__name__}: {error}"
-            ray.get(self._collector.log.remote(f"the sample images ended early: {self._error}"))
-
-    def finish(self) -> list[str]:
-        """Files that were made; waits for the images that were asked for before."""
-        return self._drawn

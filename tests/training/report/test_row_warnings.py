@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from ray_diffsynth.cluster.environment import Parcel
 from ray_diffsynth.data.warnings import DESCRIPTIONS, DataWarnings, warn
 from ray_diffsynth.training import local
 from ray_diffsynth.training.data.source import prefetch
-from ray_diffsynth.training.ray.worker import SamplerActor
+from ray_diffsynth.training.ray.sampler_actor import SamplerActor
 from ray_diffsynth.training.report.row_warnings import RowWarnings
 from tests.training.helpers import make_config
 
@@ -91,7 +92,9 @@ def test_the_prompts_of_sample_images_are_logged_once(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(worker.ray, "get", lambda value: value)
     collector = Collector()
-    actor = SamplerActor.__ray_metadata__.modified_class(None, ["a long prompt"], False, collector)  # type: ignore[attr-defined]
+    actor = SamplerActor.__ray_metadata__.modified_class(  # type: ignore[attr-defined]
+        Parcel(None, (None, ["a long prompt"])), False, collector
+    )
     actor._sampler = Painter()
     actor.draw(1, {})
     actor.draw(2, {"w": torch.zeros(1).numpy()})
