@@ -193,7 +193,7 @@ def test_lists_are_comma_texts(config_class: type[JobConfig], tmp_path: Path) ->
         if not known.many:
             continue
         choices = choices_of(config_class, name)
-        entries = list(choices[:2]) if choices else ["8", "16"]
+        entries = list(choices[:2]) if choices else ["A", "B"] if name == "env" else ["8", "16"]
         wanted = known.many.join(entries)
         more = {"lora": "a"} if name == "lora_scale" else {}
         if name in ("model_id_with_origin_paths", "lora_checkpoint", "trainable_models", "prompt"):

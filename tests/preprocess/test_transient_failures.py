@@ -197,11 +197,11 @@ def test_a_scan_task_that_dies_names_the_file(
 
         @staticmethod
         def get(value: Any) -> Any:
-            function, (paths, *others) = value
+            function, (scan, paths, *others) = value
             asked.append(len(paths))
             if any(path.endswith("0003.png") for path in paths):
                 raise WorkerCrashedError
-            return function(paths, *others)
+            return function(scan, paths, *others)
 
     monkeypatch.setattr(scan_module, "ray", DyingRay)
     report = inline(build_model(tmp_path / "model"), data, tmp_path / "cache")

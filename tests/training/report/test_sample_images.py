@@ -18,9 +18,9 @@ from ray_diffsynth.cluster.workers import WorkerGroup
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.models.lora import export_lora
 from ray_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
-from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
+from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.report import make_report, render
-from ray_diffsynth.training.ray import job
+from ray_diffsynth.training.ray import sampler
 from ray_diffsynth.training.report.sample_grids import (
     MAX_GRIDS,
     GridInfo,
@@ -100,10 +100,12 @@ def test_step_0_is_the_base_model_or_the_lora_that_it_starts_from(
 
 
 def test_no_actor_draws_where_the_workers_hold_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "joined_cluster", lambda: Cluster({"a": {"CPU": 2.0, "GPU": 1.0}}))
+    monkeypatch.setattr(sampler, "joined_cluster", lambda: Cluster({"a": {"CPU": 2.0, "GPU": 1.0}}))
     config = TrainConfig(model="m", dataset_base_path="c")
     group = WorkerGroup(1, 1, {"CPU": 1.0, "GPU": 0.5}, 1)
-    assert job._sampler(unresolved(config), group, samples("a cat")) is None
+    sampling = sampler.Sampling(unresolved(config), samples("a cat"), None)
+    assert not sampling.begin(group, lambda: False) and sampling.actor is None
+    assert sampling.of_workers == samples("a cat")
 
 
 def test_a_run_draws_step_0_when_it_begins_and_not_again_when_it_goes_on(
@@ -115,24 +117,25 @@ def test_a_run_draws_step_0_when_it_begins_and_not_again_when_it_goes_on(
         """Stands for SamplerActor and for its handle: nothing here waits for a reply."""
 
         def __init__(self) -> None:
-            self.begin = SimpleNamespace(remote=lambda: asked.append("begin"))
+            self.begin = self.placed = SimpleNamespace(remote=lambda: None)
 
         def options(self, **resources: object) -> Actor:
             return self
 
-        def remote(self, plan: TrainPlan, given: list[SamplePrompt], start: bool, collector: object) -> Actor:
+        def remote(self, what: object, start: bool, collector: object) -> Actor:
             asked.append(start)
             return self
 
-    monkeypatch.setattr(job, "SamplerActor", Actor())
-    monkeypatch.setattr(job, "joined_cluster", lambda: Cluster({"a": {"CPU": 2.0}}))
+    monkeypatch.setattr(sampler, "SamplerActor", Actor())
+    monkeypatch.setattr(sampler.ray, "wait", lambda refs, timeout: (refs, []))
+    monkeypatch.setattr(sampler, "joined_cluster", lambda: Cluster({"a": {"CPU": 2.0}}))
     config = TrainConfig(model="m", dataset_base_path="c", output_path=str(tmp_path))
     group = WorkerGroup(1, 1, {"CPU": 1.0}, 1)
 
     def begins(prompt: str) -> bool:
         asked.clear()
-        job._sampler(unresolved(config), group, samples(prompt))
-        assert asked in ([True, "begin"], [False])
+        sampler.Sampling(unresolved(config), samples(prompt), None).begin(group, lambda: False)
+        assert asked in ([True], [False])
         return asked[0] is True
 
     (tmp_path / "samples").mkdir()
