@@ -31,6 +31,17 @@ def available_resources() -> dict[str, dict[str, float]]:
     return found
 
 
+def cluster_id() -> str:
+    """The id of the cluster that this process is in: another one for each that is started."""
+    found: str = ray._private.worker.global_worker.node.cluster_id.hex()
+    return found
+
+
+def ended_jobs() -> set[str]:
+    """Ids of the jobs of the cluster whose driver has ended or died."""
+    return {str(job["JobID"]) for job in ray._private.state.jobs() if job["IsDead"]}
+
+
 def draining_nodes() -> set[str]:
     """Ids of the nodes that will be taken away (preempted), as Ray Train learns it too."""
     return set(ray._private.state.state.get_draining_nodes() or {})

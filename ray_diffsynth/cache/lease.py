@@ -1,7 +1,9 @@
-"""One writer per cache: a lease file with a heartbeat, so that two attempts on one output cannot harm each other.
+"""One writer per output folder: a lease file with a heartbeat, so that two attempts cannot harm each other.
 
 Whether a holder on another machine is alive is seen by watching whether its lease changes, not by the time in it.
 """
+
+from __future__ import annotations
 
 import json
 import logging
@@ -10,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,13 +88,23 @@ def _boot_id() -> str:
         return socket.gethostname()
 
 
-class Lease:
-    """A held lease. `check` raises CacheError once another attempt has taken the cache over."""
+Ended = Callable[[Mapping[str, Any]], bool]
+"""Whether a lease's holder is known to be gone, by what its lease says."""
 
-    def __init__(self, cache: str) -> None:
-        self.cache = cache
-        self.path = join(cache, LEASE)
-        self._mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid()}
+
+class Lease:
+    """The right to write to a folder (a cache, or the output path of a training), while it is held.
+
+    As a context manager it gives back at the end what `acquire` took.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.path = join(folder, LEASE)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._mine: dict[str, Any] = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "boot": _boot_id()}
+        self._mine["pid"] = os.getpid()
 
     def content(self) -> bytes:
         """The lease file as of now."""
@@ -103,15 +115,36 @@ class Lease:
         current = _read(self.path)
         return current is not None and _parse(current).get("owner") == self._mine["owner"]
 
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            _release(self)
+
+    def acquire(self, place: Mapping[str, str] | None = None, ended: Ended = lambda lease: False) -> None:
+        """Take it. Raises CacheError naming the holder when another live attempt has it.
+
+        place: where this process runs, for the `ended` of others, which tells of a lease whether its holder is gone.
+        Where neither that nor this machine can tell, this watches STALE_SECONDS for a sign of life.
+        """
+        if place:
+            self._mine["place"] = dict(place)
+        _acquire(self, ended)
+        self._thread = threading.Thread(target=self.keep_alive, args=(self._stop,), name="cache-lease", daemon=True)
+        self._thread.start()
+
     def check(self) -> None:
-        """Raise CacheError if another attempt has taken the cache over."""
+        """Raise CacheError if another attempt has taken the folder over."""
         try:
             held = self.held()
         except OSError as error:
             raise UnreadableError(self.path, error) from error
         if not held:
             raise CacheError(
-                f"{self.cache} was taken over by another attempt while this one was silent for more than "
+                f"{self.folder} was taken over by another attempt while this one was silent for more than "
                 f"{STALE_SECONDS:g} s; nothing is lost, run this one again when that has ended"
             )
 
@@ -132,23 +165,25 @@ class Lease:
 
 def _busy(lease: Lease, holder: Mapping[str, Any]) -> CacheError:
     return CacheError(
-        f"{lease.cache} is being written by process {holder.get('pid')} on {holder.get('host')}; wait for it or "
+        f"{lease.folder} is being written by process {holder.get('pid')} on {holder.get('host')}; wait for it or "
         f"end it. If it is gone, its lease ends {STALE_SECONDS:g} s after its last sign of life"
     )
 
 
-def _watch(lease: Lease, before: bytes) -> bytes | None:
-    """Wait until the holder's silence is long enough; the lease as it stands then, None if it was given back.
+def _watch(lease: Lease, before: bytes, ended: Ended) -> bytes | None:
+    """Wait until the holder's silence is long enough, or it is known to have ended; the lease as it stands then.
+
+    None if it was given back.
 
     Raises CacheError as soon as it shows a sign of life.
     """
     holder = _parse(before)
     logger.warning(
         "%s has a lease of process %s on %s; watching for %g s whether that one is alive",
-        *(lease.cache, holder.get("pid"), holder.get("host"), STALE_SECONDS),
+        *(lease.folder, holder.get("pid"), holder.get("host"), STALE_SECONDS),
     )
     end = time.monotonic() + STALE_SECONDS
-    while (left := end - time.monotonic()) > 0:
+    while (left := end - time.monotonic()) > 0 and not ended(holder):
         time.sleep(min(BEAT_SECONDS / 2, left))
         now = _read(lease.path)
         if now is None:
@@ -158,44 +193,33 @@ def _watch(lease: Lease, before: bytes) -> bytes | None:
     return before
 
 
-def _acquire(lease: Lease) -> None:
+def _acquire(lease: Lease, ended: Ended) -> None:
     before = _read(lease.path)
-    if before is not None and not _ended(holder := _parse(before)):
+    if before is not None and not (_ended(holder := _parse(before)) or ended(holder)):
         # By the clock of this machine, so it needs no watching.
         if _is_local(holder) and 0 <= time.time() - _stated_time(holder) <= STALE_SECONDS:
             raise _busy(lease, holder)
-        before = _watch(lease, before)
+        before = _watch(lease, before, ended)
     if before is not None and _read(lease.path) == before:
         remove(lease.path)
     created = create_new(lease.path, lease.content())
     if before is not None or is_remote(lease.path):
-        # Another attempt may have removed or replaced what was just written: the one whose lease stays has the cache.
+        # Another attempt may have removed or replaced what was just written: the one whose lease stays has the folder.
         time.sleep(SETTLE_SECONDS)
     # Not by the result of `create_new` alone: a put that is sent twice, since its answer was lost, finds its own file.
     if not lease.held():
         raise CacheError(
-            f"{lease.cache} was taken by another attempt at the same moment; run this one again when that has ended"
+            f"{lease.folder} was taken by another attempt at the same moment; run this one again when that has ended"
             + ("" if created else f" (see {lease.path})")
         )
 
 
 @contextmanager
-def lease(cache: str) -> Iterator[Lease]:
-    """Hold `cache` for writing. Raises CacheError naming the holder when another live attempt has it.
-
-    Where it cannot be asked whether the holder lives (another machine), this watches STALE_SECONDS for a sign of life.
-    """
-    mine = Lease(cache)
-    _acquire(mine)
-    stop = threading.Event()
-    thread = threading.Thread(target=mine.keep_alive, args=(stop,), name="cache-lease", daemon=True)
-    thread.start()
-    try:
+def lease(folder: str) -> Iterator[Lease]:
+    """Hold `folder` for writing. Raises CacheError naming the holder when another live attempt has it."""
+    with Lease(folder) as mine:
+        mine.acquire()
         yield mine
-    finally:
-        stop.set()
-        thread.join()
-        _release(mine)
 
 
 def _release(lease: Lease) -> None:

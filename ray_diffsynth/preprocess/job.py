@@ -4,14 +4,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 from ray_diffsynth.cache.inspection import histogram
-from ray_diffsynth.cache.lease import lease
+from ray_diffsynth.cache.lease import Lease
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cluster.encoders import batch_size
 from ray_diffsynth.cluster.environment import Environment
+from ray_diffsynth.cluster.holder import has_ended, own_place
 from ray_diffsynth.cluster.session import ray_session
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.metadata import Metadata, read_metadata
@@ -42,13 +43,14 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
     """`warnings` takes in what happens to the data while it runs."""
     started, config, cache = time.monotonic(), plan.config, plan.output_path
     metadata = _read_metadata(plan)
-    # A dry run writes nothing, no lease either.
-    holding = nullcontext() if config.dry_run else lease(cache)
-    with (
-        holding as held,
-        ray_session(config.ray_address, verbose=config.verbose, env=config.env_names) as environment,
-        machines_of(config, [group.name for group in plan.groups], cache) as machines,
-    ):
+    with ExitStack() as stack:
+        # Taken when Ray can tell who has ended, given back when it is down: nothing of this run writes any more.
+        held = stack.enter_context(Lease(cache))
+        session = ray_session(config.ray_address, verbose=config.verbose, env=config.env_names)
+        environment = stack.enter_context(session)
+        if not config.dry_run:  # which writes nothing
+            held.acquire(own_place(), has_ended)
+        machines = stack.enter_context(machines_of(config, [group.name for group in plan.groups], cache))
         # Not before: an attempt that had the cache until now may just have committed.
         committed = Committed.of(cache)
         ids = metadata.table["sample_id"]
@@ -73,8 +75,7 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
             machines.for_encoding(turn)
             _encode(turn, cache, config.cache_codec, environment)
             check_quarantine(rows, runs, config.max_quarantine)
-        if held is not None:
-            held.check()
+        held.check()
         outcome = commit_cache(cache, _draft(plan), rows, runs, caption=plan.sample.columns.get("prompt"))
         add_row_warnings(warnings, rows.samples, runs)
     seconds = time.monotonic() - started

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from ray_diffsynth.cache.lease import Lease
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training.errors import TrainingError
@@ -39,19 +40,23 @@ def run(config: TrainConfig) -> dict[str, Any]:
             "--resume auto, and a new --output_path to start anew"
         )
     plan = RunPlan.resolve(config)
-    if runtime.world_rank == 0:  # the others read nothing that it moves
-        start = Start.of(config)
-        if start.chosen is not None:
-            check_chosen(plan, start.chosen, start.resume)
-        start.begin()
-    config = replace(config, resume="auto")
-    try:
-        result = train(replace(plan, config=config), runtime)
-    finally:
-        runtime.close()
-    report = {}
-    if runtime.world_rank == 0:
-        report = write_training_report(config, result, workers=runtime.world_size, seconds=time.monotonic() - started)
+    with Lease(plan.output_path) as held:
+        if runtime.world_rank == 0:  # the others read nothing that it moves
+            held.acquire()
+            start = Start.of(config)
+            if start.chosen is not None:
+                check_chosen(plan, start.chosen, start.resume)
+            start.begin()
+        config = replace(config, resume="auto")
+        try:
+            result = train(replace(plan, config=config), runtime)
+        finally:
+            runtime.close()
+        report = {}
+        if runtime.world_rank == 0:
+            held.check()
+            seconds = time.monotonic() - started
+            report = write_training_report(config, result, workers=runtime.world_size, seconds=seconds)
     if runtime.stop_requested() and not result.finished:
         raise SystemExit(128 + signal.SIGTERM)
     return report

@@ -15,7 +15,7 @@ import pytest
 
 from ray_diffsynth import storage
 from ray_diffsynth.cache import lease as lease_module
-from ray_diffsynth.cache.lease import LEASE, lease
+from ray_diffsynth.cache.lease import LEASE, Lease, lease
 from ray_diffsynth.cache.schema import CacheError
 
 HOLDER = """
@@ -218,3 +218,30 @@ def test_of_many_attempts_at_once_one_gets_it(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(attempt, range(8))) == 1
     assert not (tmp_path / LEASE).exists()
+
+
+def test_a_holder_that_is_known_to_be_gone_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"cluster": "c", "node": "n", "job": "j"}
+    (tmp_path / LEASE).write_text(json.dumps({"owner": "x", "host": "elsewhere", "pid": 1, "place": place}))
+    monkeypatch.setattr(lease_module, "_watch", watched)
+    with Lease(str(tmp_path)) as mine:
+        mine.acquire({"cluster": "c", "node": "m", "job": "k"}, lambda lease: lease["place"] == place)
+        assert json.loads((tmp_path / LEASE).read_text())["place"]["job"] == "k"
+    assert not (tmp_path / LEASE).exists()
+
+
+def test_a_holder_that_goes_while_it_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LEASE).write_bytes(elsewhere(0))
+    monkeypatch.setattr(lease_module, "time", clock := Clock())
+    with Lease(str(tmp_path)) as mine:
+        mine.acquire(ended=lambda lease: clock.now > 7)
+        assert 7 < clock.now <= 7 + lease_module.BEAT_SECONDS + lease_module.SETTLE_SECONDS
+
+
+def test_what_was_not_taken_is_not_given_back(tmp_path: Path) -> None:
+    with lease(str(tmp_path)):
+        with Lease(str(tmp_path)):
+            pass
+        with Lease(str(tmp_path)) as second, pytest.raises(CacheError, match="is being written by process"):
+            second.acquire()
+        assert (tmp_path / LEASE).exists()

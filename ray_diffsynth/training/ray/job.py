@@ -20,7 +20,9 @@ import ray
 import ray.train
 import ray.train.torch
 
+from ray_diffsynth.cache.lease import Lease
 from ray_diffsynth.cluster.environment import Environment, Parcel
+from ray_diffsynth.cluster.holder import has_ended, own_place
 from ray_diffsynth.cluster.request import Requester, requester
 from ray_diffsynth.cluster.session import joined_cluster, on_this_node, ray_session
 from ray_diffsynth.cluster.workers import WorkerGroup, check_sampler, sampler_process, worker_group
@@ -72,19 +74,33 @@ def run(config: TrainConfig) -> dict[str, Any]:
     config = absolute_paths(config)
     plan = RunPlan.resolve(config)  # every error of configuration comes here, before Ray starts
     samples = plan_samples(plan)
-    start = Start.of(config)
-    if start.chosen is not None:
-        check_chosen(plan, start.chosen, start.resume)
+    start = _start_of(plan)
     check_files(config, going_on=start.goes_on or start.chosen is not None)
     check_data(plan)
-    start.begin()
-    plan = replace(plan, config=replace(config, resume="auto"))
+    with Lease(plan.output_path) as held:
+        return _train(plan, samples, held, started)
+
+
+def _start_of(plan: TrainPlan) -> Start:
+    """How the run begins. Raises CheckpointError where it cannot."""
+    start = Start.of(plan.config)
+    if start.chosen is not None:
+        check_chosen(plan, start.chosen, start.resume)
+    return start
+
+
+def _train(plan: TrainPlan, samples: list[SamplePrompt], held: Lease, started: float) -> dict[str, Any]:
+    """As `run`, once all that can be checked before Ray starts is."""
+    config = plan.config
     # In this order: Ray sets a handler of its own when it starts.
     with (
         ray_session(config.ray_address, verbose=config.verbose, env=config.env_names) as environment,
         sigterm() as terminated,
         requester(f"train {config.output_path}") as wanted,
     ):
+        held.acquire(own_place(), has_ended)
+        _start_of(plan).begin()  # as it is now: another run may have had the path until this one took it
+        plan = replace(plan, config=replace(config, resume="auto"))
         growing = autoscaler() is not None
         group = worker_group(config, joined_cluster(), _virtual_ranks(config.output_path), growing=growing)
         if samples and config.sample_resources is not None and not growing:
@@ -92,6 +108,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             if (drawing := sampler_process(config, group, cluster)) is not None:
                 check_sampler(drawing, group, cluster)
         result, workers = _fit_until_done(plan, group, samples, wanted, terminated, environment)
+    held.check()
     report = write_training_report(plan.config, result, workers=workers, seconds=time.monotonic() - started)
     if terminated.is_set() and not result.finished:
         raise SystemExit(TERMINATED)
