@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 DATA_ERRORS_LOGGER = "ray.data._internal.execution.streaming_executor_state"
 """Logger by which Ray Data reports, with the exception, that it ignores a block that failed (`max_errored_blocks`)."""
@@ -29,6 +32,21 @@ def available_resources() -> dict[str, dict[str, float]]:
     """The resources of each live node that are not in use, by the node's id."""
     found: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
     return found
+
+
+def refuses_token(address: str) -> bool:
+    """Whether the cluster at `host:port` answers that this process has no token, or not its own."""
+    channel = init_grpc_channel(address)
+    try:
+        service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        service.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=5)
+    except grpc.RpcError as error:
+        return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
+    except ray.exceptions.AuthenticationError:
+        return True
+    finally:
+        channel.close()
+    return False
 
 
 def cluster_id() -> str:

@@ -32,10 +32,41 @@ def no_cluster(address: str, given: bool, reason: object) -> ClusterError:
     return ClusterError(f"no Ray cluster at {address}{whose}: {detail}; start one, or {fix} for a local one")
 
 
+def no_token(address: str) -> ClusterError:
+    """The error about a cluster that wants a token which this process has not, or another one; with what to set."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.join("~", ".ray", "auth_token")
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        reason = "RAY_AUTH_MODE is not token here"
+    elif os.environ.get("RAY_AUTH_TOKEN"):
+        reason = "the one in RAY_AUTH_TOKEN is not its own"
+    elif _is_empty(os.path.expanduser(path)):
+        reason = f"RAY_AUTH_TOKEN is not set here, and {path} is not there or empty"
+    else:
+        reason = f"the one in {path} is not its own"
+    return ClusterError(
+        f"the Ray cluster at {address} wants its token, and {reason}; set RAY_AUTH_MODE=token, and the token by "
+        "RAY_AUTH_TOKEN or in ~/.ray/auth_token (or the file that RAY_AUTH_TOKEN_PATH names): `ray get-auth-token` on "
+        "the cluster's head prints it"
+    )
+
+
+def _is_empty(path: str) -> bool:
+    try:
+        return not Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError):
+        return True
+
+
+def is_host_and_port(address: str) -> bool:
+    """Whether it is `host:port`; not `auto`, `local` and the like."""
+    host, _, port = address.rpartition(":")
+    return bool(host) and port.isdigit() and "://" not in address
+
+
 def check_answers(address: str, given: bool) -> None:
     """Raise ClusterError if nothing listens at `host:port`: Ray itself would try for minutes, and end the process."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "://" in address:  # `auto`, `local` and the like; Ray says what is wrong
+    if not is_host_and_port(address):  # Ray says what is wrong
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()

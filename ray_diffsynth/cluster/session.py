@@ -3,6 +3,8 @@
 import io
 import logging
 import os
+import re
+import socket
 import sys
 import tempfile
 import warnings
@@ -15,15 +17,22 @@ from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_diffsynth.cluster.address import ClusterError as ClusterError
-from ray_diffsynth.cluster.address import check_answers, no_cluster, temporary_folder
+from ray_diffsynth.cluster.address import check_answers, is_host_and_port, no_cluster, no_token, temporary_folder
 from ray_diffsynth.cluster.environment import Environment, environment, forwarded
 from ray_diffsynth.cluster.nodes import Cluster
 from ray_diffsynth.console import open_stream
-from ray_diffsynth.ray_compat import draining_nodes, init_local
+from ray_diffsynth.ray_compat import draining_nodes, init_local, refuses_token
 from ray_diffsynth.system_errors import explain
 
 LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
 """Those of Ray that print on the terminal by themselves."""
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""A variable that a job of `ray job submit` has: it runs on the cluster's head, whose files its user may not see."""
+SHOWN_LINES = 20
+SHOWN_COLUMNS = 300
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+LEAST_SECRET = 6
+"""Characters of a value that is left out: a shorter one would be found in other words."""
 
 
 @contextmanager
@@ -54,7 +63,8 @@ def ray_session(
         if not verbose:
             # Ray Data has no other way yet to bound an actor's restarts than the arguments that 2.60 deprecates.
             warnings.filterwarnings("ignore", category=RayDeprecationWarning)
-            session.enter_context(native_messages_in_a_file())
+            elsewhere = address != "local" or SUBMITTED in os.environ
+            session.enter_context(native_messages_in_a_file(show=elsewhere))
         options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
         if address == "local":
             _start(options, session.enter_context(temporary_folder()))
@@ -68,8 +78,12 @@ def ray_session(
 
 def _join(address: str, given: bool, options: dict[str, Any]) -> None:
     check_answers(address, given)
+    if is_host_and_port(address) and refuses_token(address):  # Ray would try for half a minute, and not say why
+        raise no_token(address)
     try:
         ray.init(address=address, **options)
+    except ray.exceptions.AuthenticationError as error:
+        raise no_token(address) from error
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, RayError: by what is wrong with the address
         raise no_cluster(address, given, error) from error
 
@@ -87,11 +101,12 @@ def _start(options: dict[str, Any], folder: str | None) -> None:
 
 
 @contextmanager
-def native_messages_in_a_file() -> Iterator[None]:
+def native_messages_in_a_file(*, show: bool = False) -> Iterator[None]:
     """Within it, what native code writes to stderr and what Ray's loggers print goes to a temporary file.
 
     Python's own stderr (progress, messages, tracebacks) stays where it was. An exception that leaves the block gets a
-    note with the file's path; without one, or when nothing was written, the file is removed.
+    note with the file's path, and with the last lines of it where the file may soon be gone (`show`); without an
+    exception, or when nothing was written, the file is removed.
     """
     handle, path = tempfile.mkstemp(prefix="ray_diffsynth-", suffix=".log")
     with os.fdopen(handle, "w", buffering=1, encoding="utf-8", errors="backslashreplace") as log:
@@ -101,11 +116,23 @@ def native_messages_in_a_file() -> Iterator[None]:
         except BaseException as error:
             log.flush()
             if os.path.getsize(path) and isinstance(error, Exception):  # not Ctrl-C, not an exit code
-                error.add_note(f"Ray's own messages are in {path}")
+                error.add_note(f"Ray's own messages are in {path}" + (_last_lines(path) if show else ""))
             else:
                 os.unlink(path)
             raise
         os.unlink(path)
+
+
+def _last_lines(path: str) -> str:
+    """The end of a file of messages, without the values of variables that look secret."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - SHOWN_LINES * SHOWN_COLUMNS))
+        lines = file.read().decode(errors="replace").splitlines()[-SHOWN_LINES:]
+    text = "\n".join(f"  {line[:SHOWN_COLUMNS]}" for line in lines)
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= LEAST_SECRET:
+            text = text.replace(value, f"<{name}>")
+    return f" on {socket.gethostname()}; the last of them:\n{text}"
 
 
 @contextmanager

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from ray_diffsynth.cache.errors import CacheError
+from ray_diffsynth.cache.lease import Lease
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cluster.nodes import Process
 from ray_diffsynth.data.scan import SourceFile
@@ -109,17 +110,16 @@ def test_what_another_attempt_commits_before_the_lease_is_seen(
     other.mkdir()
     Image.new("RGB", (64, 64)).save(other / "another.png")
     (other / "another.txt").write_text("x")
-    real = job_module.lease
 
-    @contextmanager
-    def late(path: str) -> Iterator[object]:
+    class Late(Lease):
         """The lease, which another attempt gives back after a commit."""
-        monkeypatch.setattr(job_module, "lease", real)
-        inline(model, other, cache)
-        with real(path) as held:
-            yield held
 
-    monkeypatch.setattr(job_module, "lease", late)
+        def acquire(self, *arguments: Any) -> None:
+            monkeypatch.setattr(job_module, "Lease", Lease)
+            inline(model, other, cache)
+            super().acquire(*arguments)
+
+    monkeypatch.setattr(job_module, "Lease", Late)
     with pytest.raises(CacheError, match=r"holds the cache of another dataset \(1 samples, such as another.png"):
         inline(model, few, cache)
     assert Manifest.load(str(cache)).counts["samples"] == 1
