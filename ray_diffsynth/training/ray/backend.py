@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.train.torch import TorchConfig
 
-from ray_diffsynth.cluster.environment import Environment
+from ray_diffsynth.cluster.environment import Environment, Shipped
 
 _TorchBackend: Any = TorchConfig().backend_cls
 
@@ -20,8 +20,8 @@ class _Backend(_TorchBackend):
 
 
 @dataclass
-class BackendConfig(TorchConfig):
-    """`TorchConfig` whose workers get their variables first."""
+class BackendConfig(Shipped, TorchConfig):
+    """`TorchConfig` whose workers get their variables first: before they unpack it, which imports torch."""
 
     environment: Environment | None = None
 

@@ -245,7 +245,15 @@ class _Trainer(ray.train.torch.TorchTrainer):
 
 def _worker(config: dict[str, Parcel]) -> None:
     """What each Ray Train worker runs."""
-    arguments: dict[str, Any] = config["arguments"].value
+    try:
+        arguments: dict[str, Any] = config["arguments"].value
+    except (UserError, ray.exceptions.RayError):
+        raise
+    except (
+        Exception
+    ) as error:  # a module of the user's own, say, that this machine lacks: no other group would do better
+        context = ray.train.get_context()
+        raise WorkerError.of(error, context.get_world_rank(), context.get_world_size()) from None
     if os.path.isdir(arguments["folder"]):  # relative paths inside options mean the driver's folder
         os.chdir(arguments["folder"])
     node = ray.get_runtime_context().get_node_id()
