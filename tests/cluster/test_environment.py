@@ -87,7 +87,13 @@ def test_nothing_is_imported_before_the_variables_are_set(monkeypatch: pytest.Mo
     assert type(parcel.value).__name__ == "Late" and "late_import" in sys.modules
 
 
-LIGHT = ("cluster.environment", "generate.actor", "preprocess.ray_errors", "training.ray.sampler_actor")
+LIGHT = (
+    "cluster.environment",
+    "generate.actor",
+    "preprocess.ray_errors",
+    "training.ray.backend",
+    "training.ray.sampler_actor",
+)
 
 
 def test_the_modules_of_the_actors_are_light() -> None:

@@ -249,9 +249,7 @@ def _worker(config: dict[str, Parcel]) -> None:
         arguments: dict[str, Any] = config["arguments"].value
     except (UserError, ray.exceptions.RayError):
         raise
-    except (
-        Exception
-    ) as error:  # a module of the user's own, say, that this machine lacks: no other group would do better
+    except Exception as error:  # a module of the user's own, say, that this machine lacks
         context = ray.train.get_context()
         raise WorkerError.of(error, context.get_world_rank(), context.get_world_size()) from None
     if os.path.isdir(arguments["folder"]):  # relative paths inside options mean the driver's folder
