@@ -24,13 +24,8 @@ DATA_ERRORS_LOGGER = "ray.data._internal.execution.streaming_executor_state"
 
 
 def init_local(temporary_folder: str | None, options: Mapping[str, Any]) -> None:
-    """Start a Ray on this machine, with its sockets and logs below `temporary_folder` (None: where Ray puts them).
-
-    With this address its processes listen on loopback alone; with that of the machine, on all its networks.
-    """
-    ray.init(
-        address="local", include_dashboard=False, _temp_dir=temporary_folder, _node_ip_address="127.0.0.1", **options
-    )
+    """Start a Ray on this machine, with its sockets and logs below `temporary_folder` (None: where Ray puts them)."""
+    ray.init(address="local", include_dashboard=False, _temp_dir=temporary_folder, **options)
 
 
 def available_resources() -> dict[str, dict[str, float]]:

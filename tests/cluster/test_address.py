@@ -129,7 +129,7 @@ def test_only_host_and_port_are_asked(without: pytest.MonkeyPatch) -> None:
 
 
 _SCRIPT = """
-import os, psutil, ray
+import os, ray
 from ray_diffsynth.cluster.session import ray_session
 
 @ray.remote
@@ -138,23 +138,15 @@ def add(one, two):
 
 with ray_session():
     assert ray.get(add.remote(1, 2)) == 3
-    for child in psutil.Process().children(recursive=True):
-        for one in child.net_connections("tcp"):
-            if one.status == "LISTEN":
-                print("listening:", one.laddr.ip, child.name())
     print("session in", os.path.realpath(ray._private.worker._global_node.get_session_dir_path()))
 """
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_starts_with_a_long_tmpdir_and_listens_on_loopback_alone(long: Path) -> None:
+def test_ray_starts_with_a_long_tmpdir(long: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(long)}
     for name in ("RAY_TMPDIR", "RAY_ADDRESS"):
         environment.pop(name, None)
     done = subprocess.run([sys.executable, "-c", _SCRIPT], cwd=long, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and f"session in {long}/ray/session_" in done.stdout, done.stderr
-    listening = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("listening: ")]
-    assert listening and all(address in ("127.0.0.1", "::1", "::ffff:127.0.0.1") for address, *_ in listening), (
-        listening
-    )

@@ -103,6 +103,17 @@ def test_the_modules_of_the_actors_are_light() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_the_process_group_is_that_of_ray_train() -> None:
+    from ray.train.torch import TorchConfig
+
+    from ray_diffsynth.training.ray.backend import BackendConfig
+
+    mine, theirs = BackendConfig("gloo"), TorchConfig("gloo")
+    assert mine.to_dict() == theirs.to_dict() and mine.framework == theirs.framework
+    assert mine.train_func_context is theirs.train_func_context and issubclass(mine.backend_cls, theirs.backend_cls)
+    assert [name for name in dir(theirs) if not hasattr(mine, name)] == [], "Ray Train's configuration has grown"
+
+
 _SITE = """
 import importlib.abc, json, os, sys, traceback
 
