@@ -1,5 +1,6 @@
 """The commands that users run, as processes: DiffSynth-Studio's guide, and `ray job submit` against a running head."""
 
+import json
 import os
 import secrets
 import shutil
@@ -183,11 +184,11 @@ def test_ray_job_submit(head: Head, tiny_qwen: Path, checkout: Path, tmp_path: P
         command = [*submit, "--working-dir", ".", "--", "python", *both, "--max_steps", str(steps)]
         return run(command, checkout, head.environment)
 
-    said = run_both(2)
-    assert "cache of 4 samples" in said and "succeeded" in said
-    assert load_file(lora / "step-2.safetensors")
-    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
-    said = run_both(4)  # goes on: nothing is encoded again, and two steps are trained
-    assert load_file(lora / "step-4.safetensors")
-    assert "step 2" in said
-    assert written == {path: path.stat().st_mtime_ns for path in cache.rglob("*.parquet")}
+    said = run_both(2)  # an epoch
+    assert "cache of 4 samples" in said and "succeeded" in said and load_file(lora / "epoch-0.safetensors")
+    before = {path: path.stat().st_mtime_ns for path in [*cache.rglob("*.parquet"), lora / "epoch-0.safetensors"]}
+    said = run_both(4)  # goes on: nothing is encoded again, and two steps more are trained
+    assert "succeeded" in said and load_file(lora / "epoch-1.safetensors")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    steps = [json.loads(line)["step"] for line in (lora / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
