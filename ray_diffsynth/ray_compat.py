@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 DATA_ERRORS_LOGGER = "ray.data._internal.execution.streaming_executor_state"
 """Logger by which Ray Data reports, with the exception, that it ignores a block that failed (`max_errored_blocks`)."""
@@ -73,6 +75,28 @@ def taken_away_nodes() -> set[str]:
 
 _ENDED_BY_SIGTERM, _ENDED_AFTER_NOTICE, _ENDED_IDLE = 1, 3, 4
 """Reasons of a node's death, as `ray.nodes()` gives them."""
+
+
+@contextmanager
+def no_placement_group_stays() -> Iterator[None]:
+    """Placement groups that this job made within the block, and that are there after it, are removed.
+
+    When the process group of Ray Train's workers cannot be made, say because one of them is cut off, Ray Train forgets
+    the placement group of its workers. Their machines would be reserved until the job ends.
+    """
+    before = _placement_groups()
+    try:
+        yield
+    finally:
+        for group in _placement_groups() - before:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+
+
+def _placement_groups() -> set[str]:
+    """Ids of this job's placement groups that reserve something; an id ends with that of its job."""
+    job = ray.get_runtime_context().get_job_id()
+    table: dict[str, dict[str, Any]] = ray.util.placement_group_table()
+    return {group for group, entry in table.items() if group.endswith(job) and entry["state"] != "REMOVED"}
 
 
 @dataclass(frozen=True)

@@ -104,3 +104,16 @@ def test_the_second_autoscaler_says_what_comes(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ray_compat, "_gcs_client", lambda: None)
     monkeypatch.setattr(ray_compat.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="a:1"))
     assert ray_compat.autoscaler() == ray_compat.Autoscaler(("train", "train"), ("encode (no quota)",))
+
+
+@pytest.mark.ray
+def test_a_placement_group_of_the_block_does_not_outlive_it(local_ray: None) -> None:
+    """By the ids of this job's groups, which end with the job's: those of others, and those from before, stay."""
+    before = ray.util.placement_group([{"CPU": 0.1}])
+    ray.get(before.ready())
+    with ray_compat.no_placement_group_stays():
+        left = ray.util.placement_group([{"CPU": 0.1}])
+        ray.get(left.ready())
+    states = {group: entry["state"] for group, entry in ray.util.placement_group_table().items()}
+    assert (states[before.id.hex()], states[left.id.hex()]) == ("CREATED", "REMOVED")
+    ray.util.remove_placement_group(before)

@@ -29,7 +29,7 @@ from ray_diffsynth.cluster.workers import WorkerGroup, check_sampler, sampler_pr
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.errors import UserError, first_line, worker_failures
 from ray_diffsynth.plan.run_plan import RunPlan, TrainPlan
-from ray_diffsynth.ray_compat import autoscaler
+from ray_diffsynth.ray_compat import autoscaler, no_placement_group_stays
 from ray_diffsynth.storage import join
 from ray_diffsynth.training import local
 from ray_diffsynth.training.checkpoint import (
@@ -179,7 +179,8 @@ def _fit_until_done(
             ray.get(collector.begin.remote())
             with Watch(collector, group, workers, terminated) as watch:
                 try:
-                    _fit(arguments, group, workers, environment)
+                    with no_placement_group_stays():
+                        _fit(arguments, group, workers, environment)
                 except ray.train.TrainingFailedError as error:
                     if (told := reason(worker_failures(error))) is not None:
                         raise told from error
