@@ -120,7 +120,7 @@ def _whole_cluster(config: PreprocessConfig, group: str, everything: Cluster, gr
     # Without GPUs nothing holds actors off from the CPUs that decoding needs, so all that there may be are counted.
     here = room({"GPU": gpu}, cluster.nodes) if gpu else int(cpus // 2) if growing else most
     counted = max(1, min(most, here))
-    cpu = _default_cpus(cluster, counted) if asked_cpu is None else asked_cpu
+    cpu = _default_cpus(cluster, counted, growing) if asked_cpu is None else asked_cpu
     reserved = {"CPU": cpu, "GPU": gpu, **others}
     if not growing and (room(reserved, cluster.nodes) < least or least * cpu >= cpus):
         raise ClusterError(
@@ -150,7 +150,7 @@ def _side_by_side(
     least = {name: int(pool.get("min_size", 1)) for name, pool in pools.items()}
     most = {name: int(pool.get("max_size", least[name])) for name, pool in pools.items()}
     gpu = {name: pool.get("num_gpus", share) for name, pool in pools.items()}
-    default_cpu = _default_cpus(cluster, sum(most.values())) if cluster.nodes else 1.0
+    default_cpu = _default_cpus(cluster, sum(most.values()), growing) if cluster.nodes else 1.0
     cpu = {name: pool.get("num_cpus", default_cpu) for name, pool in pools.items()}
     decode, write = DECODE_CPUS, WRITE_CPUS
     if cluster.nodes and not growing:
@@ -192,13 +192,15 @@ def _check_side_by_side(
         )
 
 
-def _default_cpus(cluster: Cluster, actors: int) -> float:
+def _default_cpus(cluster: Cluster, actors: int, growing: bool) -> float:
     """CPUs of an actor that says nothing of them: half of what there is for all actors.
 
     On several machines a quarter: when half of them are lost, their actors start again on the others, and otherwise
-    would leave no CPU for the decode tasks that they wait for.
+    would leave no CPU for the decode tasks that they wait for. Likewise where more machines may come: Ray Data keeps
+    CPUs for decoding and writing before it starts an actor on a new one.
     """
-    return min(1.0, (0.5 if cluster.machines == 1 else 0.25) * cluster.cpus / actors)
+    alone = cluster.machines == 1 and not growing
+    return min(1.0, (0.5 if alone else 0.25) * cluster.cpus / actors)
 
 
 def _tasks(free_cpus: float, groups: int) -> tuple[float, float]:
