@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.check.problem import mapping
+from ray_diffsynth.cluster.labels import parsed
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,13 @@ def started_pods(
 
 
 def _constraints(selector: Mapping[str, str]) -> list[tuple[str, int, list[str]]]:
-    """A selector (`value`, `!value`, `in(a, b)`, `!in(a, b)`) as the autoscaler has it."""
+    """A selector as the autoscaler has it."""
     from ray.core.generated.common_pb2 import LabelSelectorOperator
 
     found = []
     for label, condition in selector.items():
-        wanted = condition.removeprefix("!")
-        listed = wanted.startswith("in(")
-        values = [part.strip() for part in wanted[3:-1].split(",")] if listed else [wanted]
-        name = "LABEL_OPERATOR_NOT_IN" if condition.startswith("!") else "LABEL_OPERATOR_IN"
+        values, excluded = parsed(condition)
+        name = "LABEL_OPERATOR_NOT_IN" if excluded else "LABEL_OPERATOR_IN"
         found.append((label, LabelSelectorOperator.Value(name), values))
     return found
 

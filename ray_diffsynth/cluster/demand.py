@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ray_diffsynth.cluster.labels import described
@@ -37,7 +37,7 @@ class Demand:
 
     def bundles(self) -> list[dict[str, float]]:
         """The most that is wanted, a bundle of resources for each process, as Ray's autoscaler takes it."""
-        return [_reserved(ask.process.resources) for ask in self.asks for _ in range(ask.most)]
+        return [ask.process.reserved for ask in self.asks for _ in range(ask.most)]
 
     def selectors(self) -> list[dict[str, str]]:
         """The selector of each bundle."""
@@ -52,11 +52,8 @@ class Demand:
 
     def reduced(self, share: float) -> Demand:
         """The least of each kind, and this share (0 to 1) of what is wanted beyond it; all of that at least."""
-        return Demand(tuple(replace(ask, least=number, most=number) for ask, number in self._numbers(share)))
-
-    def _numbers(self, share: float) -> Iterator[tuple[Ask, int]]:
-        for ask in self.asks:
-            yield ask, ask.least + math.ceil((ask.most - ask.least) * share)
+        numbers = [ask.least + math.ceil((ask.most - ask.least) * share) for ask in self.asks]
+        return Demand(tuple(replace(ask, least=n, most=n) for ask, n in zip(self.asks, numbers, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,7 @@ class Shortage:
             there = self.cluster.select(ask.process.selector)
             free = self.free.select(ask.process.selector)
             held = room(ask.process.resources, there.staying) - room(ask.process.resources, free.staying)
-            names = [name for name, amount in ask.process.resources.items() if amount > 0]
-            left = ", ".join(f"{free.total(name):g} of {there.total(name):g} {name}" for name in names)
+            left = ", ".join(f"{free.total(name):g} of {there.total(name):g} {name}" for name in ask.process.reserved)
             parts.append(
                 f"{ask}: {fitting} would fit; "
                 + (f"free are {left} on {there.machines} machines" if there.machines else "there is no such machine")
@@ -96,12 +92,8 @@ class Shortage:
 
 def amounts(resources: Mapping[str, float]) -> str:
     """`1 GPU, 0.5 CPU`"""
-    found = {name: amount for name, amount in resources.items() if amount > 0}
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(found.items(), reverse=True)) or "nothing"
-
-
-def _reserved(resources: Mapping[str, float]) -> dict[str, float]:
-    return {name: amount for name, amount in resources.items() if amount > 0}
+    found = sorted(Process(resources).reserved.items(), reverse=True)
+    return ", ".join(f"{amount:g} {name}" for name, amount in found) or "nothing"
 
 
 def _size(process: Process) -> tuple[float, float, float]:

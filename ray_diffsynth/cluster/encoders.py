@@ -97,7 +97,7 @@ def encoder_demand(pools: Mapping[str, EncoderPool], shards: Mapping[str, int], 
 def scan_demand(config: PreprocessConfig, cluster: Cluster) -> Demand:
     """What reading the headers of the dataset's files wants: the machines of the first group that is given labels."""
     labels = next(iter((config.pool_labels or {}).values()), {})
-    selector = {**labels, **config.selector} if config.selector else labels
+    selector = {**labels, **config.selector}
     largest = max((node.get("CPU", 0.0) for node in cluster.select(selector).staying.values()), default=DECODE_CPUS)
     return Demand((Ask("tasks that read headers", Process({"CPU": min(DECODE_CPUS, largest / 2)}, selector), 1, 1),))
 

@@ -23,9 +23,12 @@ class GeneratorPool:
     selector: Selector = field(default_factory=dict)
 
     @property
+    def actor(self) -> Process:
+        return Process({"CPU": self.cpus, "GPU": self.gpus, **self.others}, self.selector)
+
+    @property
     def demand(self) -> Demand:
-        actor = Process({"CPU": self.cpus, "GPU": self.gpus, **self.others}, self.selector)
-        return Demand((Ask("generating actors", actor, self.actors, self.actors),))
+        return Demand((Ask("generating actors", self.actor, self.actors, self.actors),))
 
 
 def generator_pool(config: GenerateConfig, items: int, everything: Cluster, *, growing: bool = False) -> GeneratorPool:
@@ -42,7 +45,7 @@ def generator_pool(config: GenerateConfig, items: int, everything: Cluster, *, g
     actors = min(config.num_workers or max(1, fitting), max(items, 1))
     cpu = others.pop("CPU", 1.0 if gpu else max(1.0, cluster.cpus // actors))
     pool = GeneratorPool(actors, cpu, gpu, others, selector)
-    if cluster.nodes and not growing and room({"CPU": cpu, "GPU": gpu, **others}, cluster.nodes) < actors:
+    if cluster.nodes and not growing and room(pool.actor.resources, cluster.nodes) < actors:
         raise ClusterError(
             f"{actors} actors of {cpu:g} CPU and {gpu:g} GPU do not fit a cluster of {cluster.cpus:g} CPU and "
             f"{cluster.gpus:g} GPU{described(selector)}; lower --num_workers or --resources"

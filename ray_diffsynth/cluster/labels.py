@@ -14,10 +14,16 @@ def matches(labels: Mapping[str, str], selector: Selector) -> bool:
 
 
 def _holds(value: str | None, condition: str) -> bool:
+    values, excluded = parsed(condition)
+    return (value in values) is not excluded
+
+
+def parsed(condition: str) -> tuple[list[str], bool]:
+    """The values of a condition, and whether it excludes them: `!in(a, b)` -> (["a", "b"], True)."""
     wanted = condition.removeprefix("!")
     listed = wanted.startswith("in(")
-    values = {part.strip() for part in wanted[3:-1].split(",")} if listed else {wanted}
-    return (value in values) is not condition.startswith("!")
+    values = [part.strip() for part in wanted[3:-1].split(",")] if listed else [wanted]
+    return values, condition.startswith("!")
 
 
 def described(selector: Selector) -> str:

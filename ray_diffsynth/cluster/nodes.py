@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ray_diffsynth.cluster.labels import Selector, matches
 
@@ -57,7 +58,7 @@ def room(resources: Mapping[str, float], nodes: Mapping[str, Mapping[str, float]
 
     A part of a GPU is of one device: 2 GPUs have room for two processes of 0.6, not three.
     """
-    wanted = {name: amount for name, amount in resources.items() if amount > 0}
+    wanted = Process(resources).reserved
     if not wanted:
         return sys.maxsize
     return sum(
@@ -79,6 +80,22 @@ class Process:
 
     resources: Mapping[str, float]
     selector: Selector = field(default_factory=dict)
+
+    @property
+    def reserved(self) -> dict[str, float]:
+        """The resources of which it takes some."""
+        return {name: amount for name, amount in self.resources.items() if amount > 0}
+
+    @property
+    def ray_options(self) -> dict[str, Any]:
+        """What `ray.remote` and `.options` of a task or an actor take."""
+        others = {name: amount for name, amount in self.resources.items() if name not in ("CPU", "GPU")}
+        return {
+            "num_cpus": self.resources.get("CPU", 0.0),
+            "num_gpus": self.resources.get("GPU", 0.0),
+            "resources": others or None,
+            "label_selector": dict(self.selector) or None,
+        }
 
 
 def pack(processes: Sequence[Process], cluster: Cluster) -> list[bool]:

@@ -65,12 +65,7 @@ class _Pool:
         self._on_done = on_done
         self._failures: dict[str, str] = {}
         self._deaths: Counter[str] = Counter()
-        remote = ray.remote(
-            num_cpus=size.cpus,
-            num_gpus=size.gpus,
-            resources=dict(size.others) or None,
-            label_selector=dict(size.selector) or None,
-        )(PainterActor)
+        remote = ray.remote(**size.actor.ray_options)(PainterActor)
         self._start: Callable[[], Any] = lambda: remote.remote(plan)
         self._actors = [self._start() for _ in range(min(size.actors, len(items)))]
         self._given: list[dict[Any, Item]] = [{} for _ in self._actors]

@@ -99,7 +99,8 @@ def scan_dataset(
         files |= unchanged(scan_cache.known(paths))
         on_progress(len(files))
         paths = [path for path in paths if path not in files]
-    task, scan = _task(process()) if paths else None, Parcel(environment, scan_files)
+    task = ray.remote(**process().ray_options, max_retries=1)(call) if paths else None
+    scan = Parcel(environment, scan_files)
     unchecked: list[Unchecked] = []
     pending: deque[tuple[list[str], Any]] = deque()
 
@@ -146,11 +147,6 @@ def unchanged(known: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
 
     with ThreadPoolExecutor(STAMP_THREADS) as threads:
         return {path: known[path] for path, kept in zip(known, threads.map(same, known.values()), strict=True) if kept}
-
-
-def _task(process: Process) -> Any:
-    cpus, selector = process.resources["CPU"], dict(process.selector)
-    return ray.remote(num_cpus=cpus, label_selector=selector or None, max_retries=1)(call)
 
 
 def _result(part: Sequence[str], reference: Any, begin: Callable[[Sequence[str]], Any]) -> list[Scanned | Unchecked]:

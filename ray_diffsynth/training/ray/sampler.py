@@ -71,11 +71,7 @@ class Sampling:
 
     def _start(self, process: Process) -> Any:
         plan = self._plan
-        others = dict(process.resources)
-        cpu, gpu = others.pop("CPU", 0.0), others.pop("GPU", 0.0)
-        options = SamplerActor.options(  # type: ignore[attr-defined]
-            num_cpus=cpu, num_gpus=gpu, resources=others or None, label_selector=dict(process.selector) or None
-        )
+        options = SamplerActor.options(**process.ray_options)  # type: ignore[attr-defined]
         fresh = not list_checkpoints(plan.output_path)
         start = fresh or not is_drawn(plan.output_path, 0, GridInfo.of(plan.config, self._samples, 0))
         if not start:  # all that it draws comes with the weights of a step
@@ -96,5 +92,6 @@ class Sampling:
 
 def _asks(process: Process | None) -> list[Ask]:
     """None for a process that reserves nothing."""
-    reserves = process is not None and any(process.resources.values())
-    return [Ask("actors that make sample images", process, 1, 1)] if process is not None and reserves else []
+    if process is None or not process.reserved:
+        return []
+    return [Ask("actors that make sample images", process, 1, 1)]
