@@ -15,8 +15,8 @@ from typing import Any
 
 import ray
 import ray.cloudpickle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_diffsynth.cluster.joined import on_this_node
 from ray_diffsynth.errors import ConfigError
 
 PREFIXES = (
@@ -85,8 +85,7 @@ def environment(values: Mapping[str, str]) -> Iterator[Environment | None]:
     if not values:
         yield None
         return
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    holder = _Holder.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    holder = _Holder.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     ray.get(holder.set.remote(dict(values)))
     try:
         yield Environment(holder, uuid.uuid4().hex)

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from ray_diffsynth.cluster.session import alive_nodes
+from ray_diffsynth.cluster.joined import alive_nodes
 from ray_diffsynth.ray_compat import cluster_id, ended_jobs
 
 

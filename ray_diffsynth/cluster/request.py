@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import ray
 
 from ray_diffsynth.cluster.demand import Demand
-from ray_diffsynth.cluster.session import joined_cluster
+from ray_diffsynth.cluster.joined import joined_cluster
 from ray_diffsynth.ray_compat import autoscaler, autoscaling_coordinator
 
 logger = logging.getLogger(__name__)

@@ -14,14 +14,12 @@ from typing import Any, TextIO
 
 import ray
 from ray.util.annotations import RayDeprecationWarning
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_diffsynth.cluster.address import ClusterError as ClusterError
 from ray_diffsynth.cluster.address import check_answers, is_host_and_port, no_cluster, no_token, temporary_folder
 from ray_diffsynth.cluster.environment import Environment, environment, forwarded
-from ray_diffsynth.cluster.nodes import Cluster
 from ray_diffsynth.console import open_stream
-from ray_diffsynth.ray_compat import draining_nodes, init_local, refuses_token
+from ray_diffsynth.ray_compat import init_local, refuses_token
 from ray_diffsynth.system_errors import explain
 
 LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
@@ -188,23 +186,3 @@ def own_device() -> str:
 
     ours = not ray.is_initialized() or bool(ray.get_gpu_ids())
     return "cuda" if ours and torch.cuda.is_available() else "cpu"
-
-
-def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """For an actor that must live as long as the driver: on its node, not on one that may be lost."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def joined_cluster() -> Cluster:
-    """The cluster that this process is connected to."""
-    nodes = {str(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
-    return Cluster(
-        {name: node["Resources"] for name, node in nodes.items()},
-        frozenset(draining_nodes()),
-        {name: node.get("Labels") or {} for name, node in nodes.items()},
-    )
-
-
-def alive_nodes() -> dict[str, dict[str, float]]:
-    """Resources of the machines of the cluster that are alive, by the node's id."""
-    return {str(node["NodeID"]): node["Resources"] for node in ray.nodes() if node["Alive"]}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ray_diffsynth.cluster.address import ClusterError
-from ray_diffsynth.cluster.demand import Demand, Shortage
+from ray_diffsynth.cluster.demand import Ask, Demand, Shortage
+from ray_diffsynth.cluster.joined import joined_cluster
 from ray_diffsynth.cluster.nodes import Cluster
 from ray_diffsynth.cluster.request import Requester
-from ray_diffsynth.cluster.session import joined_cluster
 from ray_diffsynth.ray_compat import Autoscaler, autoscaler, available_resources
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,14 @@ def unused(cluster: Cluster) -> Cluster:
     """The same machines with what nobody holds of their resources."""
     left = available_resources()
     return replace(cluster, nodes={node: left.get(node, {}) for node in cluster.nodes})
+
+
+def shortage_of(
+    missing: Sequence[tuple[Ask, int]], cluster: Cluster, free: Cluster, scaling: Autoscaler | None
+) -> Shortage:
+    """What is missing, with what the autoscaler says, if there is one. free: the cluster as `unused` gives it."""
+    state = scaling or Autoscaler()
+    return Shortage(missing, cluster, free, state.starting, state.failed)
 
 
 class Waiting:
@@ -73,8 +81,7 @@ def wait_for(
         if not missing:
             return True
         scaling = autoscaler()
-        state = scaling or Autoscaler()
-        shortage = Shortage(missing, cluster, free, state.starting, state.failed)
+        shortage = shortage_of(missing, cluster, free, scaling)
         if scaling is None and not shortage.busy:
             raise ClusterError(
                 f"the cluster is too small and has no autoscaler: {shortage}; add machines, or lower --num_workers or "

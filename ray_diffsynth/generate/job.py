@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 from ray_diffsynth.cluster.generators import GeneratorPool, generator_pool
+from ray_diffsynth.cluster.joined import joined_cluster
 from ray_diffsynth.cluster.request import requester
-from ray_diffsynth.cluster.session import joined_cluster, ray_session
+from ray_diffsynth.cluster.session import ray_session
 from ray_diffsynth.cluster.wait import wait_for
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate.items import IMAGES_FOLDER, check_arguments, plan_items

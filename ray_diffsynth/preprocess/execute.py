@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from ray_diffsynth.cluster.environment import Environment
-from ray_diffsynth.cluster.session import alive_nodes, on_this_node
+from ray_diffsynth.cluster.joined import alive_nodes, on_this_node
 from ray_diffsynth.preprocess.attempts import Unfinished
 from ray_diffsynth.preprocess.errors import EncoderError, described
 from ray_diffsynth.preprocess.group_run import GroupRun

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ray_diffsynth.cluster.encoders import encoder_demand, encoder_pools, scan_demand
+from ray_diffsynth.cluster.joined import joined_cluster
 from ray_diffsynth.cluster.nodes import Process, room
 from ray_diffsynth.cluster.request import Requester, requester
-from ray_diffsynth.cluster.session import joined_cluster
 from ray_diffsynth.cluster.wait import wait_for
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.preprocess.group_run import GroupRun

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_diffsynth.cluster.session import alive_nodes
+from ray_diffsynth.cluster.joined import alive_nodes
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_diffsynth.cluster.demand import Ask, Shortage
+from ray_diffsynth.cluster.demand import Ask
+from ray_diffsynth.cluster.joined import joined_cluster
 from ray_diffsynth.cluster.nodes import Cluster
 from ray_diffsynth.cluster.request import Requester
-from ray_diffsynth.cluster.session import joined_cluster
-from ray_diffsynth.cluster.wait import Waiting, unused
+from ray_diffsynth.cluster.wait import Waiting, shortage_of, unused
 from ray_diffsynth.cluster.workers import WorkerGroup
-from ray_diffsynth.ray_compat import Autoscaler, autoscaler, draining_nodes, taken_away_nodes
+from ray_diffsynth.ray_compat import autoscaler, draining_nodes, taken_away_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +80,9 @@ def wait_for_room(
         scaling = autoscaler()
         if scaling is not None:
             requester.ask(group.demand([*beside, *placed]))
-        state = scaling or Autoscaler()
         if not number:
             missing = demand.missing(free) or [(demand.asks[0], group.room(free, beside))]
-            waiting.say(Shortage(missing, cluster, free, state.starting, state.failed))
+            waiting.say(shortage_of(missing, cluster, free, scaling))
         time.sleep(POLL_SECONDS / 4 if waiting.seconds < SETTLE_SECONDS else POLL_SECONDS)
     return 0
 

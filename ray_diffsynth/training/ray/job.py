@@ -23,8 +23,9 @@ import ray.train.torch
 from ray_diffsynth.cache.lease import Lease
 from ray_diffsynth.cluster.environment import Environment, Parcel
 from ray_diffsynth.cluster.holder import has_ended, own_place
+from ray_diffsynth.cluster.joined import joined_cluster, on_this_node
 from ray_diffsynth.cluster.request import Requester, requester
-from ray_diffsynth.cluster.session import joined_cluster, on_this_node, ray_session
+from ray_diffsynth.cluster.session import ray_session
 from ray_diffsynth.cluster.workers import WorkerGroup, check_sampler, sampler_process, worker_group
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.errors import UserError, first_line, worker_failures

@@ -11,8 +11,8 @@ import ray
 
 from ray_diffsynth.cluster.demand import Ask
 from ray_diffsynth.cluster.environment import Environment, Parcel
+from ray_diffsynth.cluster.joined import joined_cluster
 from ray_diffsynth.cluster.nodes import Process
-from ray_diffsynth.cluster.session import joined_cluster
 from ray_diffsynth.cluster.workers import WorkerGroup, sampler_process
 from ray_diffsynth.errors import first_line
 from ray_diffsynth.plan.run_plan import TrainPlan
