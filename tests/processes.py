@@ -1,9 +1,10 @@
-"""Processes that a test starts, with all that they start themselves."""
+"""Processes that a test starts, with all that they start themselves, and ports for them."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 
@@ -42,3 +43,14 @@ def kill_session(process: subprocess.Popen[bytes]) -> None:
                 continue
         time.sleep(0.05)
     process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine on which nothing listens."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

@@ -19,6 +19,7 @@ from ray_diffsynth.cluster.address import (
     temporary_folder,
 )
 from ray_diffsynth.cluster.session import ray_session
+from tests.processes import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,15 +92,9 @@ def test_no_place_for_a_link(long: Path, without: pytest.MonkeyPatch) -> None:
         pass
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def test_an_address_that_does_not_answer(without: pytest.MonkeyPatch) -> None:
     """Told within the time of one connection, and whose address it is."""
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     without.setattr("ray_diffsynth.cluster.address.ANSWER_SECONDS", 1.0)
     with pytest.raises(ClusterError) as refused, ray_session(address):
         pass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import pytest
 
 from ray_diffsynth.cluster.address import no_token
 from ray_diffsynth.cluster.session import SHOWN_COLUMNS, SHOWN_LINES, _last_lines
-from tests.processes import kill_session
+from tests.processes import free_ports, kill_session
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
@@ -56,16 +55,6 @@ def test_the_last_lines_are_few_and_hold_no_secret(tmp_path: Path, monkeypatch: 
     told = _last_lines(str(tmp_path / "ray.log")).splitlines()
     assert len(told) == 1 + SHOWN_LINES and max(map(len, told[1:])) <= SHOWN_COLUMNS + 2
     assert "  token <MY_API_KEY> refused" in told and "s3cret" not in "".join(told)
-
-
-def free_ports(count: int) -> list[int]:
-    found = [socket.socket() for _ in range(count)]
-    for one in found:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in found]
-    for one in found:
-        one.close()
-    return ports
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ray_diffsynth.demo.draw import draw_dataset
+from tests.processes import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -93,16 +93,6 @@ def test_the_two_commands_of_diffsynths_guide(tiny_qwen: Path, tmp_path: Path) -
 class Head:
     address: str
     environment: dict[str, str]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture
