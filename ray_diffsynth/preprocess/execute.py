@@ -2,12 +2,13 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 
+from ray_diffsynth.cluster.encoders import EncoderPool
 from ray_diffsynth.cluster.environment import Environment
 from ray_diffsynth.cluster.joined import alive_nodes, on_this_node
 from ray_diffsynth.preprocess.attempts import Unfinished
@@ -28,9 +29,17 @@ STOP_SECONDS = 60.0
 """How long the other groups may take to end when one cannot go on."""
 
 
-def encode_all(runs: Sequence[GroupRun], *, cache: str, codec: str, environment: Environment | None = None) -> None:
+def encode_all(
+    runs: Sequence[GroupRun],
+    pools: Mapping[str, EncoderPool],
+    *,
+    cache: str,
+    codec: str,
+    environment: Environment | None = None,
+) -> None:
     """Encode and write the shards of all groups side by side. Raises EncoderError, and whatever Ray raises.
 
+    pools: what the actors and tasks of each group that has shards take.
     When one group cannot go on, the others are stopped too.
     """
     runs = [run for run in runs if run.shards]
@@ -38,10 +47,10 @@ def encode_all(runs: Sequence[GroupRun], *, cache: str, codec: str, environment:
         return
     stop = threading.Event()
     monitors = [Monitor.options(scheduling_strategy=on_this_node()).remote() for _ in runs]  # type: ignore[attr-defined]
-    contexts = []
-    for run, monitor in zip(runs, monitors, strict=True):
-        assert run.pool is not None, "machines are waited for before anything is encoded"
-        contexts.append(PassContext(run.encoder, run.pool, cache, codec, monitor, stop, environment))
+    contexts = [
+        PassContext(run.encoder, pools[run.name], cache, codec, monitor, stop, environment)
+        for run, monitor in zip(runs, monitors, strict=True)
+    ]
     title = f"encode {runs[0].name}" if len(runs) == 1 else "encode"
     total = sum(run.rows for run in runs)
     try:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_diffsynth.cache.store import Shard
-from ray_diffsynth.cluster.encoders import EncoderPool
 from ray_diffsynth.data.media import SourceChanged
 from ray_diffsynth.plan.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
@@ -18,8 +17,7 @@ from ray_diffsynth.preprocess.shards import ShardPlan
 class GroupRun:
     """A group of stage-1 units while it is planned, encoded and committed.
 
-    plan: the address space of its rows. encoder: its specification. pool: what its actors and tasks take, known once
-    the machines are there.
+    plan: the address space of its rows. encoder: its specification.
     keys: of each sample's row, in the order of the samples; computed once. empty_key: of the row of the empty caption;
     None in a group that no caption alone flows into.
     catalog: what is known of its rows. shards: what is to be encoded. reused: wanted rows that the cache held before.
@@ -32,7 +30,6 @@ class GroupRun:
     empty_key: str | None = None
     catalog: GroupCatalog = field(default_factory=GroupCatalog)
     shards: Sequence[ShardPlan] = ()
-    pool: EncoderPool | None = None
     reused: int = 0
     encoded: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)

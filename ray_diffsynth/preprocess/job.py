@@ -3,14 +3,14 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from ray_diffsynth.cache.inspection import histogram
 from ray_diffsynth.cache.lease import Lease
 from ray_diffsynth.cache.manifest import Manifest
-from ray_diffsynth.cluster.encoders import batch_size
+from ray_diffsynth.cluster.encoders import EncoderPool, batch_size
 from ray_diffsynth.cluster.environment import Environment
 from ray_diffsynth.cluster.holder import has_ended, own_place
 from ray_diffsynth.cluster.session import ray_session
@@ -72,8 +72,7 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
             retry=config.retry_quarantined,
         )
         for turn in turns:
-            machines.for_encoding(turn)
-            _encode(turn, cache, config.cache_codec, environment)
+            _encode(turn, machines.for_encoding(turn), cache, config.cache_codec, environment)
             check_quarantine(rows, runs, config.max_quarantine)
         held.check()
         outcome = commit_cache(cache, _draft(plan), rows, runs, caption=plan.sample.columns.get("prompt"))
@@ -111,11 +110,17 @@ def _scan(plan: PreprocessPlan, metadata: Metadata, machines: Machines, environm
     return ScannedRows(samples, [*metadata.rejected, *bad], metadata.total)
 
 
-def _encode(turn: Sequence[GroupRun], cache: str, codec: str, environment: Environment | None) -> None:
+def _encode(
+    turn: Sequence[GroupRun],
+    pools: Mapping[str, EncoderPool],
+    cache: str,
+    codec: str,
+    environment: Environment | None,
+) -> None:
     """Encode what is pending of the groups, side by side; the next scan reads again what changed under the run."""
     began = time.monotonic()
     try:
-        encode_all(turn, cache=cache, codec=codec, environment=environment)
+        encode_all(turn, pools, cache=cache, codec=codec, environment=environment)
     finally:
         if changed := {path for run in turn for path in run.changed_sources()}:
             forget(cache, changed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ray_diffsynth.cluster.encoders import encoder_demand, encoder_pools, scan_demand
+from ray_diffsynth.cluster.encoders import EncoderPool, encoder_demand, encoder_pools, scan_demand
 from ray_diffsynth.cluster.joined import joined_cluster
 from ray_diffsynth.cluster.nodes import Process, room
 from ray_diffsynth.cluster.request import Requester, requester
@@ -33,26 +33,25 @@ class Machines:
         wait_for(demand, self._requester, minutes=self._config.wait_minutes)
         return demand.asks[0].process
 
-    def for_encoding(self, runs: Sequence[GroupRun]) -> None:
-        """Set the pools of those groups that have something to encode, once there is room for them.
+    def for_encoding(self, runs: Sequence[GroupRun]) -> dict[str, EncoderPool]:
+        """The pools of those groups that have something to encode, once there is room for them.
 
         The first that encode wait for the least number of their actors; later ones begin with one, as a machine that
         was lost meanwhile may not come again. What is wanted is taken back then: Ray Data asks for more by itself.
         """
         runs = [run for run in runs if run.shards]
         if not runs:
-            return
+            return {}
         names, growing = [run.name for run in runs], autoscaler() is not None
         pools = encoder_pools(self._config, names, joined_cluster(), growing=growing)
-        fixed = self._config.num_workers != 0 or self._config.pools is not None
+        fixed = self._config.worker_range != (0, 0) or self._config.pools is not None
         shards = {run.name: len(run.shards) for run in runs}
         demand = encoder_demand(pools, shards, least=fixed and not self._begun)
         wait_for(demand, self._requester, minutes=self._config.wait_minutes)
         pools = encoder_pools(self._config, names, joined_cluster(), growing=growing)
         self._requester.cancel()
         self._begun = True
-        for run in runs:
-            run.pool = pools[run.name]
+        return pools
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Stage1:
     from ray_diffsynth.preprocess import job as job_module
     from ray_diffsynth.preprocess import scan as scan_module
 
-    here = SimpleNamespace(up=lambda: True, for_scan=lambda: Process({"CPU": 0.5}), for_encoding=lambda runs: None)
+    here = SimpleNamespace(up=lambda: True, for_scan=lambda: Process({"CPU": 0.5}), for_encoding=lambda runs: {})
     monkeypatch.setattr(job_module, "ray_session", lambda *_, **__: nullcontext())
     monkeypatch.setattr(job_module, "machines_of", lambda *_: nullcontext(here))
     monkeypatch.setattr(job_module, "encode_all", encode_inline)
@@ -129,7 +129,7 @@ class InlineRay:
         return value
 
 
-def encode_inline(runs: Sequence[GroupRun], *, cache: str, codec: str, environment: object) -> None:
+def encode_inline(runs: Sequence[GroupRun], pools: object, *, cache: str, codec: str, environment: object) -> None:
     """Decoder, encoder and sink, one shard after another."""
     for run in runs:
         sink = ShardSink(cache, run.name, run.encoder.group.parameters, codec)

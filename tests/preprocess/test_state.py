@@ -71,7 +71,7 @@ def test_where_no_machine_is_up_what_has_not_changed_needs_none(
         started.append(1)
         return Process({"CPU": 0.5})
 
-    there = SimpleNamespace(up=lambda: False, for_scan=for_scan, for_encoding=lambda runs: None)
+    there = SimpleNamespace(up=lambda: False, for_scan=for_scan, for_encoding=lambda runs: {})
     monkeypatch.setattr(job_module, "machines_of", lambda *_: nullcontext(there))
     monkeypatch.setattr(scan_module, "scan_files", scan_some)
     report = inline(model, data, cache)
