@@ -14,7 +14,7 @@ from pathlib import Path
 from cluster.check.problem import Place, Problem
 from ray_diffsynth.config import JOBS, JobConfig
 from ray_diffsynth.config.both_stages import parse_both
-from ray_diffsynth.config.flags import parse
+from ray_diffsynth.config.flags import parse, split_flags
 from ray_diffsynth.errors import did_you_mean
 
 PIPELINE = "pipeline"
@@ -103,12 +103,7 @@ def _parsed(name: str, given_words: tuple[str, ...]) -> tuple[tuple[JobConfig, .
 
 def _options(words: Sequence[str]) -> dict[str, str]:
     """The options that are given with a value, as they are written."""
-    found = {}
-    for at, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            found[name] = value if equals else next(iter(words[at + 1 : at + 2]), "")
-    return found
+    return {flag: value for flag, value in split_flags(list(words)) if value is not None}
 
 
 def path_problems(command: str, place: Place, mounts: Sequence[str]) -> Iterator[Problem]:

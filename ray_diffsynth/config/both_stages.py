@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ray_diffsynth.config.diffsynth import NO_EFFECT, REFUSED
-from ray_diffsynth.config.flags import parse, refuse, split_flags
+from ray_diffsynth.config.flags import as_words, parse, refuse, split_flags
 from ray_diffsynth.config.options import options_of
 from ray_diffsynth.config.preprocess import PreprocessConfig
 from ray_diffsynth.config.task import TASK_ENDINGS
@@ -16,6 +16,7 @@ from ray_diffsynth.errors import ConfigError, nearest
 from ray_diffsynth.program import command
 
 STAGES = {config.job: config for config in (PreprocessConfig, TrainConfig)}
+_OPTIONS = frozenset(name for config in STAGES.values() for name in options_of(config))
 USAGE = """usage: {prog} --model MODEL --dataset_base_path IMAGES --cache_path CACHE --output_path LORA [options]
 
 Both stages, one after the other: preprocess encodes IMAGES into CACHE, and when that is committed train makes LORA of
@@ -43,10 +44,9 @@ def parse_both(argv: Sequence[str] | None = None, *, prog: str | None = None) ->
         arguments = split_arguments(words)
     except ConfigError as error:
         refuse(prog, str(error))
-    known = {name for config in STAGES.values() for name in options_of(config)}
     # What both have is told where it first has no effect; of a cache that is made here nobody asked for an effect.
-    first = parse(PreprocessConfig, arguments["preprocess"], prog=prog, silent=known)
-    second = parse(TrainConfig, arguments["train"], prog=prog, silent={*known, *NO_EFFECT})
+    first = parse(PreprocessConfig, arguments["preprocess"], prog=prog, silent=_OPTIONS)
+    second = parse(TrainConfig, arguments["train"], prog=prog, silent={*_OPTIONS, *NO_EFFECT})
     return first, second
 
 
@@ -63,10 +63,10 @@ def split_arguments(words: Sequence[str]) -> dict[str, list[str]]:
         elif flag == "--task" and value:
             task = value
         elif job in STAGES and name:
-            alone[job] += _word(f"--{name}", value)
+            alone[job] += as_words(f"--{name}", value)
         else:
             for stage in _stages_with(flag, job):
-                arguments[stage] += _word(flag, value)
+                arguments[stage] += as_words(flag, value)
     if cache is None:
         raise ConfigError("--cache_path is missing: the folder or URL that preprocess writes and train reads")
     if any(ending and task.endswith(ending) for ending in TASK_ENDINGS):
@@ -85,11 +85,6 @@ def _stages_with(flag: str, option: str) -> list[str]:
     if not having and option in NO_EFFECT | REFUSED:
         return ["preprocess"]  # which says so, once
     if not having:
-        known = {name for config in STAGES.values() for name in options_of(config)}
-        close = nearest(option, [*known, "cache_path"])
+        close = nearest(option, [*_OPTIONS, "cache_path"])
         raise ConfigError(f"{flag} is no option" + (f"; did you mean {' or '.join(close)}?" if close else ""))
     return having
-
-
-def _word(flag: str, value: str | None) -> list[str]:
-    return [flag] if value is None else [f"{flag}={value}"]

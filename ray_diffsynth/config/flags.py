@@ -158,7 +158,7 @@ def _arguments(
     for flag, value in split_flags(argv):
         name = flag.removeprefix("--")
         if not flag.startswith("--") or name in ("help", "print_config"):
-            arguments += [flag] if value is None else [f"{flag}={value}"]
+            arguments += as_words(flag, value)
         elif name == "config":
             if value is None:
                 raise ConfigError("--config needs the path of a YAML file")
@@ -175,8 +175,13 @@ def _arguments(
                 if name.split(".")[0] in free:
                     mappings.pop(name.split(".")[0], None)
                     mappings |= {name: mapping} if mapping is not None else {}
-            arguments += [flag] if value is None else [f"{flag}={value}"]
+            arguments += as_words(flag, value)
     return arguments, given, mappings
+
+
+def as_words(flag: str, value: str | None) -> list[str]:
+    """What `split_flags` gives, as a word of a command line again."""
+    return [flag] if value is None else [f"{flag}={value}"]
 
 
 def split_flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
