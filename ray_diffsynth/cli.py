@@ -72,14 +72,13 @@ def run_command(name: str, argv: Sequence[str] | None = None, *, prog: str | Non
         return getattr(import_module(module), function)(argument) or 0
 
     config_class = next((config for config in JOBS if config.job == name), None)
-    if config_class is not None or name == "pipeline":
-        _prepare_ray()
     if config_class is None:
         return call(words)
+    prepare_ray()
     return main(config_class, call, words, prog=prog)
 
 
-def _prepare_ray() -> None:
+def prepare_ray() -> None:
     """What the processes that Ray starts on this machine inherit."""
     if in_checkout():
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -16,7 +16,6 @@ from typing import Any
 import ray
 import ray.cloudpickle
 
-from ray_diffsynth.cluster.joined import on_this_node
 from ray_diffsynth.errors import ConfigError
 
 PREFIXES = (
@@ -85,6 +84,8 @@ def environment(values: Mapping[str, str]) -> Iterator[Environment | None]:
     if not values:
         yield None
         return
+    from ray_diffsynth.cluster.joined import on_this_node  # not in each process that unpacks a parcel
+
     holder = _Holder.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     ray.get(holder.set.remote(dict(values)))
     try:

@@ -35,17 +35,17 @@ LEAST_SECRET = 6
 
 @contextmanager
 def ray_session(
-    address: str | None = None, *, verbose: bool = False, env: Sequence[str] = ()
+    address: str | None = None, *, verbose: bool = False, env: Sequence[str] | None = ()
 ) -> Iterator[Environment | None]:
     """Within it Ray is up: the one already joined, else `address` or RAY_ADDRESS, else a local one that ends with it.
 
     Gives what brings the variables of this process to the job's others, those named by `env` too; None for a local Ray,
-    where they inherit them. Raises ClusterError, and ConfigError for a variable that is not set.
+    where they inherit them, and for `env` None. Raises ClusterError, and ConfigError for a variable that is not set.
 
     Workers compute with one thread per reserved CPU (OMP_NUM_THREADS is Ray's default): pools do not fight over cores.
     Unless `verbose`, Ray's own messages go to a file, which a failure names and a success removes.
     """
-    values = forwarded(env)
+    values = {} if env is None else forwarded(env)
     if ray.is_initialized():
         with environment(values) as given_out:
             yield given_out
