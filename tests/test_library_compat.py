@@ -200,7 +200,7 @@ USES = [
     Use("ray", "ray_compat", ("_temp_dir",), "sockets in a folder that goes with the run", ray_start_has_a_folder),
     Use(
         "ray",
-        "training.ray.job",
+        "training.ray.fit",
         ("_register_sigint_handler",),
         "Ctrl-C is the job's",
         test_ray_compat.test_ray_train_registers_its_handler_of_ctrl_c_by_a_method,
@@ -376,8 +376,8 @@ def test_what_counts_as_private(code: str, names: set[str]) -> None:
 
 
 def test_a_replaced_method_is_found() -> None:
-    tree = ast.parse((ROOT / PACKAGE / "training" / "ray" / "job.py").read_text(encoding="utf-8"))
-    found: Any = overrides_in("training.ray.job", tree)
+    tree = ast.parse((ROOT / PACKAGE / "training" / "ray" / "fit.py").read_text(encoding="utf-8"))
+    found: Any = overrides_in("training.ray.fit", tree)
     assert found == {"_register_sigint_handler"}
 
 

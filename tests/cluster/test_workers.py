@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,7 @@ from ray_diffsynth.ray_compat import Autoscaler
 from ray_diffsynth.training import distributed, shard
 from ray_diffsynth.training.errors import TrainingError
 from ray_diffsynth.training.ray import elastic, job, worker
+from ray_diffsynth.training.ray import fit as one_group
 from ray_diffsynth.training.ray.elastic import Watch, ask_for_more, wait_for_room
 from ray_diffsynth.training.ray.sampler_actor import SamplerActor
 from ray_diffsynth.training.result import TrainResult
@@ -200,7 +201,8 @@ class Cluster:
         monkeypatch.setattr(job, "on_this_node", lambda: None)
         monkeypatch.setattr(job, "wait_for_room", lambda *_, **options: 1)
         monkeypatch.setattr(job, "ask_for_more", lambda *_: None)
-        monkeypatch.setattr(job, "_fit", self.fit)
+        monkeypatch.setattr(job, "no_placement_group_stays", nullcontext)
+        monkeypatch.setattr(job, "fit", self.fit)
         monkeypatch.setattr(job, "list_checkpoints", lambda path: ["step-1"][: self.steps])
         monkeypatch.setattr(job.ray, "get", lambda value: value)
         monkeypatch.setattr(job.ray, "kill", lambda actor: None)
@@ -219,7 +221,7 @@ class Cluster:
         monkeypatch.setattr(job, "Watch", watched)
         monkeypatch.setattr(job, "_progress_bar", progress_bar)
 
-    def fit(self, arguments: dict[str, Any], group: WorkerGroup, workers: int, environment: object) -> None:
+    def fit(self, worker: object, arguments: dict[str, Any], group: WorkerGroup, workers: int, *_: object) -> None:
         self.arguments, self.fits = arguments, self.fits + 1
         if self.script[self.fits - 1] in ("lost", "taken"):
             raise ray.train.TrainingFailedError("a worker died")
@@ -260,12 +262,13 @@ def test_each_failure_comes_back_from_ray(monkeypatch: pytest.MonkeyPatch, gpu: 
         def fit(self) -> None:
             pass
 
-    monkeypatch.setattr(job, "_Trainer", Trainer)
+    monkeypatch.setattr(one_group, "_Trainer", Trainer)
     config = TrainConfig(model="m", dataset_base_path="c")
-    job._fit({"plan": unresolved(config)}, WorkerGroup(2, 2, {"CPU": 1.0, "GPU": gpu} if gpu else {"CPU": 1.0}, 2), 2)
+    group = WorkerGroup(2, 2, {"CPU": 1.0, "GPU": gpu} if gpu else {"CPU": 1.0}, 2)
+    one_group.fit(job._worker, {"plan": unresolved(config)}, group, 2)
     limits = made[0]["run_config"].failure_config
     assert (limits.max_failures, limits.controller_failure_limit, limits.max_preemption_failures) == (0, 0, 0)
-    assert limits.preemption_grace_s == job.GRACE_SECONDS
+    assert limits.preemption_grace_s == one_group.GRACE_SECONDS
     assert made[0]["torch_config"].backend == backend
 
 

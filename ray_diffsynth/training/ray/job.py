@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -41,10 +42,10 @@ from ray_diffsynth.training.checkpoint import (
 )
 from ray_diffsynth.training.data.opening import check_data
 from ray_diffsynth.training.identity import check_chosen
-from ray_diffsynth.training.ray.backend import BackendConfig
 from ray_diffsynth.training.ray.checks import absolute_paths, check_files
 from ray_diffsynth.training.ray.elastic import Watch, ask_for_more, wait_for_room
 from ray_diffsynth.training.ray.failure import WorkerError, is_lost_connection, reason
+from ray_diffsynth.training.ray.fit import fit
 from ray_diffsynth.training.ray.sampler import Sampling
 from ray_diffsynth.training.ray.worker import POLL_SECONDS, Collector, RayRuntime, messages_to_driver
 from ray_diffsynth.training.report.metrics_log import TrainingProgress
@@ -58,8 +59,6 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
 """Failures in a row without a new checkpoint between them, after which a run gives up; nodes taken away are none."""
-GRACE_SECONDS = 60.0
-"""How long workers go on after the node of one, that was announced to be taken away, is gone."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a run that SIGTERM ended before its last step: the same command goes on."""
 
@@ -175,13 +174,13 @@ def _fit_until_done(
                 "samples": sampling.of_workers,
                 "folder": os.getcwd(),
             }
-            ask_for_more(group, wanted, workers, sampling.placed)
+            asking = partial(ask_for_more, group, wanted, workers, sampling.placed)
             before = list_checkpoints(plan.output_path)
             ray.get(collector.begin.remote())
             with Watch(collector, group, workers, terminated) as watch:
                 try:
                     with no_placement_group_stays():
-                        _fit(arguments, group, workers, environment)
+                        fit(_worker, arguments, group, workers, environment, asking)
                 except ray.train.TrainingFailedError as error:
                     if (told := reason(worker_failures(error))) is not None:
                         raise told from error
@@ -205,44 +204,6 @@ def _fit_until_done(
         raise SystemExit(TERMINATED)  # asked to end before there was anything to report
     result = merged(results)
     return replace(result, warnings=[*result.warnings, *of_prompts]), workers
-
-
-def _fit(arguments: dict[str, Any], group: WorkerGroup, workers: int, environment: Environment | None = None) -> None:
-    plan: TrainPlan = arguments["plan"]
-    gpu = bool(group.resources.get("GPU"))
-    _Trainer(
-        _worker,
-        train_loop_config={"arguments": Parcel(environment, arguments)},
-        # NCCL refuses two workers on one GPU.
-        torch_config=BackendConfig(
-            backend="nccl" if group.resources.get("GPU", 0) >= 1 else "gloo", environment=environment
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpu,
-            resources_per_worker=dict(group.resources),
-            label_selector=dict(group.selector) or None,
-        ),
-        # Each failure comes back here, also workers that find no room: Ray would try that group again for ever.
-        run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=plan.output_path,
-            failure_config=ray.train.FailureConfig(
-                max_failures=0,
-                controller_failure_limit=0,
-                max_preemption_failures=0,
-                # Ray ends all workers when a node's notice is over: the others may still be writing a checkpoint then.
-                preemption_grace_s=GRACE_SECONDS,
-            ),
-        ),
-    ).fit()
-
-
-class _Trainer(ray.train.torch.TorchTrainer):
-    """Leaves Ctrl-C to this program: Ray Train's handler would end the process with a code of its own, and stay."""
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        return
 
 
 def _worker(config: dict[str, Parcel]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray.util
 
-from ray_diffsynth.training.ray import job
+from ray_diffsynth.training.ray import fit, job
 from ray_diffsynth.training.ray.backend import BackendConfig
 from ray_diffsynth.training.ray.process_group import ProcessGroup
 from tests.training.conftest import CacheMaker
@@ -36,7 +36,7 @@ def test_what_a_failed_start_reserved_is_free_for_the_next_one(
         def backend_cls(self) -> type[Any]:
             return Backend
 
-    monkeypatch.setattr(job, "BackendConfig", Config)
+    monkeypatch.setattr(fit, "BackendConfig", Config)
     config = make_config(tiny_qwen, make_cache(), tmp_path / "lora", num_workers=2, max_steps=2, resources={"CPU": 1.0})
     assert job.run(config)["counts"]["steps"] == 2
     assert failed.exists()
