@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,9 @@ import pyarrow as pa
 from ray_diffsynth import storage
 from ray_diffsynth.data.folder import read_folder
 from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable, separator_advice
+from ray_diffsynth.data.row_checks import NULL_WORDS, RowCheck, escaped
+from ray_diffsynth.data.rows import SAMPLE_ID, RowColumns
+from ray_diffsynth.data.sample_ids import SampleIds
 from ray_diffsynth.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from ray_diffsynth.data.warnings import warn
 from ray_diffsynth.data.webdataset import read_tars
@@ -24,8 +25,6 @@ __all__ = ["DatasetError", "Metadata", "Quarantined", "read_metadata", "resolve_
 
 DUPLICATE = "DuplicateRow"
 """Error class of an exact repetition of another row."""
-_NULL_WORDS = ("nan", "null", "none", "<na>", "n/a", "#n/a")
-"""What pandas, SQL, Python and spreadsheets write for nothing, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +39,19 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Metadata:
-    """`table`: column `sample_id` (string), then the file's columns, in its order. total = rows + rejected."""
+    """The usable rows, of which `rows` gives the values; total = rows + rejected.
+
+    `table`: `sample_id`, then the columns that are used, in the file's order, as `columns` says (`RowColumns`).
+    """
 
     table: pa.Table
+    columns: RowColumns
     rejected: list[Quarantined]
     total: int
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Each row with its `sample_id` and its values as they were written."""
+        return self.columns.rows(self.table)
 
 
 def resolve_file(base_path: str, value: str) -> str:
@@ -129,133 +136,8 @@ def _check_columns(path: str, raw: RawTable, required: Sequence[str]) -> None:
                 f"{separator_advice(raw.columns)}rename one, or choose "
                 f"others with --data_file_keys; {did_you_mean(column, raw.columns)}"
             )
-    if "sample_id" in raw.columns:
+    if SAMPLE_ID in raw.columns:
         raise DatasetError(f"{path}: the column name 'sample_id' is taken by ray_diffsynth; rename it")
-
-
-def _storable(text: str) -> bool:
-    """Whether a text is made of whole characters, as Arrow and UTF-8 want it."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _printable(text: str) -> str:
-    """The text with what is no character written as an escape."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def _strings(value: Any) -> Iterable[str]:
-    """Every text in a value, names within objects too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _strings(name)
-            yield from _strings(item)
-
-
-def _broken_text(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(error class, message) of the first value with half a character in it."""
-    for column, value in values.items():
-        for text in (column, *_strings(value)):
-            if not _storable(text):
-                name, shown = _printable(column), _printable(text)
-                shown = shown if len(shown) <= 80 else f"{shown[:80]}…"
-                why = "is not whole characters (a file name that is not UTF-8, or half a surrogate pair)"
-                return "InvalidValue", f"the column {name!r} holds '{shown}', which {why}; write it as UTF-8"
-    return None
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
-
-
-def _paths(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _problem(
-    values: Mapping[str, Any], files: Sequence[str], texts: Sequence[str], required: Sequence[str], absent_text: str
-) -> tuple[str, str] | None:
-    """(error class, message) of the first thing wrong with a row."""
-    for column in (c for c in files if c in required or not _is_missing(values.get(c))):
-        value = values.get(column)
-        if _is_missing(value) or not _paths(value) or any(_is_missing(p) or p == "" for p in _paths(value)):
-            return "MissingValue", f"the column {column!r} names no file"
-        if wrong := [p for p in _paths(value) if not isinstance(p, str)]:
-            return "InvalidValue", f"the column {column!r} holds {type(wrong[0]).__name__}, not the path of a file"
-    for column in texts:
-        value = values.get(column)
-        if _is_missing(value):
-            if column in required:
-                return "MissingValue", f"the column {column!r} {absent_text}"
-        elif not isinstance(value, str):
-            return "InvalidValue", f"the column {column!r} holds {type(value).__name__}, not a text"
-    for column in required:
-        if column not in files and column not in texts and _is_missing(values.get(column)):
-            return "MissingValue", f"the column {column!r} is null"
-    return None
-
-
-def _parse(values: dict[str, Any], parsers: Mapping[str, Callable[[Any], Any]]) -> tuple[str, str] | None:
-    """Read the values by their parsers, in place; (error class, message) of the first that cannot be read."""
-    for column in (name for name in parsers if name in values):
-        try:
-            values[column] = parsers[column](values[column])
-        except (ValueError, TypeError) as error:
-            return "InvalidValue", f"the column {column!r} cannot be used: {error}"
-    return None
-
-
-def _array(values: list[Any], is_file: bool) -> pa.Array:
-    if is_file and any(isinstance(value, list) for value in values):
-        return pa.array([None if value is None else _paths(value) for value in values], pa.list_(pa.string()))
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError):
-        # A column whose rows differ in type has no Arrow type; its JSON text keeps all that was written.
-        texts = [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values]
-        return pa.array(texts, pa.string())
-
-
-class _Ids:
-    """Sample ids: the path as written, `#2`, `#3` … for further rows of the same file."""
-
-    def __init__(self) -> None:
-        self.taken: set[str] = set()
-        self.rows: set[bytes] = set()
-        self.count: dict[str, int] = {}
-
-    def base(self, row: RawRow, files: Sequence[str]) -> str:
-        for column in files:
-            paths = _paths((row.values or {}).get(column))
-            if paths and isinstance(paths[0], str) and paths[0]:
-                return _printable(storage.without_place(paths[0]))
-        return f"row-{row.number}"
-
-    def assign(self, base: str) -> str:
-        name = base
-        while name in self.taken:
-            self.count[base] = self.count.get(base, 1) + 1
-            name = f"{base}#{self.count[base]}"
-        self.taken.add(name)
-        return name
-
-    def is_duplicate(self, values: Mapping[str, Any]) -> bool:
-        text = json.dumps(values, sort_keys=True, default=repr)
-        # Not the text: of a large dataset that would be held twice.
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        seen = digest in self.rows
-        self.rows.add(digest)
-        return seen
 
 
 def read_metadata(
@@ -273,6 +155,8 @@ def read_metadata(
     `.txt` captions. Rejected are rows that cannot be read (MalformedRow), that lack a required value (MissingValue) or
     have it in another type (InvalidValue), and exact repetitions (DuplicateRow). An empty caption is a caption.
 
+    Only the columns that are named travel: files, texts and what is required.
+
     `parsers`: column -> what makes its value of the one that stands in the file (a csv holds texts only); when it
     raises ValueError, the row is rejected with that message.
 
@@ -280,35 +164,34 @@ def read_metadata(
     """
     path, raw = _read(base_path, metadata_path, file_columns, text_columns)
     _check_columns(path, raw, required)
-    files = [column for column in file_columns if column in raw.columns]
-    texts = [column for column in text_columns if column in raw.columns]
-    ids = _Ids()
-    accepted: list[tuple[str, Mapping[str, Any]]] = []
+    wanted = {*file_columns, *text_columns, *required}
+    names = tuple(name for name in raw.columns if name in wanted)
+    files = [column for column in file_columns if column in names]
+    texts = [column for column in text_columns if column in names]
+    check = RowCheck(files, texts, required, names, raw.absent_text, parsers or {})
     rejected: list[Quarantined] = []
 
-    def reject(sample_id: str, row: RawRow, error: str, message: str) -> None:
-        rejected.append(Quarantined(sample_id, _printable(row.source), error, _printable(message)))
+    def accepted() -> Iterator[tuple[str, Mapping[str, Any]]]:
+        ids = SampleIds()
 
-    for row in raw.rows:
-        values = dict(row.values or {})
-        if raw.null_words:
-            values |= {c: None for c in texts if str(values.get(c)).strip().lower() in _NULL_WORDS}
-        base = ids.base(row, files)
-        if row.values is None:
-            reject(ids.assign(base), row, "MalformedRow", row.error)
-        elif problem := (
-            _problem(values, files, texts, required, raw.absent_text)
-            or _parse(values, parsers or {})
-            or _broken_text(values)
-        ):
-            reject(ids.assign(base), row, *problem)
-        elif ids.is_duplicate(values):
-            # Not the next `#n`: a repetition must not rename the rows below it, whose ids key their randomness.
-            reject(f"{base}#row-{row.number}", row, DUPLICATE, f"repeats the row of {base}")
-        else:
-            accepted.append((ids.assign(base), values))
-    names = [name for name in raw.columns if _storable(name)]  # another one is in rejected rows only
-    columns = [pa.array([sample_id for sample_id, _ in accepted], pa.string())]
-    columns += [_array([values.get(name) for _, values in accepted], name in files) for name in names]
-    table = pa.Table.from_arrays(columns, names=["sample_id", *names])
-    return Metadata(table, rejected, len(raw.rows))
+        def reject(sample_id: str, row: RawRow, error: str, message: str) -> None:
+            rejected.append(Quarantined(sample_id, escaped(row.source), error, escaped(message)))
+
+        for row in raw.rows:
+            values = dict(row.values or {})
+            if raw.null_words:
+                values |= {c: None for c in texts if str(values.get(c)).strip().lower() in NULL_WORDS}
+            base = ids.base(values, files, f"row-{row.number}")
+            if row.values is None:
+                reject(ids.assign(base), row, "MalformedRow", row.error)
+            elif problem := check.problem(values):
+                reject(ids.assign(base), row, *problem)
+            elif ids.is_duplicate(values):
+                # Not the next `#n`: a repetition must not rename the rows below it, whose ids key their randomness.
+                reject(f"{base}#row-{row.number}", row, DUPLICATE, f"repeats the row of {base}")
+            else:
+                yield ids.assign(base), values
+
+    columns = RowColumns(names, frozenset(files), frozenset(texts))
+    table = columns.table(accepted())
+    return Metadata(table, columns, rejected, len(raw.rows))

@@ -89,7 +89,7 @@ def scan_dataset(
     looks for what has changed since the last scan, as no machine is up for it. What is read is remembered as it goes,
     so that a run which ends on the way need not read it again.
     """
-    rows = metadata.table.to_pylist()
+    rows = list(metadata.rows())
     places = _places(rows, spec)
     paths = list(dict.fromkeys(places.values()))
     require_video_support(paths)

@@ -64,7 +64,7 @@ def test_formats_agree(tmp_path: Path, form: str) -> None:
         }[form]
         found = read(tmp_path, name, content)
     assert found.table.column_names == ["sample_id", "image", "prompt"]
-    assert found.table.to_pylist() == [{"sample_id": row["image"], **row} for row in ROWS]
+    assert list(found.rows()) == [{"sample_id": row["image"], **row} for row in ROWS]
     assert (found.rejected, found.total) == ([], 2)
 
 
@@ -75,7 +75,7 @@ def test_image_folder(tmp_path: Path) -> None:
     write(tmp_path, "b.txt", "")
     write(tmp_path, "sub/c.txt", "ü")
     found = read_metadata(str(tmp_path))
-    assert found.table.to_pylist() == [
+    assert list(found.rows()) == [
         {"sample_id": "a.jpg", "image": "a.jpg", "prompt": "a caption"},
         {"sample_id": "b.PNG", "image": "b.PNG", "prompt": ""},
         {"sample_id": "sub/c.webp", "image": "sub/c.webp", "prompt": "ü"},
@@ -145,9 +145,10 @@ def test_lists_of_files_and_other_columns(tmp_path: Path) -> None:
         {"image": "a.png", "prompt": "x", "edit_image": ["b.png", "c.png"], "n": 1, "mixed": 1},
         {"image": "d.png", "prompt": "y", "edit_image": "e.png", "n": 2, "mixed": "one"},
     ]
-    found = read(tmp_path, "m.json", json.dumps(rows), file_columns=("image", "edit_image"))
-    assert found.table["edit_image"].to_pylist() == [["b.png", "c.png"], ["e.png"]]
-    assert found.table["n"].to_pylist() == [1, 2] and found.table["mixed"].to_pylist() == ["1", '"one"']
+    named = ("image", "prompt", "n", "mixed")
+    found = read(tmp_path, "m.json", json.dumps(rows), file_columns=("image", "edit_image"), required=named)
+    assert [row["edit_image"] for row in found.rows()] == [["b.png", "c.png"], "e.png"]
+    assert [(row["n"], row["mixed"]) for row in found.rows()] == [(1, 1), (2, "one")]
     found = read(tmp_path, "m.json", json.dumps(rows), file_columns=("edit_image",), required=("edit_image",))
     assert ids(found) == ["b.png", "e.png"]
     found = read(tmp_path, "m.json", json.dumps(rows), file_columns=(), required=("prompt",))
@@ -164,7 +165,7 @@ def test_what_is_not_whole_characters_is_rejected_with_the_reason(tmp_path: Path
     ]
     found = read(tmp_path, "m.jsonl", "\n".join(rows))
     assert ids(found) == ["a.png"] and found.table["prompt"].to_pylist() == ["fine \U0001f600"]
-    assert found.table.column_names == ["sample_id", "image", "prompt", "more"]
+    assert found.table.column_names == ["sample_id", "image", "prompt"]
     assert reasons(found) == dict.fromkeys(["b.png", "c\\udce9.png", "d.png", "e.png"], "InvalidValue")
     assert r"holds 'half \ud83d', which is not whole characters" in found.rejected[0].message
     for row in found.rejected:

@@ -159,5 +159,5 @@ def test_what_a_header_says_of_an_image_is_kept(tmp_path: Path) -> None:
 def test_a_folder_of_videos(spec: SampleSpec, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a moving square")
     found = read_metadata(str(tmp_path), None, file_columns=["video"], text_columns=["prompt"], required=["video"])
-    names = {entry["video"]: entry["prompt"] for entry in found.table.to_pylist()}
+    names = {entry["video"]: entry["prompt"] for entry in found.rows()}
     assert names == {"a.mp4": "a moving square", "b.webm": None, "c.gif": None, "d.png": None}

@@ -43,8 +43,8 @@ def tars(tmp_path: Path) -> Path:
 
 
 def test_rows_ids_and_pixels(tars: Path) -> None:
-    found = read_metadata(str(tars))
-    rows = found.table.to_pylist()
+    found = read_metadata(str(tars), file_columns=("image", "control"))
+    rows = list(found.rows())
     assert [(row["sample_id"], row["prompt"]) for row in rows] == [
         ("a-000.tar/000.png", "a caption"),
         ("a-000.tar/001.png", "two"),
@@ -68,11 +68,11 @@ def test_rows_ids_and_pixels(tars: Path) -> None:
 
 
 def test_one_tar_by_name_and_the_stamp_is_that_of_the_tar(tars: Path) -> None:
-    rows = read_metadata(str(tars), "a-001.tar", required=("image",)).table.to_pylist()
+    rows = list(read_metadata(str(tars), "a-001.tar", required=("image",)).rows())
     assert [row["sample_id"] for row in rows] == ["a-001.tar/000.png"]
     path = resolve_file(str(tars), rows[0]["image"])
     assert storage.stamp(path).startswith(storage.stamp(str(tars / "a-001.tar")))
-    outside = read_metadata(str(tars / "a-001.tar")).table.to_pylist()
+    outside = list(read_metadata(str(tars / "a-001.tar")).rows())
     assert storage.read_bytes(resolve_file("/elsewhere", outside[0]["image"])) == image(5)
 
 
@@ -95,7 +95,7 @@ def test_what_is_no_tar(tmp_path: Path) -> None:
 
 
 def test_a_metadata_file_may_name_members(tars: Path) -> None:
-    place = read_metadata(str(tars)).table["image"][1].as_py()
+    place = list(read_metadata(str(tars)).rows())[1]["image"]
     (tars / "metadata.jsonl").write_text(json.dumps({"image": place, "prompt": "named"}) + "\n")
-    (row,) = read_metadata(str(tars)).table.to_pylist()
+    (row,) = read_metadata(str(tars)).rows()
     assert row["sample_id"] == "a-000.tar/001.png"

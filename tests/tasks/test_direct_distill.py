@@ -126,7 +126,7 @@ def test_rows_that_cannot_be_distilled_are_rejected_with_the_reason(tmp_path: Pa
     write_rows(tmp_path / "metadata.csv", lines)
     columns = DirectDistill.columns
     found = read_metadata(str(tmp_path), parsers=columns, required=("image", "prompt", *columns))
-    kept = found.table.to_pylist()
+    kept = list(found.rows())
     assert [row["image"] for row in kept] == ["a.png", "float.png"]
     for row in kept:
         assert (row["seed"], row["rand_device"], row["num_inference_steps"], row["cfg_scale"]) == (3, "cuda", 4, 1.0)

@@ -117,7 +117,7 @@ class DatasetSource:
         self.spec = spec
         metadata = read_rows(spec, metadata_path)
         self.rejected: list[tuple[str, str]] = [(row.sample_id, row.message) for row in metadata.rejected]
-        rows = metadata.table.to_pylist()
+        rows = list(metadata.rows())
         require_video_support(path for row in rows for param in spec.file_params for path in spec.paths(row, param))
         found: list[tuple[Bucket, dict[str, Any], list[str]]] = []
         fits = Fits()
