@@ -70,7 +70,7 @@ SAMPLING = """def late_position(u: float, settings: TimestepSampling) -> float:
 
 """
 READER = """def read_captions(path: str) -> RawTable:
-    lines = [line.split("|") for line in _read(path).decode().splitlines()]
+    lines = [line.split("|") for line in read_file(path).decode().splitlines()]
     rows = [RawRow(at, f"{path}:{at}", {"image": a, "prompt": b}) for at, (a, b) in enumerate(lines, 1)]
     return RawTable(("image", "prompt"), tuple(rows))
 
@@ -115,7 +115,7 @@ EDITS: Mapping[str, Mapping[str, Edit]] = {
         )
     },
     "metadata format": {
-        "ray_diffsynth/data/formats.py": both(
+        "ray_diffsynth/data/formats/__init__.py": both(
             before("READERS: dict", READER), after('    ".tsv": read_tsv,\n', '    ".captions": read_captions,\n')
         )
     },

@@ -104,7 +104,7 @@ def test_the_stamp_tells_a_replaced_file_of_the_same_size_and_time(tmp_path: Pat
         os.utime(path, (1e9, 1e9))
         stamps.append(storage.stamp(path))
     assert stamps[0] != stamps[1] == storage.stamp(path)
-    inside = storage.member_path(path.replace(".bmp", ".tar"), 1, 1, "x")
+    inside = storage.member_path(path.replace(".bmp", ".tar"), (1, 1), "x")
     storage.write_bytes_atomic(path.replace(".bmp", ".tar"), b"xyz")
     assert storage.stamp(inside).endswith("@1+1")
 
@@ -121,7 +121,7 @@ def test_a_store_without_versions_has_no_stamp(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(type(memory), "modified", untold)
     assert storage.stamp("memory://versions/a.tar") == ""
-    assert storage.stamp(storage.member_path("memory://versions/a.tar", 0, 1, "x")) == ""
+    assert storage.stamp(storage.member_path("memory://versions/a.tar", (0, 1), "x")) == ""
 
 
 def test_file_sizes(base: str) -> None:

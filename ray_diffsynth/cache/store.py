@@ -23,7 +23,7 @@ from ray_diffsynth.cache.layout import equal_groups, largest_cell, parquet_bytes
 from ray_diffsynth.cache.names import check_group, inside, is_shard, shard_path
 from ray_diffsynth.cache.row_warnings import RowWarnings, parse_row_warnings
 from ray_diffsynth.cache.schema import KEY, row_views, table_from_rows, table_parameters, table_schema
-from ray_diffsynth.data.parquet import check_schema, open_parquet
+from ray_diffsynth.storage.parquet import check_schema, open_parquet
 
 SHARD_VERSION = 2
 """2: checksums are XXH3-64 (1: CRC-32)."""

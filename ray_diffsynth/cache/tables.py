@@ -11,7 +11,7 @@ from ray_diffsynth import storage
 from ray_diffsynth.cache.errors import CacheError, UnreadableError, repair_advice
 from ray_diffsynth.cache.layout import parquet_bytes
 from ray_diffsynth.cache.names import inside
-from ray_diffsynth.data.parquet import open_parquet
+from ray_diffsynth.storage.parquet import open_parquet
 
 
 def table_bytes(table: pa.Table) -> pa.Buffer:

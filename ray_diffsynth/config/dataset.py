@@ -22,9 +22,18 @@ class DatasetConfig(Component):
     dataset_metadata_path: str | None = option(
         None, identity=False, effects=(unless_cached("the cache has an index of its own"),)
     )
-    """Metadata file (csv, json, jsonl, parquet); when not given, metadata.* in the base path, else images + .txt."""
+    """Metadata files or archives (csv, tsv, json, jsonl, parquet, tar, zip), several by commas, {000..146} or *; when
+    not given, metadata.* in the base path, its archives or Parquet shards, else images + .txt."""
+    dataset_split: str | None = option(None, identity=False, effects=(METADATA_COLUMNS,))
+    """Split that is read of a dataset with several (train, validation, test); the only one or train when not given."""
+    image_column: str | None = option(None, identity=False, effects=(METADATA_COLUMNS,))
+    """Metadata column of the images or videos that are trained on, if it is not called image (video) or file_name."""
+    caption_column: str | None = option(None, identity=False, effects=(METADATA_COLUMNS,))
+    """Metadata column of the captions, if it is not called prompt or text."""
+    column_map: dict[str, str] | None = option(None, identity=False, effects=(METADATA_COLUMNS,))
+    """JSON of further columns: the name of an input (of --extra_inputs, say) to that of its metadata column."""
     data_file_keys: str = option("image,video", many=",", effects=(METADATA_COLUMNS,))
-    """Comma-separated metadata columns that name files."""
+    """Comma-separated inputs whose metadata columns name files."""
     extra_inputs: str | None = option(
         None, many=",", effects=(unless_cached("the cache holds the inputs that preprocess was given"),)
     )
@@ -44,6 +53,9 @@ class DatasetConfig(Component):
             raise ConfigError(
                 "dataset_base_path is empty; give the folder of the data, or of the cache for the :train tasks"
             )
+        for name, value in (self.column_map or {}).items():
+            if not isinstance(value, str) or not value:
+                raise ConfigError(f'column_map: {name} is {value!r}; write the name of a column, {{"{name}": "cond"}}')
         if not 0 < self.max_decode_memory < math.inf:
             raise ConfigError(
                 f"max_decode_memory={self.max_decode_memory} lets no file be decoded; give GiB above 0, e.g. 4"

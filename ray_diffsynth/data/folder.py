@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ray_diffsynth import storage
 from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable
+from ray_diffsynth.data.on_threads import on_threads
 from ray_diffsynth.data.suffixes import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, VIDEO_SUFFIXES, why_unreadable
 from ray_diffsynth.data.text import TextError, decode_text
 from ray_diffsynth.data.warnings import warn
 
-READ_THREADS = 16
-"""Captions, or tars, that are read at the same time."""
 CAPTION_SUFFIX = ".txt"
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def on_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """The results in order (on an object store each is a request); warnings come to the caller's collection."""
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        futures = [pool.submit(copy_context().run, function, item) for item in items]
-        return [future.result() for future in futures]
 
 
 def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
@@ -99,8 +86,8 @@ def warn_of_left_out(names: Sequence[str], read: tuple[str, ...], captions: Iter
             warn("file_left_out", name, why_unreadable(name))
         elif _is_table(lower):
             warn("file_left_out", name, "a table beside the images; name it by --dataset_metadata_path to read it")
-        elif lower.endswith(".tar"):
-            warn("file_left_out", name, "a tar in a folder of images; name it by --dataset_metadata_path")
+        elif lower.endswith((".tar", ".zip")):
+            warn("file_left_out", name, f"a {lower[-3:]} in a folder of images; name it by --dataset_metadata_path")
         elif stem in captions:
             warn("file_left_out", name, "it has a caption, but its ending is that of no known image; rename it")
     for stem in sorted(alone):

@@ -91,6 +91,8 @@ def _with_retries(path: str, read: Callable[[], T]) -> T:
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
             return read()
+        except storage.MemberError as error:
+            raise MediaError(path, str(error)) from error
         except (UserError, MemoryError):
             raise
         except (FileNotFoundError, NotADirectoryError) as error:

@@ -43,6 +43,8 @@ class RowCheck:
     used: Sequence[str]
     absent_text: str
     parsers: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    shown: Callable[[str], str] = str
+    """What messages call a column: its name in the file."""
 
     def problem(self, values: dict[str, Any]) -> Problem | None:
         """What is wrong with a row, whose values are read by their parsers in place."""
@@ -52,19 +54,22 @@ class RowCheck:
         for column in (c for c in self.files if c in self.required or not _is_missing(values.get(c))):
             value = values.get(column)
             if _is_missing(value) or not paths_of(value) or any(_is_missing(p) or p == "" for p in paths_of(value)):
-                return "MissingValue", f"the column {column!r} names no file"
+                return "MissingValue", f"the column {self.shown(column)!r} names no file"
             if wrong := [p for p in paths_of(value) if not isinstance(p, str)]:
-                return "InvalidValue", f"the column {column!r} holds {type(wrong[0]).__name__}, not the path of a file"
+                return (
+                    "InvalidValue",
+                    f"the column {self.shown(column)!r} holds {type(wrong[0]).__name__}, not the path of a file",
+                )
         for column in self.texts:
             value = values.get(column)
             if _is_missing(value):
                 if column in self.required:
-                    return "MissingValue", f"the column {column!r} {self.absent_text}"
+                    return "MissingValue", f"the column {self.shown(column)!r} {self.absent_text}"
             elif not isinstance(value, str):
-                return "InvalidValue", f"the column {column!r} holds {type(value).__name__}, not a text"
+                return "InvalidValue", f"the column {self.shown(column)!r} holds {type(value).__name__}, not a text"
         for column in self.required:
             if column not in self.files and column not in self.texts and _is_missing(values.get(column)):
-                return "MissingValue", f"the column {column!r} is null"
+                return "MissingValue", f"the column {self.shown(column)!r} is null"
         return None
 
     def _parse(self, values: dict[str, Any]) -> Problem | None:
@@ -72,7 +77,7 @@ class RowCheck:
             try:
                 values[column] = self.parsers[column](values[column])
             except (ValueError, TypeError) as error:
-                return "InvalidValue", f"the column {column!r} cannot be used: {error}"
+                return "InvalidValue", f"the column {self.shown(column)!r} cannot be used: {error}"
         return self._missing(values) if self.parsers else None
 
     def _no_json(self, values: Mapping[str, Any]) -> Problem | None:
@@ -84,7 +89,7 @@ class RowCheck:
             except (TypeError, ValueError, RecursionError) as error:
                 kind = type(values[column]).__name__
                 return "InvalidValue", (
-                    f"the column {column!r} holds {kind}, which is no value of JSON ({error}); "
+                    f"the column {self.shown(column)!r} holds {kind}, which is no value of JSON ({error}); "
                     "write it as a text, a number, or a list or object of these"
                 )
         return None

@@ -36,6 +36,10 @@ class SampleSpec:
     target_sized: tuple[str, ...] = ()
     """File parameters whose images a unit needs in the target's size. Frames always have it, and an image of the
     target's shape; any other gets a size by its own shape."""
+    column_names: Mapping[str, str] = field(default_factory=dict)
+    """Column -> what it is called in the dataset's files, where that differs."""
+    split: str | None = None
+    """The split of the dataset that is read; None: the only one, or train."""
     max_decode_bytes: int = MAX_DECODE_BYTES
     """Main memory that decoding one file, with the frames that it becomes, may take."""
     max_upscale: float | None = None

@@ -15,7 +15,8 @@ from ray_diffsynth.cluster.environment import Environment
 from ray_diffsynth.cluster.holder import has_ended, own_place
 from ray_diffsynth.cluster.session import ray_session
 from ray_diffsynth.config import PreprocessConfig
-from ray_diffsynth.data.metadata import Metadata, read_metadata
+from ray_diffsynth.data.dataset import read_dataset
+from ray_diffsynth.data.metadata import Metadata
 from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.plan.run_plan import PreprocessPlan, RunPlan
 from ray_diffsynth.preprocess.commit import add_row_warnings, check_quarantine, check_same_dataset, commit_cache
@@ -42,7 +43,7 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
 def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
     """`warnings` takes in what happens to the data while it runs."""
     started, config, cache = time.monotonic(), plan.config, plan.output_path
-    metadata = _read_metadata(plan)
+    metadata = read_dataset(plan.sample, config.dataset_metadata_path)
     with ExitStack() as stack:
         # Taken when Ray can tell who has ended, given back when it is down: nothing of this run writes any more.
         held = stack.enter_context(Lease(cache))
@@ -79,18 +80,6 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
         add_row_warnings(warnings, rows.samples, runs)
     seconds = time.monotonic() - started
     return write_reports(config, cache, plan.sample, outcome, rows, runs, warnings, seconds)
-
-
-def _read_metadata(plan: PreprocessPlan) -> Metadata:
-    config, columns = plan.config, plan.sample.columns
-    return read_metadata(
-        config.dataset_base_path,
-        config.dataset_metadata_path,
-        file_columns=[columns[param] for param in plan.sample.file_params],
-        text_columns=[column for param, column in columns.items() if param == "prompt"],
-        required=list(columns.values()),
-        parsers=plan.sample.parsers,
-    )
 
 
 def _scan(plan: PreprocessPlan, metadata: Metadata, machines: Machines, environment: Environment | None) -> ScannedRows:

@@ -1,4 +1,4 @@
-"""Paths and URLs: what is local, where a file of a tar lies, and the file system behind a URL."""
+"""Paths and URLs: what is local, and the file system behind a URL."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import posixpath
 import re
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.urls import is_remote
@@ -13,7 +14,6 @@ from ray_diffsynth.urls import is_remote
 if TYPE_CHECKING:  # half a second of imports, which a command that only says --help does not need
     import fsspec
 
-_MEMBER = re.compile(r"^(.+\.tar)/@([0-9]+)\+([0-9]+)/[^/].*$")
 _HIDDEN = re.compile(r"(^|/)\.")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Protocol -> the extra of this package that reads it."""
@@ -24,8 +24,13 @@ class StorageError(UserError, ValueError):
 
 
 def local_path(path: str) -> str:
-    """The operating system's path of a local one, which may be written as a `file://` URL."""
-    return path.split("://", 1)[1] if path.startswith(("file://", "local://")) else path
+    """The operating system's path of a local one, which may be written as a `file://` URL (`%20` for a space)."""
+    if not path.startswith(("file://", "local://")):
+        return path
+    inner = path.split("://", 1)[1].removeprefix("localhost")
+    if "%" in inner and not os.path.exists(inner):  # as pathlib and browsers write it
+        return unquote(inner)
+    return inner
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -47,27 +52,13 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, inner
 
 
-def member_path(archive: str, offset: int, size: int, name: str) -> str:
-    """Path of a file that lies uncompressed in a tar, by its place in it: `shard.tar/@512+2048/a.jpg`."""
-    return f"{archive}/@{offset}+{size}/{name}"
-
-
-def without_place(path: str) -> str:
-    """A path as people know it: that of a tar's member without its place (`shard.tar/a.jpg`), any other as it is."""
-    return re.sub(r"(\.tar)/@[0-9]+\+[0-9]+/", r"\1/", path, count=1)
-
-
-def member_of(path: str) -> tuple[str, int, int] | None:
-    """(tar, offset, size) of the path of a tar's member, offset and size in bytes; None for any other path."""
-    found = _MEMBER.match(path)
-    return None if found is None else (found[1], int(found[2]), int(found[3]))
-
-
 def join(base: str, *parts: str) -> str:
     """`base` and `parts` with one separator between them; an absolute part or a URL starts anew, as in os.path.join."""
     for part in parts:
         if is_remote(part) or os.path.isabs(part):
             base = part
+        elif part.startswith(("file://", "local://")):
+            base = local_path(part)
         elif is_remote(base):
             base = posixpath.join(base, part)
         else:

@@ -56,6 +56,10 @@ UNSPLIT: dict[str, Any] = {"task": "sft"}
 NOTED: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "data_file_keys": ("picture", {}, UNSPLIT),
     "dataset_metadata_path": ("a.csv", {}, UNSPLIT),
+    "dataset_split": ("test", {}, UNSPLIT),
+    "image_column": ("photo", {}, UNSPLIT),
+    "caption_column": ("text", {}, UNSPLIT),
+    "column_map": ({"image": "photo"}, {}, UNSPLIT),
     "extra_inputs": ("edit_image", {}, UNSPLIT),
     "height": (64, {"width": 64}, {"width": 64, "validation_prompts": "a cat"}),
     "width": (64, {"height": 64}, {"height": 64, "task": "sft"}),

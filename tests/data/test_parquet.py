@@ -13,7 +13,7 @@ import pytest
 
 import ray_diffsynth
 from ray_diffsynth.data.metadata import DatasetError, read_metadata
-from ray_diffsynth.data.parquet import TAIL_BYTES, ColumnError, open_parquet
+from ray_diffsynth.storage.parquet import TAIL_BYTES, ColumnError, open_parquet
 from tests.arrow_types import NAME, NESTED, Plain, known_to_pyarrow
 
 
@@ -154,4 +154,4 @@ def test_no_other_module_opens_parquet_or_arrow_files() -> None:
         named = [func for func in calls if isinstance(func, ast.Attribute) and func.attr in READS]
         if any(ast.unparse(func.value).split(".")[0] in libraries for func in named):
             found.add(f"{path.relative_to(root)}".replace(os.sep, "/"))
-    assert found - {"preprocess/messages.py"} == {"data/parquet.py"}
+    assert found - {"preprocess/messages.py"} == {"storage/parquet.py"}

@@ -59,13 +59,13 @@ def test_what_is_said_of_the_data_is_printed_once_and_stands_in_the_report(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    read = job.read_metadata
+    read = job.read_dataset
 
     def telling(*args: Any, **options: Any) -> Metadata:
         warn("caption_cut", "0003.png", "600 tokens cut to 512")
         return read(*args, **options)
 
-    monkeypatch.setattr(job, "read_metadata", telling)
+    monkeypatch.setattr(job, "read_dataset", telling)
     model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
     expected = [{"sample_id": "0003.png", "detail": "600 tokens cut to 512"}]
     plan = inline(model, few, cache, dry_run=True)

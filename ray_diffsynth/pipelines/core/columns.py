@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ray_diffsynth.config.dataset import DataConfig, DatasetConfig
@@ -55,11 +55,36 @@ def check_columns(pipe: BasePipeline, task: TaskContract, config: DatasetConfig)
             "--family"
         )
     known = {*pipe.column_params, *pipe.column_params.values(), *config.extra_columns, *task.columns}
+    if unmapped := [name for name in config.column_map or {} if name not in known]:
+        raise PipelineError(
+            f"--column_map {', '.join(unmapped)}: no input of that name is read; its inputs are "
+            f"{', '.join(sorted(map(str, known)))}. Write inputs before the colons, the dataset's columns behind them"
+        )
     if unused := [name for name in config.file_columns if name not in known and name not in ("image", "video")]:
         raise PipelineError(
             f"--data_file_keys {', '.join(unused)}: the column is given to nobody; name it in --extra_inputs too, or "
             "leave it out"
         )
+
+
+def _column_names(
+    pipe: BasePipeline, config: DatasetConfig, columns: Mapping[str, str], files: Sequence[str]
+) -> dict[str, str]:
+    """Column, as the pipeline calls it -> its name in the dataset, as the options say. Raises PipelineError."""
+    # `column_map` may call an input by its parameter too, as --extra_inputs do.
+    found = {columns.get(name, name): given for name, given in (config.column_map or {}).items()}
+    for flag, given, column in (
+        ("image_column", config.image_column, columns[files[0]] if files else None),
+        ("caption_column", config.caption_column, columns.get("prompt")),
+    ):
+        if given is None:
+            continue
+        if column is None:
+            raise PipelineError(f"--{flag} {given}: the family {pipe.family} reads no such column; leave it out")
+        if found.get(column, given) != given:
+            raise PipelineError(f"--{flag} {given} and --column_map name two columns for {column}; leave one out")
+        found[column] = given
+    return found
 
 
 def dataset_spec(
@@ -83,6 +108,8 @@ def dataset_spec(
         file_params=files,
         video_params=pipe.video_params,
         image_params=tuple(param for param in own if param not in pipe.video_params),
+        column_names=_column_names(pipe, config, columns, files),
+        split=config.dataset_split,
         parsers={**{column: file_list for param, column in columns.items() if param in files}, **task_columns},
         keep_size=keep_size,
         target_sized=tuple(param for param in files if param not in pipe.reference_params),

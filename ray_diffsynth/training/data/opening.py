@@ -6,10 +6,11 @@ import torch
 
 from ray_diffsynth.cache.local_copy import LocalCopies
 from ray_diffsynth.cache.reader import CacheReader
+from ray_diffsynth.data.dataset import read_dataset
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.storage import absolute
-from ray_diffsynth.training.data.source import CacheSource, DatasetSource, SampleSource, read_rows
+from ray_diffsynth.training.data.source import CacheSource, DatasetSource, SampleSource
 
 
 def open_data(plan: TrainPlan) -> SampleSource:
@@ -28,7 +29,7 @@ def check_data(plan: TrainPlan) -> None:
     """Raise DatasetError for metadata that cannot be read; a cache was looked at when the run was planned."""
     if not plan.config.reads_cache:
         with collecting():  # the workers log them
-            read_rows(plan.sample, _metadata_path(plan))
+            read_dataset(plan.sample, _metadata_path(plan))
 
 
 def _metadata_path(plan: TrainPlan) -> str | None:

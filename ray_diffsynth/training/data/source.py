@@ -14,8 +14,8 @@ import torch
 
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
+from ray_diffsynth.data.dataset import read_dataset
 from ray_diffsynth.data.fit import Fits
-from ray_diffsynth.data.metadata import Metadata, read_metadata
 from ray_diffsynth.data.samples import bucket_of, load_inputs, size_fits
 from ray_diffsynth.data.scan import SourceFile, scan_file
 from ray_diffsynth.data.spec import SampleSpec
@@ -88,19 +88,6 @@ class CacheSource:
         return map_tensors(lambda tensor: tensor.to(self._dtype) if tensor.dtype == self._encoded else tensor, value)
 
 
-def read_rows(spec: SampleSpec, metadata_path: str | None) -> Metadata:
-    """The rows of the dataset's metadata, without a look at its files. Raises DatasetError."""
-    columns = spec.columns
-    return read_metadata(
-        spec.base_path,
-        metadata_path,
-        file_columns=[columns[param] for param in spec.file_params],
-        text_columns=[columns["prompt"]] if "prompt" in columns else [],
-        required=list(columns.values()),
-        parsers=spec.parsers,
-    )
-
-
 def _scanned(path: str, spec: SampleSpec) -> SourceFile:
     return scan_file(path, animations=spec.size.video, max_bytes=spec.max_decode_bytes)
 
@@ -115,7 +102,7 @@ class DatasetSource:
 
     def __init__(self, spec: SampleSpec, metadata_path: str | None) -> None:
         self.spec = spec
-        metadata = read_rows(spec, metadata_path)
+        metadata = read_dataset(spec, metadata_path)
         self.rejected: list[tuple[str, str]] = [(row.sample_id, row.message) for row in metadata.rejected]
         rows = list(metadata.rows())
         require_video_support(path for row in rows for param in spec.file_params for path in spec.paths(row, param))

@@ -1,0 +1,63 @@
+"""WebDataset tars as metadata rows: members of one stem are one sample, read from their place when needed."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Sequence
+from typing import IO, cast
+
+from ray_diffsynth import storage
+from ray_diffsynth.data.archives.samples import ArchiveSamples, table_of
+from ray_diffsynth.data.formats import DatasetError, RawTable
+from ray_diffsynth.data.on_threads import on_threads
+from ray_diffsynth.data.placeholders import HEAD, wrong_content
+
+
+def read_tars(base_path: str, names: Sequence[str], file_column: str, text_column: str) -> RawTable:
+    """The samples of the tars `names` (relative to `base_path`), in their order; only headers and texts are read.
+
+    What its members are: see `ArchiveSamples.add`. Members named `__x__…` are not samples, by WebDataset's rule.
+    Images of a form that is not read are warned of. A tar that cannot be read to its end gives what it has, and a row
+    that says so.
+    """
+
+    def read(name: str) -> ArchiveSamples:
+        found = ArchiveSamples(name, file_column, text_column)
+        found.problem = _read_tar(storage.join(base_path, name), found)
+        return found
+
+    return table_of(base_path, on_threads(read, names), "tar", (file_column, text_column))
+
+
+def _read_tar(path: str, found: ArchiveSamples) -> str:
+    """Take in the members; returns what ended the reading too early."""
+    name = found.archive
+    try:
+        with storage.open_input(path) as file, tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                place = storage.member_path(name, (member.offset_data, member.size), member.name)
+                content = archive.extractfile(member)
+                if content is not None:
+                    found.add(member.name, place, member.size, content.read)
+            end = archive.offset
+        if storage.file_size(path) < end:
+            return f"{name} is cut short: it ends before its last member does"
+    except FileNotFoundError as error:
+        raise DatasetError(f"the tar {path} does not exist; check --dataset_base_path") from error
+    # Beside TarError: numbers in a damaged header are ValueErrors, or too large for a file's offset.
+    except (OSError, tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        if why := _wrong_content(path):
+            return f"{name} is {why}"
+        return f"{name} cannot be read to its end ({error}); {len(found.samples)} samples were found"
+    return ""
+
+
+def _wrong_content(path: str) -> str | None:
+    """What a file that is no tar is instead; None if unknown."""
+    try:
+        with storage.open_input(path) as file:
+            return wrong_content(file.read(HEAD))
+    except OSError:
+        return None

@@ -1,0 +1,53 @@
+"""Files as their file system gives them, members of archives apart: whole, in parts, and their version."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ray_diffsynth.storage.paths import filesystem, local_path
+from ray_diffsynth.urls import is_remote
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_VERSIONS = ("ETag", "etag", "generation", "blob_id", "mtime", "LastModified", "last_modified", "updated")
+"""Keys under which file systems give the version of a file; the first that is there counts."""
+
+
+def open_raw(path: str, *, block_size: int | None = None, cache_type: str | None = None) -> pa.NativeFile:
+    """A seekable binary file. Raises OSError. `block_size`, `cache_type`: what fsspec fetches of a remote one."""
+    import pyarrow as pa
+
+    if is_remote(path):
+        fs, inner = filesystem(path)
+        more = {} if cache_type is None else {"cache_type": cache_type}
+        return pa.PythonFile(fs.open(inner, "rb", block_size=block_size, **more), mode="r")
+    # Not a memory map: a file that is cut short under a map kills the process with SIGBUS instead of raising.
+    return pa.OSFile(local_path(path), "rb")
+
+
+def read_range(path: str, start: int, size: int) -> bytes:
+    """`size` bytes from `start`, by one request; fewer where the file ends. Raises OSError."""
+    if is_remote(path):
+        fs, inner = filesystem(path)
+        return bytes(fs.cat_file(inner, start=start, end=start + size))
+    with open(local_path(path), "rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def raw_stamp(path: str) -> str:
+    """As `storage.stamp`, of a file that is no member."""
+    if not is_remote(path):
+        found = os.stat(local_path(path))
+        return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}-{found.st_ino}"
+    fs, inner = filesystem(path)
+    info = fs.info(inner)
+    version = next((info[name] for name in _VERSIONS if info.get(name)), None)
+    if version is None:
+        try:
+            version = fs.modified(inner)
+        except NotImplementedError:
+            return ""
+    return f"{info.get('size')}-{version}"
