@@ -14,9 +14,10 @@ from PIL import Image
 
 from ray_diffsynth.config import GenerateConfig, TrainConfig
 from ray_diffsynth.config.flags import parse
-from ray_diffsynth.data.formats import DatasetError, read_json, read_jsonl
+from ray_diffsynth.data.archives.tars import read_tars
+from ray_diffsynth.data.formats import DatasetError
+from ray_diffsynth.data.formats.json_rows import read_json, read_jsonl
 from ray_diffsynth.data.spec import file_list
-from ray_diffsynth.data.webdataset import read_tars
 from ray_diffsynth.models import folder, hub
 from ray_diffsynth.models.fingerprint import file_digest
 from ray_diffsynth.models.folder import ModelFolderError

@@ -18,9 +18,9 @@ from PIL import Image
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def png(seed: int) -> bytes:
-    """An image of 48 x 32 pixels, another for each seed."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+def png(seed: int, height: int = 32, width: int = 48) -> bytes:
+    """An image of noise, another for each seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format="PNG")
     return out.getvalue()

@@ -16,6 +16,8 @@ from ray_diffsynth.data.placeholders import HEAD, wrong_content
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.storage.parquet import open_parquet
 
+BLOCK_BYTES = 1 << 16
+"""What is fetched beside what is asked for of a remote file: its columns of images are not read."""
 FEWEST_ROWS_IN_DOUBT = 1_000_000
 """Rows up to which a file may have any number of them; a larger one has at least a bit for each, or is no dataset."""
 
@@ -36,7 +38,7 @@ def read_parquet(path: str) -> RawTable:
     Raises ColumnError for an extension type, before any value is read.
     """
     try:
-        with storage.open_input(path) as file, open_parquet(file, path) as parquet:
+        with storage.open_input(path, block_size=BLOCK_BYTES) as file, open_parquet(file, path) as parquet:
             columns: list[str] = parquet.schema_arrow.names
             if repeated := sorted({name for name in columns if columns.count(name) > 1}):
                 raise DatasetError(f"{path}: the column {repeated[0]!r} appears twice; rename one")
