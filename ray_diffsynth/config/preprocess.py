@@ -27,6 +27,8 @@ class CacheConfig(Component):
     """Fail when more samples than this are in quarantine: a count, or a fraction of all samples below 1."""
     retry_quarantined: bool = False
     """Try again what could not be encoded before."""
+    replace_dataset: bool = False
+    """Let the cache of another dataset in output_path become this one's; what both share is not encoded again."""
     dry_run: bool = option(False, group="What to do")
     """Only print what would be done: samples per bucket, bytes, what is reused and why not."""
 

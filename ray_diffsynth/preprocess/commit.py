@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import MANIFEST_VERSION, QUARANTINE_SCHEMA, GroupSpec, Manifest, commit
@@ -32,14 +31,9 @@ class Outcome:
     quarantine: tuple[Quarantined, ...]
 
 
-def check_same_dataset(
-    cache: str, manifest: Manifest | None, index: pa.Table | None, family: str, sample_ids: pa.ChunkedArray
-) -> None:
-    """Raise CacheError if `cache` holds another dataset's, family's or version's cache, which a commit would replace.
-
-    `sample_ids`: of the metadata's rows, so that it is known before anything is read or written.
-    """
-    if manifest is None or index is None:
+def check_family_and_version(cache: str, manifest: Manifest | None, family: str) -> None:
+    """Raise CacheError if `cache` holds another family's or version's cache, which a commit would replace."""
+    if manifest is None:
         return
     if manifest.family != family:
         raise CacheError(
@@ -51,12 +45,6 @@ def check_same_dataset(
             f"{cache} is a cache of version {manifest.version}, whose keys stand on hashes of code; those of version "
             f"{MANIFEST_VERSION} stand on stated versions, so that no row of it would be found. Training still reads "
             "it; to encode, choose another --output_path"
-        )
-    known = index["sample_id"]
-    if len(known) and len(sample_ids) and not pc.any(pc.is_in(sample_ids, known.combine_chunks())).as_py():
-        raise CacheError(
-            f"{cache} already holds the cache of another dataset ({len(known)} samples, such as {known[0]}, none "
-            "of which is in this one); choose another --output_path, or delete that folder if it is not needed"
         )
 
 

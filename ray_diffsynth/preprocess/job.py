@@ -19,7 +19,7 @@ from ray_diffsynth.data.dataset import read_dataset
 from ray_diffsynth.data.metadata import Metadata
 from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.plan.run_plan import PreprocessPlan, RunPlan
-from ray_diffsynth.preprocess.commit import add_row_warnings, check_quarantine, check_same_dataset, commit_cache
+from ray_diffsynth.preprocess.commit import add_row_warnings, check_family_and_version, check_quarantine, commit_cache
 from ray_diffsynth.preprocess.dry_run import dry_run
 from ray_diffsynth.preprocess.execute import encode_all
 from ray_diffsynth.preprocess.group_run import GroupRun
@@ -27,6 +27,7 @@ from ray_diffsynth.preprocess.machines import Machines, machines_of
 from ray_diffsynth.preprocess.messages import EncoderSpec
 from ray_diffsynth.preprocess.pending import Committed, plan_turns
 from ray_diffsynth.preprocess.records import ScannedRows
+from ray_diffsynth.preprocess.same_dataset import check_same_dataset
 from ray_diffsynth.preprocess.scan import scan_dataset
 from ray_diffsynth.preprocess.scan_cache import forget
 from ray_diffsynth.preprocess.summary import write_reports
@@ -54,8 +55,12 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
         machines = stack.enter_context(machines_of(config, [group.name for group in plan.groups], cache))
         # Not before: an attempt that had the cache until now may just have committed.
         committed = Committed.of(cache)
-        ids = metadata.table["sample_id"]
-        check_same_dataset(cache, committed.manifest, committed.index, plan.family, ids)
+        check_family_and_version(cache, committed.manifest, plan.family)
+        if not config.replace_dataset:
+            check_same_dataset(
+                *(cache, committed.index, metadata, plan.groups),
+                lambda part: _scan(plan, part, machines, environment, remember=False).samples,
+            )
         rows = _scan(plan, metadata, machines, environment)
         runs = [
             GroupRun.begin(group, EncoderSpec(plan, group, batch_size(config, group.name)), rows.samples)
@@ -82,7 +87,14 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
     return write_reports(config, cache, plan.sample, outcome, rows, runs, warnings, seconds)
 
 
-def _scan(plan: PreprocessPlan, metadata: Metadata, machines: Machines, environment: Environment | None) -> ScannedRows:
+def _scan(
+    plan: PreprocessPlan,
+    metadata: Metadata,
+    machines: Machines,
+    environment: Environment | None,
+    *,
+    remember: bool = True,
+) -> ScannedRows:
     """The rows by bucket, in dataset order within each, and those that cannot be used."""
     with Progress("scan", total=len(metadata.table), unit="files") as progress:
         samples, bad = scan_dataset(
@@ -92,7 +104,7 @@ def _scan(plan: PreprocessPlan, metadata: Metadata, machines: Machines, environm
             process=machines.for_scan,
             environment=environment,
             stamps_here=not machines.up(),
-            remember=not plan.config.dry_run,
+            remember=remember and not plan.config.dry_run,
             on_progress=progress.advance,
         )
     samples.sort(key=lambda sample: sample.bucket.sort_key)  # stable
