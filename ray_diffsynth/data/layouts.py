@@ -22,7 +22,7 @@ from ray_diffsynth.data.splits import chosen, split_files
 from ray_diffsynth.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from ray_diffsynth.data.warnings import warn
 
-_WINDOWS = re.compile(r"^[A-Za-z]:[\\/]|\\")
+_WINDOWS = re.compile(r"(^|/)[A-Za-z]:[\\/]|\\")
 
 
 @dataclass(frozen=True)

@@ -332,7 +332,7 @@ def test_errors_name_the_thing_the_reason_and_the_fix(
 def test_paths_of_windows_and_urls_of_files(tmp_path: Path) -> None:
     for place in ("C:\\data", "D:/data/set", "data\\set"):
         with pytest.raises(DatasetError, match="is a path of Windows"):
-            read_metadata(place)
+            read_metadata(storage.absolute(place))
     folder = put(tmp_path / "a b", {"metadata.jsonl": jsonl([{"image": "0 0.png", "prompt": "x"}]), "0 0.png": png(0)})
     for base in (folder.as_uri(), f"file://{folder}", f"file://localhost{folder}"):
         (row,) = read_metadata(storage.absolute(base)).rows()
