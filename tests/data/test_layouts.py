@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ray_diffsynth import storage
+from ray_diffsynth.data.formats import parquet_rows
+from ray_diffsynth.data.media import MediaError, fetch
 from ray_diffsynth.data.metadata import DatasetError, read_metadata, resolve_file
 from ray_diffsynth.data.patterns import expand_braces, split_list
 from ray_diffsynth.data.scan import scan_file
 from ray_diffsynth.data.warnings import collecting
+from ray_diffsynth.storage import parquet_member
 from tests.data.dataset_files import HF_IMAGE, hf_parquet, jsonl, png, put, tar_of, zip_of
 
 Rows = list[tuple[str, str, int]]
@@ -197,8 +201,6 @@ def test_further_images_by_name_and_in_lists(tmp_path: Path) -> None:
 def test_a_parquet_row_group_is_read_once_and_no_more_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ray_diffsynth.storage import parquet_member
-
     put(tmp_path, {"train.parquet": shard(*range(8), rows_per_group=4)})
     rows = list(read_metadata(str(tmp_path)).rows())
     read: list[int] = []
@@ -269,17 +271,40 @@ def test_names_in_archives_lead_nowhere(tmp_path: Path) -> None:
         assert {path.name for path in folder.iterdir()} == {f"a.{kind}"}
 
 
-def test_a_parquet_file_that_claims_too_many_rows(tmp_path: Path) -> None:
-    from ray_diffsynth.data.formats import parquet_rows
-
+def test_a_parquet_file_that_claims_too_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = hf_parquet({"image": ["a.png"] * 200_000, "text": ["x"] * 200_000}, rows_per_group=200_000)
     put(tmp_path, {"metadata.parquet": table})
-    before, parquet_rows.FEWEST_ROWS_IN_DOUBT = parquet_rows.FEWEST_ROWS_IN_DOUBT, 10
-    try:
-        with pytest.raises(DatasetError, match="claims 200000 rows in .* damaged or hostile"):
-            read_metadata(str(tmp_path))
-    finally:
-        parquet_rows.FEWEST_ROWS_IN_DOUBT = before
+    monkeypatch.setattr(parquet_rows, "FEWEST_ROWS_IN_DOUBT", 10)
+    with pytest.raises(DatasetError, match="claims 200000 rows in .* damaged or hostile"):
+        read_metadata(str(tmp_path))
+
+
+def test_a_parquet_file_whose_columns_are_compressed_beyond_belief(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = pa.BufferOutputStream()
+    table = pa.table({"image": ["a.png"], "text": ["a" * 5_000_000]})
+    pq.write_table(table, out, compression="zstd", use_dictionary=False, write_statistics=False)
+    put(tmp_path, {"metadata.parquet": out.getvalue().to_pybytes()})
+    assert len(read_metadata(str(tmp_path)).table) == 1
+    monkeypatch.setattr(parquet_rows, "FEWEST_BYTES_IN_DOUBT", 1000)
+    with pytest.raises(DatasetError, match="would become 0.0 GiB, .* times its size; it is damaged or hostile"):
+        read_metadata(str(tmp_path))
+
+
+def test_an_archive_that_changed_under_the_run_is_told_as_such(tmp_path: Path) -> None:
+    put(tmp_path, {"a.zip": zip_of(wds(0, 1))})
+    (first, *_) = read_metadata(str(tmp_path)).rows()
+    path = resolve_file(str(tmp_path), first["image"])
+    for data, words in {
+        b"x" * 20_000: "no member begins at",
+        zip_of(wds(0), zipfile.ZIP_LZMA): "is compressed by method 14",
+        zip_of({"0.png": png(0)[:-1]}): "does not have|damaged|claims",
+        zip_of({"0.png": png(0)})[:100]: "cannot be read now",
+    }.items():
+        put(tmp_path, {"a.zip": data})
+        with pytest.raises(MediaError, match=words):
+            fetch(path)
 
 
 @pytest.mark.parametrize(

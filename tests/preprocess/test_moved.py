@@ -13,7 +13,7 @@ from PIL import Image
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.preprocess import same_dataset
-from tests.data.dataset_files import tar_of, zip_of
+from tests.data.dataset_files import hf_parquet, tar_of, zip_of
 from tests.preprocess.conftest import Stage1
 from tests.preprocess.counting import build_model, calls
 
@@ -64,12 +64,21 @@ def in_a_zip(few: Path, place: Path) -> Path:
     return place
 
 
+def in_parquet(few: Path, place: Path) -> Path:
+    cells = [{"bytes": (few / name).read_bytes(), "path": name} for name, _ in rows_of(few)]
+    table = hf_parquet({"image": cells, "text": [text for _, text in rows_of(few)]}, rows_per_group=5)
+    (place / "data").mkdir(parents=True)
+    (place / "data" / "train-00000-of-00001.parquet").write_bytes(table)
+    return place
+
+
 MOVES: dict[str, Callable[[Path, Path], Path]] = {
     "absolute paths": absolute,
     "a sub-folder": below,
     "other names": renamed,
     "a tar": in_a_tar,
     "a zip": in_a_zip,
+    "a file of datasets": in_parquet,
 }
 
 

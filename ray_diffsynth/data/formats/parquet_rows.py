@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,10 @@ BLOCK_BYTES = 1 << 16
 """What is fetched beside what is asked for of a remote file: its columns of images are not read."""
 FEWEST_ROWS_IN_DOUBT = 1_000_000
 """Rows up to which a file may have any number of them; a larger one has at least a bit for each, or is no dataset."""
+
+FEWEST_BYTES_IN_DOUBT = 1 << 30
+MAX_EXPANSION = 1000
+"""Bytes up to which columns may have been compressed by any factor, and the largest factor of more."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def read_parquet(path: str) -> RawTable:
                     "could differ; it is damaged or hostile"
                 )
             images = image_columns(parquet)
+            _check_expansion(path, parquet, {image.leaf for image in images.values()}, file.size())
             read = [name for name in columns if name not in images]
             read += [image.paths for image in images.values() if image.paths is not None]
             table = parquet.read(columns=read if images else None)
@@ -68,6 +73,23 @@ def read_parquet(path: str) -> RawTable:
         ) from error
     rows = (RawRow(n, f"{path}#{n}", {name: row[name] for name in columns}) for n, row in enumerate(values, 1))
     return RawTable(tuple(columns), tuple(rows))
+
+
+def _check_expansion(path: str, parquet: pq.ParquetFile, images: Collection[int], size: int) -> None:
+    """Raise DatasetError for columns that by the footer become far more than the file, before they are read."""
+    metadata = parquet.metadata
+    groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
+    expanded = sum(
+        group.column(at).total_uncompressed_size
+        for group in groups
+        for at in range(group.num_columns)
+        if at not in images
+    )
+    if expanded > max(FEWEST_BYTES_IN_DOUBT, MAX_EXPANSION * size):
+        raise DatasetError(
+            f"{path} would become {expanded / 2**30:.1f} GiB, {expanded // max(size, 1)} times its size; it is damaged "
+            "or hostile: write the columns that are needed into another file"
+        )
 
 
 def image_columns(parquet: pq.ParquetFile) -> Mapping[str, ImageColumn]:
