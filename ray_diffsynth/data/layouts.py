@@ -120,6 +120,19 @@ def _named(base_path: str, given: str) -> tuple[str, list[str]]:
     return given, _expanded(base_path, given, ["", base_path])
 
 
+def metadata_path_from_root(base_path: str, given: str) -> str:
+    """`--dataset_metadata_path` as another folder's process finds the same files.
+
+    What is found from the working directory is written from the root; what is not is relative to the dataset.
+    """
+    if storage.exists(given):
+        return storage.absolute(given)
+    if not is_pattern(given) or storage.exists(storage.join(base_path, given)):
+        return given
+    entries = split_list(given)
+    return ",".join(storage.absolute(one) if _matching(expand_braces(one)[0]) else one for one in entries)
+
+
 def _expanded(base_path: str, given: str, bases: Sequence[str]) -> list[str]:
     """The files of a list or pattern, each relative to the first of `bases` where something is found."""
     files: list[str] = []

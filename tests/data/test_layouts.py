@@ -12,6 +12,7 @@ import pytest
 
 from ray_diffsynth import storage
 from ray_diffsynth.data.formats import parquet_rows
+from ray_diffsynth.data.layouts import metadata_path_from_root
 from ray_diffsynth.data.media import MediaError, fetch
 from ray_diffsynth.data.metadata import DatasetError, read_metadata, resolve_file
 from ray_diffsynth.data.patterns import expand_braces, split_list
@@ -372,6 +373,22 @@ def test_rows_of_several_files_are_numbered_by_file(tmp_path: Path) -> None:
     put(tmp_path, {"a.csv": "image,prompt\n,x\n0.png,y\n0.png,y\n", "b.jsonl": '{"prompt": "x"}\n{"image": "0.png"}\n'})
     found = read_metadata(str(tmp_path), "a.csv,b.jsonl")
     assert [row.sample_id for row in found.rejected] == ["a.csv#row-1", "0.png#a.csv#row-3", "b.jsonl#row-1", "0.png#2"]
+
+
+def test_a_metadata_path_means_the_same_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = put(tmp_path / "data", {"in.jsonl": "", "x/1.tsv": "", "s/00.tar": "", "a,b.csv": ""})
+    put(tmp_path / "here", {"own.jsonl": "", "t/00.tar": ""})
+    monkeypatch.chdir(tmp_path / "here")
+    for given, whole in {
+        "in.jsonl": "in.jsonl",
+        "own.jsonl": f"{tmp_path}/here/own.jsonl",
+        "own.jsonl,in.jsonl": f"{tmp_path}/here/own.jsonl,in.jsonl",
+        "a,b.csv": "a,b.csv",
+        "x/*.tsv": "x/*.tsv",
+        "s/{00..01}.tar,t/{00..01}.tar": f"s/{{00..01}}.tar,{tmp_path}/here/t/{{00..01}}.tar",
+        "absent.csv": "absent.csv",
+    }.items():
+        assert metadata_path_from_root(str(data), given) == whole
 
 
 def test_patterns() -> None:

@@ -7,6 +7,7 @@ import torch
 from ray_diffsynth.cache.local_copy import LocalCopies
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data.dataset import read_dataset
+from ray_diffsynth.data.layouts import metadata_path_from_root
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.storage import absolute
@@ -34,4 +35,4 @@ def check_data(plan: TrainPlan) -> None:
 
 def _metadata_path(plan: TrainPlan) -> str | None:
     given = plan.config.dataset_metadata_path
-    return absolute(given) if given else None
+    return metadata_path_from_root(absolute(plan.config.dataset_base_path), given) if given else None

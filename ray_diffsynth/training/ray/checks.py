@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_diffsynth.config import TrainConfig
+from ray_diffsynth.data.layouts import metadata_path_from_root
 from ray_diffsynth.models.lora_file import check_lora_file
 from ray_diffsynth.storage import absolute
 from ray_diffsynth.training.optim import customized
@@ -18,12 +19,15 @@ logger = logging.getLogger(__name__)
 
 def absolute_paths(config: TrainConfig) -> TrainConfig:
     """Ray's workers run in another folder: everything that is a path here is made one from the root."""
-    names = ("dataset_base_path", "dataset_metadata_path", "output_path", "preset_lora_path")
+    names = ("dataset_base_path", "output_path", "preset_lora_path")
     changes: dict[str, Any] = {name: absolute(value) for name in names if (value := getattr(config, name))}
     for name in ("model", "tokenizer_path", "processor_path"):
         value = getattr(config, name)
         if value and Path(value).exists():  # else a hub id
             changes[name] = absolute(value)
+    if config.dataset_metadata_path and not config.reads_cache:
+        base = absolute(config.dataset_base_path)
+        changes["dataset_metadata_path"] = metadata_path_from_root(base, config.dataset_metadata_path)
     if config.lora_checkpoint:
         changes["lora_checkpoint"] = ",".join(absolute(path) for path in config.lora_checkpoints.values())
     if config.resume not in ("auto", "never"):
