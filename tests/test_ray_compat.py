@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -117,3 +119,17 @@ def test_a_placement_group_of_the_block_does_not_outlive_it(local_ray: None) -> 
     states = {group: entry["state"] for group, entry in ray.util.placement_group_table().items()}
     assert (states[before.id.hex()], states[left.id.hex()]) == ("CREATED", "REMOVED")
     ray.util.remove_placement_group(before)
+
+
+def test_a_dataset_keeps_what_it_wanted_as_long_as_the_session_says() -> None:
+    """Ray Data reads the variable not when it is imported, but when a dataset first runs: in a session."""
+    program = """
+import os, sys
+import ray.data
+package = "ray.data._internal.cluster_autoscaler"
+assert package not in sys.modules
+os.environ["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "7"
+from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler, create_cluster_autoscaler
+assert RateBasedClusterAutoscaler.AUTOSCALING_REQUEST_EXPIRE_TIME_S == 7
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -18,6 +18,7 @@ from ray.util.annotations import RayDeprecationWarning
 from ray_diffsynth.cluster.address import ClusterError as ClusterError
 from ray_diffsynth.cluster.address import check_answers, is_host_and_port, no_cluster, no_token, temporary_folder
 from ray_diffsynth.cluster.environment import Environment, environment, forwarded
+from ray_diffsynth.cluster.request import EXPIRE_SECONDS
 from ray_diffsynth.console import open_stream
 from ray_diffsynth.ray_compat import init_local, refuses_token
 from ray_diffsynth.system_errors import explain
@@ -53,6 +54,9 @@ def ray_session(
     given = bool(address)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
+    # What the dataset of a killed driver wanted stays reserved for so long, by default three minutes: the same job, run
+    # again, has next to nothing of the cluster meanwhile. One that lives repeats it each ten seconds.
+    os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", f"{EXPIRE_SECONDS:.0f}")
     # By Ray 2.60's default an actor that reserves no GPU sees all of them. The nodes of a cluster that is there already
     # have their own setting: see `own_device`.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
