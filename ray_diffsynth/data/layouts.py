@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,14 +14,13 @@ from ray_diffsynth.data.archives import ARCHIVES
 from ray_diffsynth.data.column_names import FILE_NAME, ColumnNames
 from ray_diffsynth.data.folder import read_folder
 from ray_diffsynth.data.formats import READERS, DatasetError, RawTable
-from ray_diffsynth.data.patterns import expand_braces, is_pattern, matching, split_list
+from ray_diffsynth.data.metadata_files import archive_ending, endings, expanded, named_files, why_absent
+from ray_diffsynth.data.patterns import is_pattern
 from ray_diffsynth.data.row_checks import NULL_WORDS
 from ray_diffsynth.data.rows import paths_of
-from ray_diffsynth.data.splits import chosen, split_files
+from ray_diffsynth.data.splits import chosen, is_split_table, split_files
 from ray_diffsynth.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from ray_diffsynth.data.warnings import warn
-
-_WINDOWS = re.compile(r"(^|/)[A-Za-z]:[\\/]|\\")
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,14 @@ def _find(base_path: str, metadata_path: str | None, split: str | None) -> tuple
                 f"--dataset_split {split} chooses among the files of a folder, and --dataset_metadata_path names one; "
                 "leave one of them out"
             )
-        return _named(base_path, metadata_path)
+        return named_files(base_path, metadata_path)
     if not storage.exists(base_path):
         if is_pattern(base_path):
-            return base_path, _expanded(base_path, base_path, [""])
+            return base_path, expanded(base_path, base_path, [""])
         raise DatasetError(
-            f"the dataset folder {base_path} does not exist{_why_absent(base_path)}; check --dataset_base_path"
+            f"the dataset folder {base_path} does not exist{why_absent(base_path)}; check --dataset_base_path"
         )
-    if _archive(base_path) and not storage.is_folder(base_path):
+    if archive_ending(base_path) and not storage.is_folder(base_path):
         return base_path, [storage.absolute(base_path)]
     found = [name for suffix in READERS if storage.exists(storage.join(base_path, name := f"metadata{suffix}"))]
     if len(found) > 1:
@@ -82,9 +80,9 @@ def _find(base_path: str, metadata_path: str | None, split: str | None) -> tuple
             chosen(base_path, {"train": found}, split)
         return storage.join(base_path, found[0]), found
     top = storage.list_files(base_path)
-    if archives := [name for name in top if _archive(name)]:
+    if archives := [name for name in top if archive_ending(name)]:
         return base_path, _without_loose(top, archives, base_path, split)
-    splits = split_files(base_path, top)
+    splits = split_files(base_path, top, beside_images=bool(_media(top)))
     if splits or split is not None:
         return base_path, chosen(base_path, splits, split)
     return base_path, []
@@ -94,77 +92,24 @@ def _without_loose(top: Sequence[str], archives: list[str], base_path: str, spli
     """The archives that are the dataset; of those beside tars, and of images, it is warned that they are left out."""
     if split is not None:
         chosen(base_path, {}, split)
-    tars = [name for name in archives if _archive(name) == ".tar"]
-    loose = [name for name in top if name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))]
-    if not tars and loose:
+    tars = [name for name in archives if archive_ending(name) == ".tar"]
+    loose = _media(top)
+    if not tars and (
+        loose or (storage.list_folders(base_path) and _media(storage.list_files(base_path, recursive=True)))
+    ):
         return []  # a zip beside images: perhaps the download that they are of
     for name in [*(name for name in archives if tars and name not in tars), *loose]:
         warn("file_left_out", name, "it lies beside tars, which are the dataset; put it in a folder of its own")
     return tars or archives
 
 
-def _archive(name: str) -> str | None:
-    """The ending of an archive's name; None for what is none."""
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix if suffix in ARCHIVES else None
-
-
-def _named(base_path: str, given: str) -> tuple[str, list[str]]:
-    """The files that --dataset_metadata_path names: one, or several by commas, braces and patterns."""
-    inside = storage.join(base_path, given)
-    if storage.exists(given):
-        # Relative to the working directory as in DiffSynth-Studio, else to the dataset.
-        return given, [storage.absolute(given)]
-    if storage.exists(inside) or not is_pattern(given):
-        return inside if storage.exists(inside) else given, [given]
-    return given, _expanded(base_path, given, ["", base_path])
-
-
-def metadata_path_from_root(base_path: str, given: str) -> str:
-    """`--dataset_metadata_path` as another folder's process finds the same files.
-
-    What is found from the working directory is written from the root; what is not is relative to the dataset.
-    """
-    if storage.exists(given):
-        return storage.absolute(given)
-    if not is_pattern(given) or storage.exists(storage.join(base_path, given)):
-        return given
-    entries = split_list(given)
-    return ",".join(storage.absolute(one) if _matching(expand_braces(one)[0]) else one for one in entries)
-
-
-def _expanded(base_path: str, given: str, bases: Sequence[str]) -> list[str]:
-    """The files of a list or pattern, each relative to the first of `bases` where something is found."""
-    files: list[str] = []
-    for entry in split_list(given):
-        for name in expand_braces(entry):
-            found = [path for base in bases for path in _matching(storage.join(base, name) if base else name)]
-            if not found:
-                raise DatasetError(f"{given}: there is no file {name}; check --dataset_metadata_path")
-            files += dict.fromkeys(_relative(base_path, path) for path in found)
-    if strange := [name for name in files if os.path.splitext(name)[1].lower() not in (*READERS, *ARCHIVES)]:
-        raise DatasetError(f"{given}: {strange[0]} is not a metadata file; supported are {', '.join(_endings())}")
-    return list(dict.fromkeys(files))
-
-
-def _matching(path: str) -> list[str]:
-    found = matching(path)
-    return found if found != [path] or storage.exists(path) else []
-
-
-def _relative(base_path: str, path: str) -> str:
-    """The path relative to the dataset's folder where it lies in it, else from the root."""
-    path, base = storage.absolute(path), storage.absolute(base_path).rstrip("/") + "/"
-    return path[len(base) :] if path.startswith(base) else path
-
-
-def _endings() -> tuple[str, ...]:
-    return (*READERS, *ARCHIVES)
+def _media(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))]
 
 
 def _tables(base_path: str, files: Sequence[str], names: ColumnNames) -> Iterator[tuple[str, RawTable]]:
     """Each metadata file's rows, with its name, and those of all archives that stand together."""
-    for kind, group in groupby(files, _archive):
+    for kind, group in groupby(files, archive_ending):
         together = list(group)
         if kind is not None:
             yield (
@@ -177,10 +122,10 @@ def _tables(base_path: str, files: Sequence[str], names: ColumnNames) -> Iterato
             suffix = os.path.splitext(path)[1].lower()
             exists = storage.exists(path)
             if exists and (suffix not in READERS or storage.is_folder(path)):
-                raise DatasetError(f"{path} is not a metadata file; supported are {', '.join(_endings())}")
+                raise DatasetError(f"{path} is not a metadata file; supported are {', '.join(endings())}")
             if not exists:
                 raise DatasetError(
-                    f"the metadata file {path} does not exist{_why_absent(path)}; check --dataset_metadata_path"
+                    f"the metadata file {path} does not exist{why_absent(path)}; check --dataset_metadata_path"
                 )
             yield name, READERS[suffix](path)
 
@@ -214,34 +159,17 @@ def _prepared(
 
 
 def _folder_of_files(base_path: str, name: str, table: RawTable, names: ColumnNames, wanted: Sequence[str]) -> str:
-    """The folder that the files of `file_name` are relative to: the metadata's own, as in `datasets`, or the base."""
+    """The folder that a table's files are relative to: its own, as in `datasets`, or the base.
+
+    Its own by the name `file_name`, or as the table of a split, unless the first file is found from the base.
+    """
     folder = posixpath.dirname(name)
-    source = names.sources(table.columns, wanted).get(names.target)
-    if not folder or os.path.isabs(name) or storage.is_remote(name) or source is None or not source.endswith(FILE_NAME):
+    source = names.sources(table.columns, wanted).get(names.target, names.target)
+    if not folder or os.path.isabs(name) or storage.is_remote(name):
+        return ""
+    if not source.endswith(FILE_NAME) and not is_split_table(name):
         return ""
     first = next((paths_of(row.values[source]) for row in table.rows if row.values and row.values.get(source)), [])
     if not first or not isinstance(first[0], str):
         return folder
     return "" if storage.exists(storage.join(base_path, first[0])) else folder
-
-
-def _why_absent(path: str) -> str:
-    """What may be the cause that a folder or file is not found."""
-    if _WINDOWS.search(path) and not storage.is_remote(path):
-        return " (it is a path of Windows: write it as this system knows it, with /, e.g. /mnt/c/data under WSL)"
-    if not storage.is_remote(path):
-        return ""
-    try:
-        fs, inner = storage.filesystem(path)
-        fs.info(inner)
-    except FileNotFoundError as error:
-        why = f" ({error})" if path.startswith("hf://") else ""
-    except Exception as error:  # clients of object stores raise errors of their own
-        why = f" ({type(error).__name__}: {error})"
-    else:
-        return ""
-    if path.startswith("hf://"):
-        why += (
-            "; a dataset is hf://datasets/ORGANISATION/NAME[@revision], a private one needs `hf auth login` or HF_TOKEN"
-        )
-    return why

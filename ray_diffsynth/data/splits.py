@@ -27,21 +27,28 @@ def split_of(name: str) -> str | None:
     return next((split for split, known in SPLITS.items() if any(word in known for word in words)), None)
 
 
-def split_files(base_path: str, top: Sequence[str]) -> dict[str, list[str]]:
+def is_split_table(name: str) -> bool:
+    """Whether a relative path is that of a split's own metadata file, `train/metadata.jsonl`."""
+    folder, _, file = name.partition("/")
+    return folder in SPLITS and file in {f"metadata{suffix}" for suffix in _TABLES}
+
+
+def split_files(base_path: str, top: Sequence[str], *, beside_images: bool = False) -> dict[str, list[str]]:
     """Split -> its Parquet shards, or its metadata file, relative to the folder; `top`: the files at its top.
 
-    A file that names no split belongs to train.
+    A file that names no split belongs to train. `beside_images`: there are images too, so that only a name such as
+    `train-00000-of-00003.parquet` counts.
     """
     shards: list[str] = []
     for folder in _FOLDERS:
         inside = top if not folder else storage.list_files(storage.join(base_path, folder), suffix=".parquet")
         names = [f"{folder}/{name}" if folder else name for name in inside if name.lower().endswith(".parquet")]
-        shards += [name for name in names if _SHARD.search(name) or split_of(name)]
+        shards += [name for name in names if _SHARD.search(name) or (split_of(name) and not beside_images)]
     shards = [name for name in shards if not name.lower().endswith("/metadata.parquet")]
     found: dict[str, list[str]] = {}
     for name in sorted(shards):
         found.setdefault(split_of(name) or "train", []).append(name)
-    for split in () if found else SPLITS:
+    for split in () if found or beside_images else SPLITS:
         tables = [f"{split}/metadata{suffix}" for suffix in _TABLES]
         if there := [name for name in tables if storage.exists(storage.join(base_path, name))]:
             found[split] = there[:1]

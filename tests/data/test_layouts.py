@@ -12,9 +12,9 @@ import pytest
 
 from ray_diffsynth import storage
 from ray_diffsynth.data.formats import parquet_rows
-from ray_diffsynth.data.layouts import metadata_path_from_root
 from ray_diffsynth.data.media import MediaError, fetch
 from ray_diffsynth.data.metadata import DatasetError, read_metadata, resolve_file
+from ray_diffsynth.data.metadata_files import metadata_path_from_root
 from ray_diffsynth.data.patterns import expand_braces, split_list
 from ray_diffsynth.data.scan import scan_file
 from ray_diffsynth.data.warnings import collecting
@@ -61,6 +61,22 @@ LAYOUTS: dict[str, tuple[dict[str, bytes | str], dict[str, Any], Rows]] = {
         {},
         [(f"train/{name}", text, seed) for name, text, seed in BY_NAME],
     ),
+    "a split's table with columns of its own": (
+        {"train/metadata.csv": "image,prompt\n0.png,zero\nsub/1.png,one\n"}
+        | {f"train/{name}": data for name, data in IMAGES.items()},
+        {},
+        [(f"train/{name}", text, seed) for name, text, seed in BY_NAME],
+    ),
+    "images beside the zip that they came in": (
+        {"all.zip": zip_of(wds(7)), "images/0.png": png(0), "images/0.txt": "zero"},
+        {},
+        [("images/0.png", "zero", 0)],
+    ),
+    "images beside tables": (
+        {"train.parquet": shard(7), "train/metadata.csv": "image,prompt\n", "0.png": png(0), "0.txt": "zero"},
+        {},
+        [("0.png", "zero", 0)],
+    ),
     "imagefolder, the split that is asked for": (
         {
             "train/metadata.jsonl": jsonl(HF_ROWS),
@@ -101,7 +117,7 @@ LAYOUTS: dict[str, tuple[dict[str, bytes | str], dict[str, Any], Rows]] = {
     ),
     "parquet with paths alone": (
         {
-            "train.parquet": hf_parquet(
+            "train-00000-of-00001.parquet": hf_parquet(
                 {"image": [{"bytes": None, "path": name} for name in IMAGES], "text": ["zero", "one"]}
             ),
             **IMAGES,

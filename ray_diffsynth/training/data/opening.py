@@ -7,7 +7,7 @@ import torch
 from ray_diffsynth.cache.local_copy import LocalCopies
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data.dataset import read_dataset
-from ray_diffsynth.data.layouts import metadata_path_from_root
+from ray_diffsynth.data.metadata_files import metadata_path_from_root
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.plan.run_plan import TrainPlan
 from ray_diffsynth.storage import absolute

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_diffsynth.config import TrainConfig
-from ray_diffsynth.data.layouts import metadata_path_from_root
+from ray_diffsynth.data.metadata_files import metadata_path_from_root
 from ray_diffsynth.models.lora_file import check_lora_file
 from ray_diffsynth.storage import absolute
 from ray_diffsynth.training.optim import customized
