@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -17,16 +18,35 @@ _SPACES = {"L": ("GRAY", "RGB"), "RGB": ("RGB",), "CMYK": ("CMYK",), "LAB": ("La
 """Mode of the pixels -> colour spaces of a profile that can be theirs. Grey may stand for three equal channels."""
 _KEY_SCALE = {"L;2": 85, "L;4": 17}
 """Pillow scales grey of 2 and 4 bits to 8, and leaves the transparent grey of a PNG as it was."""
-_BAND = 1 << 20
-"""16-bit pixels that are scaled at once."""
 
 
-def raw_mode(image: Image.Image) -> str:
-    """How the file stores its pixels, by Pillow's name; "" where it does not say. Ask before they are decoded."""
-    tiles = getattr(image, "tile", None)
-    arguments = tiles[0][3] if tiles else ""
-    found = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-    return found if isinstance(found, str) else ""
+@dataclass(frozen=True)
+class PixelFormat:
+    """How a file stores its pixels, where the decoded image does not say it.
+
+    raw_mode: Pillow's name, or "". grey_bits: of a grey level. dark_is_high: grey whose largest number is black.
+    """
+
+    raw_mode: str = ""
+    grey_bits: int = 16
+    dark_is_high: bool = False
+
+    @classmethod
+    def of(cls, image: Image.Image) -> PixelFormat:
+        """By the header. Ask before the pixels are decoded."""
+        tiles = getattr(image, "tile", None)
+        arguments = tiles[0][3] if tiles else ""
+        found = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+        tags = getattr(image, "tag_v2", {})
+        bits = tags.get(258, (16,))
+        return cls(
+            found if isinstance(found, str) else "",
+            bits[0] if isinstance(bits, tuple) else bits,
+            tags.get(262) == 0,  # WhiteIsZero, which Pillow turns round for 8 bits only
+        )
+
+
+_AS_IT_IS = PixelFormat()
 
 
 def color_mode(image: Image.Image) -> str:
@@ -42,12 +62,12 @@ def profile_problem(image: Image.Image) -> str:
     return _transform(profile, color_mode(image))[1] if profile else ""
 
 
-def to_srgb(image: Image.Image, stored: str = "") -> Image.Image:
-    """8-bit sRGB as a viewer shows it; maybe the same object.
+def to_srgb(image: Image.Image, stored: PixelFormat = _AS_IT_IS) -> Image.Image:
+    """8-bit sRGB as a viewer shows it; maybe the same object. Each pixel by itself: a part gives the part of the whole.
 
     The embedded profile is applied (perceptual intent), unless it is damaged or another colour space's; without one
-    pixels are sRGB. Alpha and transparent colours lie over white. `stored`: the `raw_mode`. Raises PixelRangeError
-    for pixels without a known range.
+    pixels are sRGB. Alpha and transparent colours lie over white. Raises PixelRangeError for pixels without a known
+    range.
     """
     pixels, alpha = _split(image, stored)
     profile = image.info.get("icc_profile")
@@ -64,17 +84,17 @@ def to_srgb(image: Image.Image, stored: str = "") -> Image.Image:
     return Image.composite(pixels, Image.new("RGB", pixels.size, "white"), alpha)
 
 
-def _split(image: Image.Image, stored: str) -> tuple[Image.Image, Image.Image | None]:
+def _split(image: Image.Image, stored: PixelFormat) -> tuple[Image.Image, Image.Image | None]:
     """The pixels in a `color_mode`, 8 bits each, and their alpha (L), if there is any."""
     key = image.info.get("transparency")
     if image.mode.startswith("I"):
-        return _split_grey(image, key)
+        return _split_grey(image, key, stored)
     if image.mode == "F":
         raise PixelRangeError("floating-point pixels have no known range; save as 8 or 16 bits")
     if key is not None and image.mode in ("L", "RGB"):
         # Of 16 bits Pillow keeps the upper eight, of the key all.
         image.info["transparency"] = (
-            tuple(value >> 8 for value in key) if stored.startswith("RGB;16") else _scaled_key(key, stored)
+            tuple(value >> 8 for value in key) if stored.raw_mode.startswith("RGB;16") else _scaled_key(key, stored)
         )
     if image.mode == "La":
         image = image.convert("LA")
@@ -90,34 +110,24 @@ def _split(image: Image.Image, stored: str) -> tuple[Image.Image, Image.Image | 
     return (image if image.mode == mode else image.convert(mode)), None
 
 
-def _scaled_key(key: object, stored: str) -> object:
-    return key * _KEY_SCALE.get(stored, 1) if isinstance(key, int) else key
+def _scaled_key(key: object, stored: PixelFormat) -> object:
+    return key * _KEY_SCALE.get(stored.raw_mode, 1) if isinstance(key, int) else key
 
 
-def _split_grey(image: Image.Image, key: object) -> tuple[Image.Image, Image.Image | None]:
-    """Grey of more than 8 bits, its white as 255, rounded; in bands, so that no wider copy of all of it is made."""
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(258, (16,))
-    bits = bits[0] if isinstance(bits, tuple) else bits
-    white = (1 << bits) - 1 if image.mode.startswith("I;") and 8 < bits < 16 else 65535
-    dark_is_high = tags.get(262) == 0  # WhiteIsZero, which Pillow turns round for 8 bits only
+def _split_grey(image: Image.Image, key: object, stored: PixelFormat) -> tuple[Image.Image, Image.Image | None]:
+    """Grey of more than 8 bits, its white as 255, rounded."""
+    white = (1 << stored.grey_bits) - 1 if image.mode.startswith("I;") and 8 < stored.grey_bits < 16 else 65535
     levels = np.asarray(image)
-    grey = np.empty(levels.shape, np.uint8)
-    alpha = np.empty(levels.shape, np.uint8) if isinstance(key, int) else None
-    rows = max(_BAND // max(levels.shape[1], 1), 1)
-    for start in range(0, len(levels), rows):
-        band = levels[start : start + rows]
-        low, high = int(band.min()), int(band.max())
-        if low < 0 or high > white:
-            raise PixelRangeError(
-                f"pixels from {low} to {high} are outside of {white.bit_length()} bits and have no known range; "
-                "save as 8 or 16 bits"
-            )
-        scaled = (band.astype(np.uint32) * 255 + white // 2) // white
-        grey[start : start + rows] = 255 - scaled if dark_is_high else scaled
-        if alpha is not None:
-            alpha[start : start + rows] = np.where(band == key, 0, 255)
-    return Image.fromarray(grey), None if alpha is None else Image.fromarray(alpha)
+    low, high = int(levels.min()), int(levels.max())
+    if low < 0 or high > white:
+        raise PixelRangeError(
+            f"pixels from {low} to {high} are outside of {white.bit_length()} bits and have no known range; "
+            "save as 8 or 16 bits"
+        )
+    scaled = ((levels.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    alpha = np.where(levels == key, np.uint8(0), np.uint8(255)) if isinstance(key, int) else None
+    grey = Image.fromarray(255 - scaled if stored.dark_is_high else scaled)
+    return grey, None if alpha is None else Image.fromarray(alpha)
 
 
 @lru_cache(maxsize=32)

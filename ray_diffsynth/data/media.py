@@ -19,8 +19,10 @@ from typing import IO, Any, TypeVar, cast
 from PIL import Image, UnidentifiedImageError
 
 from ray_diffsynth import storage
-from ray_diffsynth.data.color import PixelRangeError, profile_problem, raw_mode, to_srgb
+from ray_diffsynth.data.bands import upright, upright_cut
+from ray_diffsynth.data.color import PixelFormat, PixelRangeError, profile_problem
 from ray_diffsynth.data.color_signal import png_chunk, signalled_profile
+from ray_diffsynth.data.decode_memory import ImageHeader
 from ray_diffsynth.data.placeholders import HEAD, wrong_content
 from ray_diffsynth.errors import UserError
 
@@ -46,8 +48,6 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = (5, 6, 7, 8)
-_STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
-"""Mode -> bytes that Pillow takes a pixel; 4 for all others."""
 _SEQUENCES = frozenset(("GIF", "PNG", "WEBP", "AVIF", "TIFF"))
 """Formats that hold animations or pages; further images of others (MPO, PSD) are previews, views or layers."""
 _RUN_PROGRAMS = frozenset(("EPS",))
@@ -191,7 +191,7 @@ def decoding(path: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """An image as `load_image` would return it: size in pixels, bytes of memory that decoding takes at most.
+    """An image as `load_image` would return it: size in pixels; bytes of memory that decoding takes, until it is cut.
 
     `note`: what of the file is left aside ("its colour profile …"), or "".
     """
@@ -238,11 +238,15 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     return value if value in _TURNS else 1
 
 
-def _decode_bytes(image: Image.Image, data: bytes, *, turned: bool) -> int:
-    """Memory at the peak: the file, the decoded pixels, and each copy that is made of them, as RGB in 4 bytes."""
-    transparent = image.mode == "P" or image.has_transparency_data
-    copies = 1 + 3 * transparent + bool(image.info.get("icc_profile")) + turned
-    return len(data) + image.width * image.height * (_STORED.get(image.mode, 4) + 4 * copies)
+def _header(image: Image.Image, data: bytes) -> ImageHeader:
+    return ImageHeader(
+        image.format or "",
+        image.mode,
+        *image.size,
+        file_bytes=len(data),
+        progressive="progressive" in image.info or "progression" in image.info,
+        turned=image.format == "TIFF" and _orientation(image, data) in _TURNS,
+    )
 
 
 def _first_of_several(image: Image.Image) -> str:
@@ -260,7 +264,7 @@ def image_info(path: str, data: bytes | None = None) -> ImageInfo:
         swaps = turn in _SWAPS_SIDES and _ORIENTATION_TAG not in getattr(image, "tag_v2", ())
         width, height = image.size[::-1] if swaps else image.size
         notes = filter(None, (problem, profile_problem(image), _first_of_several(image)))
-        return ImageInfo(width, height, _decode_bytes(image, content, turned=turn in _TURNS), "; ".join(notes))
+        return ImageInfo(width, height, _header(image, content).decode_bytes, "; ".join(notes))
 
 
 def probe_image(path: str, data: bytes | None = None) -> tuple[int, int]:
@@ -269,25 +273,37 @@ def probe_image(path: str, data: bytes | None = None) -> tuple[int, int]:
     return found.width, found.height
 
 
+@contextmanager
+def _decoded(
+    path: str, data: bytes | None, max_bytes: int, *, whole: bool
+) -> Iterator[tuple[Image.Image, PixelFormat, Image.Transpose | None]]:
+    """The decoded image, how its file stores it, and how it is to be turned. whole: whether all of it is made RGB."""
+    with _opened(path, data) as (image, content, _):
+        header, size = _header(image, content), f"{image.width}x{image.height} pixels"
+        check_decode_bytes(path, size, header.whole_bytes if whole else header.decode_bytes, max_bytes)
+        turn = _TURNS.get(_orientation(image, content))
+        stored = PixelFormat.of(image)
+        turns_itself = image.format == "TIFF"
+        image.load()
+        yield image, stored, None if turns_itself else turn
+
+
 def load_image(path: str, data: bytes | None = None, *, max_bytes: int = MAX_DECODE_BYTES) -> Image.Image:
     """The image as a viewer shows it, as RGB: upright, in sRGB, over white; the first frame of an animation.
 
     `data`: the file's bytes, where they have been read already. Raises MediaError, also for one whose decoding would
     take more than `max_bytes`.
     """
-    with _opened(path, data) as (image, content, _):
-        turn = _TURNS.get(_orientation(image, content))
-        turns_itself = image.format == "TIFF"
-        size = f"{image.width}x{image.height} pixels"
-        check_decode_bytes(path, size, _decode_bytes(image, content, turned=turn is not None), max_bytes)
-        stored = raw_mode(image)
-        image.load()
-        shown = to_srgb(image, stored)
-        plain = shown if turn is None or turns_itself else shown.transpose(turn)
-        plain = plain.copy() if plain is image else plain
-    # Without the file's metadata (profile, orientation), so that nothing is applied twice.
-    plain.info.clear()
-    return plain
+    with _decoded(path, data, max_bytes, whole=True) as decoded:
+        return upright(*decoded)
+
+
+def load_cut(
+    path: str, data: bytes | None = None, *, height: int, width: int, max_bytes: int = MAX_DECODE_BYTES
+) -> Image.Image:
+    """`resize_crop` of `load_image`, pixel by pixel, without the whole image as RGB. Raises MediaError as that does."""
+    with _decoded(path, data, max_bytes, whole=False) as decoded:
+        return upright_cut(*decoded, height=height, width=width)
 
 
 def check_decode_bytes(path: str, size: str, needed: int, limit: int) -> None:
@@ -298,19 +314,6 @@ def check_decode_bytes(path: str, size: str, needed: int, limit: int) -> None:
             f"to decode it ({size}) takes {needed / 2**30:.1f} GiB of memory, more than the limit of "
             f"{limit / 2**30:.1f} GiB; scale it down, or give --max_decode_memory {needed / 2**30 + 0.05:.1f}",
         )
-
-
-def resize_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """An image of `height` x `width` pixels: scaled to cover it (bilinear, antialiased), its centre cropped.
-
-    DiffSynth-Studio's transform.
-    """
-    scale = max(width / image.width, height / image.height)
-    covered = (max(round(image.width * scale), width), max(round(image.height * scale), height))
-    if image.size != covered:
-        image = image.resize(covered, Image.Resampling.BILINEAR)
-    left, top = round((covered[0] - width) / 2), round((covered[1] - height) / 2)
-    return image if covered == (width, height) else image.crop((left, top, left + width, top + height))
 
 
 def bytes_hash(data: bytes) -> str:

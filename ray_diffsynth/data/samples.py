@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ray_diffsynth.data.bands import resize_crop
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule, assign_bucket
+from ray_diffsynth.data.decode_memory import cut_bytes, kept_bytes
 from ray_diffsynth.data.fit import SizeFit
-from ray_diffsynth.data.media import check_decode_bytes, load_image, resize_crop
+from ray_diffsynth.data.media import check_decode_bytes, load_cut
 from ray_diffsynth.data.scan import SourceFile, reads_as_video
 from ray_diffsynth.data.sources import verified_bytes, verified_file
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.video import Frames, load_first_frame, load_frames
 
 PIXEL_TRANSFORMS: Mapping[str, str] = {"color": "srgb/3", "resize": "bilinear/1", "crop": "cover-center/1"}
-"""How an image or frame is decoded and cut (see `load_image`, `resize_crop`): name and version of each step, which
+"""How an image or frame is decoded and cut (see `load_cut`): name and version of each step, which
 stand in the cache keys of everything encoded from pixels; raise a version when its step gives other pixels."""
 
 _SAME_SHAPE = 1.01
 """Ratio of two aspect ratios that are the same but for whole pixels."""
-_FRAME_COPIES = 3
-"""How often the frames of a video are in memory at once, on their way to an encoder."""
 
 
 def bucket_of(files: Mapping[str, Sequence[SourceFile]], spec: SampleSpec) -> Bucket:
@@ -95,11 +95,32 @@ def _check_memory(files: Mapping[str, Sequence[SourceFile]], bucket: Bucket, spe
     """Raise MediaError for a file that takes more memory than it may, with the frames that are made of it."""
     for param, found in files.items():
         for file in found:
-            size, needed = f"{file.width}x{file.height} pixels", file.decode_bytes
+            size, frames = f"{file.width}x{file.height} pixels", 0
             if spec.gives_frames(param, file.path):
-                size = f"{size}, as {bucket.num_frames} frames of {bucket.width}x{bucket.height}"
-                needed += bucket.area * 3 * _FRAME_COPIES
-            check_decode_bytes(file.path, size, needed, spec.max_decode_bytes)
+                frames = bucket.num_frames
+                size = f"{size}, as {frames} frames of {bucket.width}x{bucket.height}"
+            check_decode_bytes(file.path, size, _decode_bytes(file, bucket, frames), spec.max_decode_bytes)
+
+
+def _decode_bytes(file: SourceFile, size: Bucket, frames: int) -> int:
+    """Memory at the peak of decoding a file and cutting it to a size, as so many frames, or 0 for an image."""
+    needed = file.decode_bytes + (kept_bytes(size.height, size.width, frames) if frames else 0)
+    return needed if file.fps else needed + cut_bytes(file.width, file.height, size.height, size.width)
+
+
+def decode_bytes(files: Mapping[str, Sequence[SourceFile]], bucket: Bucket, spec: SampleSpec) -> tuple[int, int]:
+    """Memory that decoding the files of a sample takes, one after another: at its peak; and what stays of it, in bytes.
+
+    The peak is that of one file, beside what stays of the others.
+    """
+    layout = _layout({param: len(found) for param, found in files.items()}, bucket, spec)
+    peak = kept = 0
+    for param, found in files.items():
+        for file, size in zip(found, layout[param], strict=True):
+            frames = bucket.num_frames if spec.gives_frames(param, file.path) else 0
+            peak = max(peak, _decode_bytes(file, size, frames))
+            kept += kept_bytes(size.height, size.width, frames or 1)
+    return peak + kept, kept
 
 
 def _check_kept(target: SourceFile, bucket: Bucket, rule: SizeRule) -> None:
@@ -186,7 +207,9 @@ def _load_file(path: str, param: str, bucket: Bucket, spec: SampleSpec, digest: 
                 size = (bucket.num_frames, bucket.height, bucket.width)
                 return load_frames(place, *size, fps=spec.size.fps, max_bytes=spec.max_decode_bytes)
             image = load_first_frame(place, max_bytes=spec.max_decode_bytes)
+            cut = resize_crop(image, bucket.height, bucket.width)
     else:
-        image = load_image(path, verified_bytes(path, digest), max_bytes=spec.max_decode_bytes)
-    cut = resize_crop(image, bucket.height, bucket.width)
+        content = verified_bytes(path, digest)
+        size = {"height": bucket.height, "width": bucket.width}
+        cut = load_cut(path, content, **size, max_bytes=spec.max_decode_bytes)
     return np.asarray(cut)[None] if frames else cut

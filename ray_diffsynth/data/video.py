@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ray_diffsynth.data.media import MAX_DECODE_BYTES, MediaError, resize_crop
+from ray_diffsynth.data.bands import resize_crop
+from ray_diffsynth.data.media import MAX_DECODE_BYTES, MediaError
 from ray_diffsynth.data.video_stream import ShownFrame, opened
 
 Frames = npt.NDArray[np.uint8]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_diffsynth.data.media import MediaError, content_hash, load_image, probe_image, resize_crop
+from ray_diffsynth.data.bands import resize_crop
+from ray_diffsynth.data.media import MediaError, content_hash, load_image, probe_image
 
 
 def gradient(width: int = 40, height: int = 24) -> Image.Image:
