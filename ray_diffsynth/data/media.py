@@ -5,6 +5,7 @@ What goes wrong while the bytes are fetched is kept apart from what is wrong wit
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import logging
@@ -28,10 +29,12 @@ from ray_diffsynth.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-READ_ATTEMPTS = 3
-"""Attempts to read a file."""
+READ_ATTEMPTS = 5
+"""Attempts to read a file, beside those that the client of a store makes by itself."""
 PAUSE_SECONDS = 0.5
 """Pause before the second attempt, in seconds; doubled before each further one."""
+_NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of the operating system about names that no file can have."""
 T = TypeVar("T")
 
 MAX_DECODE_BYTES = 4 << 30
@@ -68,7 +71,25 @@ class MediaError(UserError):
 
 
 class SourceUnavailable(MediaError):
-    """A file that cannot be read now (storage, network, rights), which says nothing about what it holds."""
+    """A file that may not be read, which says nothing about what it holds."""
+
+
+class StoreFailure(UserError):
+    """A store that failed each time it was asked (overloaded, out of reach, a disk's error): no sample's fault.
+
+    `path`: what was asked for; `attempts`: how often.
+    """
+
+    def __init__(self, path: str, attempts: int, reason: str) -> None:
+        super().__init__(path, attempts, reason)
+        self.path, self.attempts, self.reason = path, attempts, reason
+
+    def __str__(self) -> str:
+        tried = f"tried {self.attempts} times" if self.attempts > 1 else "while it was read"
+        return (
+            f"{self.path} cannot be read now ({tried}; {self.reason}): its storage fails, and no row is left out for "
+            "it; look at the storage and the network, then run the same command, which goes on with what is done"
+        )
 
 
 class SourceChanged(MediaError):
@@ -87,7 +108,10 @@ def _windows_advice(path: str) -> str:
 
 
 def _with_retries(path: str, read: Callable[[], T]) -> T:
-    """What `read` returns, tried again where the storage fails. Raises MediaError, SourceUnavailable among them."""
+    """What `read` returns, tried again where the storage fails.
+
+    Raises MediaError, SourceUnavailable among them; StoreFailure when the last attempt fails too.
+    """
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
             return read()
@@ -105,15 +129,17 @@ def _with_retries(path: str, read: Callable[[], T]) -> T:
             raise MediaError(path, f"no such file ({error})") from error
         # Clients of object stores raise errors of their own.
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _NO_NAMES:
+                raise MediaError(path, f"no such file ({error.strerror})") from error
             if attempt == READ_ATTEMPTS:
-                raise SourceUnavailable(path, f"cannot be read now ({type(error).__name__}: {error})") from error
+                raise StoreFailure(path, attempt, f"{type(error).__name__}: {error}") from error
             logger.debug("%s: %s; trying again", path, error)
             time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
     raise AssertionError("the last try returns or raises")
 
 
 def fetch(path: str) -> bytes:
-    """The whole file. Raises MediaError when it is absent or empty, SourceUnavailable when it cannot be read now."""
+    """The whole file. Raises MediaError when it is absent, empty or may not be read, and StoreFailure."""
     data = _with_retries(path, lambda: storage.read_bytes(path))
     if not data:
         raise MediaError(path, "the file is empty (0 bytes)")
@@ -123,7 +149,7 @@ def fetch(path: str) -> bytes:
 
 
 def source_stamp(path: str) -> str:
-    """`storage.stamp` of a source. Raises MediaError when it is absent, SourceUnavailable when it cannot be asked."""
+    """`storage.stamp` of a source. Raises MediaError when it is absent or may not be read, and StoreFailure."""
     return _with_retries(path, lambda: storage.stamp(path))
 
 
@@ -153,7 +179,7 @@ class _ErrorRecorder:
 
 @contextmanager
 def reading(path: str) -> Iterator[IO[bytes]]:
-    """The open file, for what is too large to be read at once; whatever goes wrong with it becomes a MediaError."""
+    """The open file, for what is too large to be read at once; what goes wrong becomes a MediaError or StoreFailure."""
     with _with_retries(path, lambda: storage.open_input(path)) as file:
         if file.size() == 0:
             raise MediaError(path, "the file is empty (0 bytes)")
@@ -167,8 +193,9 @@ def reading(path: str) -> Iterator[IO[bytes]]:
         except MediaError as error:
             if watched.error is None:
                 raise
-            why = f"cannot be read now ({type(watched.error).__name__}: {watched.error})"
-            raise SourceUnavailable(path, why) from error
+            if isinstance(watched.error, PermissionError):
+                raise SourceUnavailable(path, f"may not be read ({watched.error})") from error
+            raise StoreFailure(path, 1, f"{type(watched.error).__name__}: {watched.error}") from error
 
 
 @contextmanager

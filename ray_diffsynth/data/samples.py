@@ -16,16 +16,20 @@ from ray_diffsynth.data.bands import resize_crop
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule, assign_bucket
 from ray_diffsynth.data.decode_memory import cut_bytes, kept_bytes
 from ray_diffsynth.data.fit import SizeFit
-from ray_diffsynth.data.media import check_decode_bytes, load_cut
+from ray_diffsynth.data.media import StoreFailure, check_decode_bytes, load_cut
 from ray_diffsynth.data.scan import SourceFile, reads_as_video
 from ray_diffsynth.data.sources import verified_bytes, verified_file
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.video import Frames, load_first_frame, load_frames
+from ray_diffsynth.data.video_stream import VideoSupportError
+from ray_diffsynth.storage import StorageError
 
 PIXEL_TRANSFORMS: Mapping[str, str] = {"color": "srgb/3", "resize": "bilinear/1", "crop": "cover-center/1"}
 """How an image or frame is decoded and cut (see `load_cut`): name and version of each step, which
 stand in the cache keys of everything encoded from pixels; raise a version when its step gives other pixels."""
 
+ERRORS_OF_ALL_SAMPLES = (StorageError, StoreFailure, VideoSupportError)
+"""Errors of the machine or of a store, which hold for every sample: they end a run, and no sample is left out."""
 _SAME_SHAPE = 1.01
 """Ratio of two aspect ratios that are the same but for whole pixels."""
 

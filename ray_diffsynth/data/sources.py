@@ -14,7 +14,7 @@ from ray_diffsynth.data.media import TRANSIENT, MediaError, SourceChanged, bytes
 def verified_bytes(path: str, digest: str | None) -> bytes:
     """The file's bytes, whose content hash is `digest` (None: any).
 
-    Raises MediaError; SourceChanged when it is another file now, SourceUnavailable when it cannot be read.
+    Raises MediaError; SourceChanged when it is another file now; StoreFailure when its store fails.
     """
     if digest is None:
         return fetch(path)

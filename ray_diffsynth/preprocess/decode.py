@@ -7,18 +7,13 @@ from typing import Any
 from ray_diffsynth.cluster.environment import Environment, Shipped
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.media import TRANSIENT
-from ray_diffsynth.data.samples import load_inputs
-from ray_diffsynth.data.video_stream import VideoSupportError
+from ray_diffsynth.data.samples import ERRORS_OF_ALL_SAMPLES, load_inputs
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.preprocess.errors import described
 from ray_diffsynth.preprocess.messages import EncoderSpec, give_up, pack
 from ray_diffsynth.preprocess.monitor import attempt_at
-from ray_diffsynth.storage import StorageError
 
 logger = logging.getLogger(__name__)
-
-ERRORS_OF_ALL_SAMPLES = (StorageError, VideoSupportError)
-"""Errors of the machine, which lacks something for every sample, not of one sample."""
 
 
 class Decoder(Shipped):
@@ -33,6 +28,8 @@ class Decoder(Shipped):
         with attempt_at(self.monitor, shard["name"], "decode"):
             try:
                 return self._decode(shard)
+            except ERRORS_OF_ALL_SAMPLES as error:
+                return give_up(shard, self.monitor, str(error))
             except Exception as error:
                 # Whatever is raised here would only make Ray Data drop the shard.
                 logger.exception("shard %s cannot be decoded", shard["name"])

@@ -16,9 +16,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray_diffsynth.cluster.environment import Environment, Parcel, call
 from ray_diffsynth.cluster.nodes import Process
 from ray_diffsynth.data.fit import Fits
-from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, source_stamp
+from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, StoreFailure, source_stamp
 from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
-from ray_diffsynth.data.samples import bucket_of, pixel_keys, size_fits
+from ray_diffsynth.data.samples import ERRORS_OF_ALL_SAMPLES, bucket_of, pixel_keys, size_fits
 from ray_diffsynth.data.scan import SourceFile, scan_file
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.video_stream import require_video_support
@@ -51,12 +51,19 @@ def scan_files(
     known: Mapping[str, SourceFile],
     animations: bool = False,
     max_bytes: int = MAX_DECODE_BYTES,
-) -> list[Scanned | Unchecked]:
+) -> list[Scanned | Unchecked | StoreFailure]:
     """Scan each path; a file with the stamp that `known` has of it is taken from there. Errors are values.
 
-    A known file whose stamp cannot be asked stays: a storage that fails for a moment removes no sample.
+    A known file whose stamp cannot be asked stays. Where the store fails for another, the list ends with that: what is
+    scanned before it is not lost, and nothing after it is asked for. Raises StorageError and VideoSupportError.
     """
-    return [_scan(path, known.get(path), animations, max_bytes) for path in paths]
+    found: list[Scanned | Unchecked | StoreFailure] = []
+    for path in paths:
+        try:
+            found.append(_scan(path, known.get(path), animations, max_bytes))
+        except StoreFailure as error:
+            return [*found, error]
+    return found
 
 
 def _scan(path: str, known: SourceFile | None, animations: bool, max_bytes: int) -> Scanned | Unchecked:
@@ -65,9 +72,11 @@ def _scan(path: str, known: SourceFile | None, animations: bool, max_bytes: int)
             try:
                 if known.stamp == source_stamp(path):
                     return known
-            except SourceUnavailable as error:
+            except (SourceUnavailable, StoreFailure) as error:
                 return Unchecked(known, str(error))
         return scan_file(path, animations=animations, max_bytes=max_bytes)
+    except ERRORS_OF_ALL_SAMPLES:
+        raise
     except UserError as error:
         return Failure.of(error)
 
@@ -87,7 +96,8 @@ def scan_dataset(
 
     process: what a task reserves, and where; asked when there is something for one to do. stamps_here: this process
     looks for what has changed since the last scan, as no machine is up for it. What is read is remembered as it goes,
-    so that a run which ends on the way need not read it again.
+    so that a run which ends on the way need not read it again. Raises StoreFailure where a store fails for a file that
+    is not known, or has changed; StorageError and VideoSupportError where a machine lacks what it needs.
     """
     rows = list(metadata.rows())
     places = _places(rows, spec)
@@ -110,13 +120,17 @@ def scan_dataset(
 
     def take() -> None:
         part, reference = pending.popleft()
-        for path, found in zip(part, _result(part, reference, begin), strict=True):
+        results = _result(part, reference, begin)
+        for path, found in zip(part, results, strict=False):
             if isinstance(found, Unchecked):
                 unchecked.append(found)
                 files[path] = found.file
-            else:
+            elif not isinstance(found, StoreFailure):
                 files[path] = found
-        scan_cache.add({path: files[path] for path in part})
+        scan_cache.add({path: files[path] for path in part if path in files})
+        if failures := [found for found in results if isinstance(found, StoreFailure)]:
+            scan_cache.save()
+            raise failures[0]
         on_progress(len(part))
 
     for start in range(0, len(paths), FILES_PER_TASK):
@@ -149,11 +163,15 @@ def unchanged(known: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
         return {path: known[path] for path, kept in zip(known, threads.map(same, known.values()), strict=True) if kept}
 
 
-def _result(part: Sequence[str], reference: Any, begin: Callable[[Sequence[str]], Any]) -> list[Scanned | Unchecked]:
+def _result(
+    part: Sequence[str], reference: Any, begin: Callable[[Sequence[str]], Any]
+) -> list[Scanned | Unchecked | StoreFailure]:
     """What a task found. If it died, each of its files is scanned by a task of its own, to find the one that kills."""
     try:
-        found: list[Scanned | Unchecked] = ray.get(reference)
+        found: list[Scanned | Unchecked | StoreFailure] = ray.get(reference)
     except RayError as error:
+        if isinstance(error, RayTaskError) and isinstance(error.cause, ERRORS_OF_ALL_SAMPLES):
+            raise error.cause from None
         if len(part) > 1:
             alone = [(path, begin([path])) for path in part]
             return [_result([path], reference, begin)[0] for path, reference in alone]

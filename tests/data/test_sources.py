@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from PIL import Image
 from ray_diffsynth import storage
 from ray_diffsynth.data import media
 from ray_diffsynth.data.buckets import Bucket, SizeRule
-from ray_diffsynth.data.media import MediaError, SourceChanged, SourceUnavailable, bytes_hash, content_hash
+from ray_diffsynth.data.media import (
+    READ_ATTEMPTS,
+    MediaError,
+    SourceChanged,
+    SourceUnavailable,
+    StoreFailure,
+    bytes_hash,
+    content_hash,
+)
 from ray_diffsynth.data.samples import digests_of, load_inputs, pixel_keys
 from ray_diffsynth.data.scan import scan_file
 from ray_diffsynth.data.sources import verified_bytes, verified_file
@@ -50,23 +59,38 @@ def flaky(monkeypatch: pytest.MonkeyPatch, failures: int, error: Exception) -> l
 
 def test_a_storage_that_recovers_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = image(tmp_path / "a.png", "red")
-    asked = flaky(monkeypatch, 2, OSError("503 SlowDown"))
-    assert scan_file(path).width == 64 and len(asked) == 3
+    asked = flaky(monkeypatch, READ_ATTEMPTS - 1, OSError("503 SlowDown"))
+    assert scan_file(path).width == 64 and len(asked) == READ_ATTEMPTS
 
 
 class ClientError(Exception):
     """As the clients of object stores raise them."""
 
 
-@pytest.mark.parametrize(("error", "tries"), [(ClientError("503"), 3), (PermissionError("403"), 1)])
+@pytest.mark.parametrize(
+    ("error", "kind", "tries"),
+    [(ClientError("503"), StoreFailure, READ_ATTEMPTS), (PermissionError("403"), SourceUnavailable, 1)],
+)
 def test_a_storage_that_does_not_is_not_the_files_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, tries: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], tries: int
 ) -> None:
     path = image(tmp_path / "a.png", "red")
     asked = flaky(monkeypatch, 99, error)
-    with pytest.raises(SourceUnavailable, match="503|403"):
+    with pytest.raises(kind, match="503|403") as caught:
         media.load_image(path)
     assert len(asked) == tries
+    again = pickle.loads(pickle.dumps(caught.value))  # as it comes from a task
+    assert str(again) == str(caught.value) and type(again) is kind
+    if kind is StoreFailure:
+        assert "a.png cannot be read now (tried 5 times; ClientError: 503)" in str(again)
+        assert "run the same command" in str(again)
+
+
+def test_a_name_that_no_file_can_have_is_the_rows_fault(tmp_path: Path) -> None:
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name in ("a" * 300, "loop.png"):
+        with pytest.raises(MediaError, match="no such file"):
+            scan_file(str(tmp_path / name))
 
 
 def test_damage_is_the_files_fault(tmp_path: Path) -> None:
@@ -97,7 +121,7 @@ def test_a_file_read_in_parts_fails_as_its_storage_does(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(storage, "open_input", lambda path: Broken())
     for read in (content_hash, scan_file):
-        with pytest.raises(SourceUnavailable, match="connection reset"):
+        with pytest.raises(StoreFailure, match="connection reset"):
             read(str(tmp_path / "a.mp4"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.lease import lease
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.store import GroupRow, read_shard_header, write_shard
+from ray_diffsynth.data import media
+from ray_diffsynth.data.media import READ_ATTEMPTS, MediaError, StoreFailure
+from tests.faulty_proxy import FaultyProxy
 from tests.preprocess.conftest import Stage1, files
 from tests.preprocess.counting import build_model, calls
 from tests.s3_server import s3_server
@@ -56,6 +60,58 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", spy)
     return asked
+
+
+@pytest.fixture
+def proxy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """Between the clients and the server; without retries of the client itself, so that ours are seen."""
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"]) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        monkeypatch.setattr(media, "PAUSE_SECONDS", 0.01)
+        fsspec.filesystem("s3", use_listings_cache=False).clear_instance_cache()
+        yield between
+
+
+@pytest.mark.slow
+def test_a_store_that_fails_is_asked_again_and_costs_no_row(
+    bucket: str, proxy: FaultyProxy, few: Path, inline: Stage1, tmp_path: Path
+) -> None:
+    for path in few.iterdir():
+        storage.write_bytes_atomic(f"{bucket}/data/{path.name}", path.read_bytes())
+    image = f"{bucket}/data/0003.png"
+    whole = storage.read_bytes(image)
+    for fault in (429, 503, 500, "reset"):
+        proxy.fail("0003.png", fault, READ_ATTEMPTS - 1)
+        assert media.fetch(image) == whole and proxy.left == 0, fault
+        proxy.fail("0003.png", fault, READ_ATTEMPTS - 1)
+        assert media.source_stamp(image) and proxy.left == 0, fault
+    # What is absent, or may not be read, is the file's or the user's own matter, and is not asked for again.
+    with pytest.raises(MediaError, match="no such file"):
+        media.fetch(f"{bucket}/data/absent.png")
+    proxy.fail("0003.png", 403, 99)
+    with pytest.raises(media.SourceUnavailable, match="may not be read"):
+        media.fetch(image)
+    assert proxy.left == 98
+    # For good: the run ends, nothing is left out, and the next one goes on with what was scanned.
+    model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
+    proxy.fail("0003.png", 503, 10**6)
+    with pytest.raises(
+        StoreFailure, match=r"s3://lab/data/0003\.png cannot be read now \(tried 5 times.*Service Unavailable"
+    ):
+        inline(model, f"{bucket}/data", cache)  # type: ignore[arg-type]
+    assert not (cache / "manifest.json").exists()
+    proxy.fail("", 503, 0)
+    proxy.seen.clear()
+    report = inline(model, f"{bucket}/data", cache)  # type: ignore[arg-type]
+    assert (report["samples"], report["quarantined"]) == (12, 0)
+    assert sum(method == "GET" and path.endswith("0000.png") for method, path in proxy.seen) == 1, (
+        "decoded, not scanned"
+    )
+    # It fails when it is asked whether a file has changed: its row stays as it was.
+    proxy.fail("0003.png", 503, 10**6)
+    report = inline(model, f"{bucket}/data", cache)  # type: ignore[arg-type]
+    assert (report["samples"], report["quarantined"]) == (12, 0)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from PIL import Image
 from ray_diffsynth import storage
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.data import media
+from ray_diffsynth.data.media import StoreFailure
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess import decode
 from ray_diffsynth.preprocess import scan as scan_module
@@ -84,7 +85,7 @@ class ClientError(Exception):
 
 @pytest.mark.parametrize(
     ("error", "asked"),
-    [(OSError("503 SlowDown"), 3), (TimeoutError("read timeout"), 3), (ClientError("400"), 3), (PermissionError(), 1)],
+    [(OSError("503 SlowDown"), 5), (TimeoutError("read timeout"), 5), (ClientError("400"), 5), (PermissionError(), 1)],
     ids=lambda value: type(value).__name__,
 )
 def test_a_storage_that_cannot_be_asked_removes_no_sample(
@@ -107,12 +108,22 @@ def test_a_storage_that_cannot_be_asked_removes_no_sample(
             raise error
         return real(path)
 
-    # Never scanned before: it cannot be encoded in this run, and is tried again by the next.
+    # Never scanned before: what may not be read is tried again by the next run; a store that fails ends this one.
     with monkeypatch.context() as patched:
         patched.setattr(storage, "stamp", stamp)
-        assert inline(model, data, cache)["samples"] == 11
-    assert quarantine(cache) == {"0003.png": ("SourceUnavailable", None)} and len(failing) == asked
-    assert inline(model, data, cache)["samples"] == 12
+        if isinstance(error, PermissionError):
+            assert inline(model, data, cache)["samples"] == 11
+            assert quarantine(cache) == {"0003.png": ("SourceUnavailable", None)}
+        else:
+            with pytest.raises(StoreFailure, match=rf"0003\.png cannot be read now \(tried {asked} times"):
+                inline(model, data, cache)
+    assert len(failing) == asked
+    read: list[str] = []
+    with monkeypatch.context() as patched:
+        scan_file = scan_module.scan_file
+        patched.setattr(scan_module, "scan_file", lambda path, **how: read.append(path) or scan_file(path, **how))
+        assert inline(model, data, cache)["samples"] == 12
+    assert "0000.png" not in {Path(path).name for path in read}, "what was scanned before the failure is known"
     index = Manifest.load(str(cache)).read_index(str(cache))
     # Scanned before: it stays as it was, and it is told.
     caplog.clear()
@@ -145,11 +156,10 @@ def test_a_file_that_changed_is_not_taken_as_it_was(
             raise OSError("503 SlowDown")
         return real(path)
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(StoreFailure, match="503 SlowDown"):
         patched.setattr(storage, "read_bytes", read)
-        assert inline(model, data, cache)["samples"] == 11
-    assert quarantine(cache) == {"0003.png": ("SourceUnavailable", None)}
-    assert inline(model, data, cache)["samples"] == 12
+        inline(model, data, cache)
+    assert quarantine(cache) == {} and inline(model, data, cache)["samples"] == 12
 
 
 def test_a_storage_that_fails_while_decoding_is_tried_again(
@@ -166,11 +176,45 @@ def test_a_storage_that_fails_while_decoding_is_tried_again(
             raise OSError("503 SlowDown")
         return real(path)
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"0003\.png cannot be read now \(tried 5"):
         patched.setattr(storage, "read_bytes", read)
         inline(model, data, cache)
-    assert seen == 4 and quarantine(cache) == {"0003.png": ("SourceUnavailable", None)}
-    assert inline(model, data, cache)["samples"] == 12
+    assert seen == 1 + media.READ_ATTEMPTS and not (cache / "manifest.json").exists()
+    assert inline(model, data, cache)["samples"] == 12 and quarantine(cache) == {}
+
+
+def test_a_machine_that_lacks_a_package_ends_the_run_at_once(
+    tmp_path: Path, data: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the scan's task is on a machine other than the driver's, whose error Ray wraps."""
+    from ray.exceptions import RayTaskError
+
+    model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
+
+    def stamp(path: str) -> str:
+        raise storage.StorageError(f"{path} cannot be reached: pip install 'ray-diffsynth[s3]'")
+
+    monkeypatch.setattr(storage, "stamp", stamp)
+    with pytest.raises(storage.StorageError, match="pip install"):
+        inline(model, data, cache)
+
+    class RemoteRay(InlineRay):
+        @staticmethod
+        def remote(**_: Any) -> Callable[..., Any]:
+            return lambda function: SimpleNamespace(remote=lambda *arguments: (function, arguments))
+
+        @staticmethod
+        def get(value: Any) -> Any:
+            function, arguments = value
+            try:
+                return function(*arguments)
+            except storage.StorageError as error:
+                raise RayTaskError("scan", "a traceback", error) from None
+
+    monkeypatch.setattr(scan_module, "ray", RemoteRay)
+    with pytest.raises(storage.StorageError, match="pip install"):
+        inline(model, data, cache)
+    assert not (cache / "manifest.json").exists()
 
 
 def test_an_image_whose_pixels_are_damaged_is_remembered(tmp_path: Path, data: Path, inline: Stage1) -> None:

@@ -8,16 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ray_diffsynth.data.media import TRANSIENT
-from ray_diffsynth.data.video_stream import VideoSupportError
+from ray_diffsynth.data.samples import ERRORS_OF_ALL_SAMPLES
 from ray_diffsynth.data.warnings import collecting
-from ray_diffsynth.storage import StorageError
 
 T = TypeVar("T")
 
 CHECKED_IMAGES, CHECKED_VIDEOS = 2000, 100
 """Samples up to which a dataset of images, or of videos, is decoded first. Of a larger one a damaged sample is met at
 its step, where another one of its size takes its place."""
-MACHINE_ERRORS = (*TRANSIENT, MemoryError, StorageError, VideoSupportError)
+MACHINE_ERRORS = (*TRANSIENT, *ERRORS_OF_ALL_SAMPLES, MemoryError)
 """Errors of the machine, not of the sample: they end the attempt, and the next one tries again."""
 
 

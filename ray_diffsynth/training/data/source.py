@@ -16,7 +16,7 @@ from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 from ray_diffsynth.data.dataset import read_dataset
 from ray_diffsynth.data.fit import Fits
-from ray_diffsynth.data.samples import bucket_of, load_inputs, size_fits
+from ray_diffsynth.data.samples import ERRORS_OF_ALL_SAMPLES, bucket_of, load_inputs, size_fits
 from ray_diffsynth.data.scan import SourceFile, scan_file
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.video_stream import require_video_support
@@ -112,6 +112,8 @@ class DatasetSource:
             try:
                 files = {param: [_scanned(path, spec) for path in spec.paths(row, param)] for param in spec.file_params}
                 bucket = bucket_of(files, spec)
+            except ERRORS_OF_ALL_SAMPLES:
+                raise
             except UserError as error:
                 self.rejected.append((row["sample_id"], str(error)))
                 continue

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_diffsynth.data.media import SourceUnavailable
+from ray_diffsynth.data.media import SourceUnavailable, StoreFailure
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.training import local
@@ -81,12 +81,16 @@ def test_storage_that_fails_is_no_samples_fault() -> None:
         if item == 1:
             raise ValueError("bad pixels")
         if item == 7:
-            raise SourceUnavailable("7.png", "cannot be read now")
+            raise SourceUnavailable("7.png", "may not be read")
+        if item == 8:
+            raise StoreFailure("8.png", 5, "503 SlowDown")
         return item
 
     assert undecodable([0, 1, 2], load) == {1: "bad pixels"}
     with pytest.raises(SourceUnavailable):
         undecodable([0, 7], load)
+    with pytest.raises(StoreFailure):
+        undecodable([0, 8], load)
 
 
 def test_nothing_usable_names_the_first_reason(tiny_qwen: Path, damaged: Path, tmp_path: Path) -> None:
