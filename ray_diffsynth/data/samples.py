@@ -213,7 +213,6 @@ def _load_file(path: str, param: str, bucket: Bucket, spec: SampleSpec, digest: 
             image = load_first_frame(place, max_bytes=spec.max_decode_bytes)
             cut = resize_crop(image, bucket.height, bucket.width)
     else:
-        content = verified_bytes(path, digest)
-        size = {"height": bucket.height, "width": bucket.width}
-        cut = load_cut(path, content, **size, max_bytes=spec.max_decode_bytes)
+        content, limit = verified_bytes(path, digest), spec.max_decode_bytes
+        cut = load_cut(path, content, height=bucket.height, width=bucket.width, max_bytes=limit)
     return np.asarray(cut)[None] if frames else cut

@@ -102,12 +102,8 @@ def test_a_store_that_fails_is_asked_again_and_costs_no_row(
         inline(model, f"{bucket}/data", cache)  # type: ignore[arg-type]
     assert not (cache / "manifest.json").exists()
     proxy.fail("", 503, 0)
-    proxy.seen.clear()
     report = inline(model, f"{bucket}/data", cache)  # type: ignore[arg-type]
     assert (report["samples"], report["quarantined"]) == (12, 0)
-    assert sum(method == "GET" and path.endswith("0000.png") for method, path in proxy.seen) == 1, (
-        "decoded, not scanned"
-    )
     # It fails when it is asked whether a file has changed: its row stays as it was.
     proxy.fail("0003.png", 503, 10**6)
     report = inline(model, f"{bucket}/data", cache)  # type: ignore[arg-type]
