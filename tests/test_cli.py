@@ -266,6 +266,13 @@ def test_the_pure_modules_load_no_torch() -> None:
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=ROOT)
 
 
+def test_the_drivers_of_training_and_generation_load_no_models_libraries() -> None:
+    """They import torch, which Ray Train does too, but not what their workers load models with."""
+    lines = ["import ray_diffsynth.training.ray.job, ray_diffsynth.generate.job, sys"]
+    lines += ["found = {'diffusers', 'transformers', 'peft'} & set(sys.modules)", "assert not found, found"]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=ROOT)
+
+
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(error: BaseException) -> int:
         def run(config: TrainConfig) -> None:

@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ray_diffsynth.models.lora import add_lora, load_lora_state, lora_parameters
+from ray_diffsynth.models.lora import add_lora, is_adapted, load_lora_state, lora_parameters
 from ray_diffsynth.models.lora_file import LoraError, lora_prefixes, read_lora
 from ray_diffsynth.pipelines.core.base import BasePipeline
 from ray_diffsynth.pipelines.core.lora_keys import lora_names
@@ -44,7 +43,7 @@ def attach_loras(pipe: BasePipeline, paths: Sequence[str]) -> None:
 def set_lora_scale(pipe: BasePipeline, scale: float) -> None:
     """Let the LoRAs of `attach_loras` act at `scale`; 0 is the model without them."""
     for module in pipe.modules():
-        if isinstance(module, BaseTunerLayer):
+        if is_adapted(module):
             module.set_scale("default", scale)
 
 

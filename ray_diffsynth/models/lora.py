@@ -7,9 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ray_diffsynth.config.options import split_names
@@ -23,6 +21,7 @@ __all__ = [
     "add_lora",
     "export_lora",
     "fuse_lora",
+    "is_adapted",
     "leave_casts_to_autocast",
     "load_lora_file",
     "load_lora_state",
@@ -78,9 +77,11 @@ def add_lora(
 
     Raises LoraError: rank < 1, a target that matches nothing, a module that already has a LoRA.
     """
+    import peft  # here, as in is_adapted: it takes seconds, and the drivers of jobs, which import this, need none of it
+
     if rank < 1:
         raise LoraError(f"lora_rank={rank}: a LoRA needs a rank of at least 1")
-    if any(isinstance(m, BaseTunerLayer) for m in module.modules()):
+    if any(is_adapted(m) for m in module.modules()):
         raise LoraError(f"{name} already has a LoRA; fuse it (fuse_lora) or load the model again before adding another")
     targets = match_targets(module, target_modules, name=name)
     effective_alpha = float(rank if alpha is None else alpha)
@@ -112,6 +113,13 @@ def add_lora(
     return LoraInfo(name, rank, effective_alpha, rslora, targets, count)
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer with an adapter of peft's in it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
 def leave_casts_to_autocast(module: nn.Module) -> None:
     """For use under autocast alone: peft gives a layer's input to A in fp32, which autocast casts back.
 
@@ -119,7 +127,7 @@ def leave_casts_to_autocast(module: nn.Module) -> None:
     left as it is: it computes the norms of the weights in the input's dtype.
     """
     for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer) and not getattr(layer, "lora_magnitude_vector", ()):
+        if is_adapted(layer) and not getattr(layer, "lora_magnitude_vector", ()):
             layer.cast_input_dtype_enabled = False
 
 
@@ -240,7 +248,7 @@ def fuse_lora(module: nn.Module, state: Mapping[str, Tensor], scale: float = 1.0
     weights: dict[str, Tensor] = {}
     for path in paths:
         layer = layers[path]
-        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        base = layer.get_base_layer() if is_adapted(layer) else layer
         weight = base.weight
         a, b = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
         if not isinstance(weight, Tensor) or not weight.is_floating_point():

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from ray_diffsynth.training.distributed import all_equal
 from ray_diffsynth.training.errors import TrainingError
@@ -37,6 +35,10 @@ def shard_base(module: DiffusionTrainingModule, device: torch.device, world_size
             f"--shard_base needs equally many batches on each worker: {virtual_ranks} virtual ranks do not divide "
             f"among {world_size} workers; use another --num_workers"
         )
+    # Not above: these take as long as half of torch, which the driver, who imports this too, has no use for.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (world_size,))
     for name in pipe.in_iteration_models:
         model: nn.Module = getattr(pipe, name)
