@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import ray
+from ray._private import ray_constants
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -26,8 +27,18 @@ DATA_ERRORS_LOGGER = "ray.data._internal.execution.streaming_executor_state"
 
 
 def init_local(temporary_folder: str | None, options: Mapping[str, Any]) -> None:
-    """Start a Ray on this machine, with its sockets and logs below `temporary_folder` (None: where Ray puts them)."""
-    ray.init(address="local", include_dashboard=False, _temp_dir=temporary_folder, **options)
+    """Start a Ray on this machine, with its sockets and logs below `temporary_folder` (None: where Ray puts them).
+
+    All its processes listen on loopback alone: who reaches one of their ports runs code here.
+    """
+    # Ray takes 127.0.0.1 for the machine's address where this is false, as it is on macOS. Given as the node's address
+    # it would be replaced by that of the network, and every port be open on all addresses.
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(address="local", include_dashboard=False, _temp_dir=temporary_folder, **options)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def available_resources() -> dict[str, dict[str, float]]:

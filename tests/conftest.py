@@ -40,8 +40,10 @@ def local_ray(importable: Path) -> Iterator[None]:
     """The session's Ray: two CPUs, no dashboard, its own temporary folder."""
     import ray
 
+    from ray_diffsynth.ray_compat import init_local
+
     with pytest.MonkeyPatch.context() as patched:  # workers inherit it
         patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(importable)])))
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        init_local(None, {"num_cpus": 2, "log_to_driver": False})
     yield
     ray.shutdown()

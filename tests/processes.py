@@ -45,6 +45,14 @@ def kill_session(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def listening(process: psutil.Process) -> list[str]:
+    """The addresses on which a process listens, one for each port."""
+    return [one.laddr.ip for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of this machine on which nothing listens."""
     sockets = [socket.socket() for _ in range(count)]

@@ -71,6 +71,19 @@ def ray_start_has_a_folder() -> None:
     assert "_temp_dir" in inspect.getsource(ray.init)
 
 
+def ray_takes_loopback_for_its_address() -> None:
+    from ray._private import ray_constants, services
+    from ray.train.torch import config
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(services.ray._private.worker, "_global_node", None)
+        patched.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
+        assert services.get_node_ip_address() == "127.0.0.1"
+    assert "execute_single(\n                0, get_address_and_port\n" in inspect.getsource(
+        config._TorchBackend.on_start
+    )
+
+
 def ray_plans_pods_from_a_manifest() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -198,6 +211,14 @@ USES = [
         autoscaler_is_asked_and_answers,
     ),
     Use("ray", "ray_compat", ("_temp_dir",), "sockets in a folder that goes with the run", ray_start_has_a_folder),
+    Use("ray", "ray_compat", ("_private",), "a local Ray on loopback alone", ray_takes_loopback_for_its_address),
+    Use(
+        "ray",
+        "training.ray.process_group",
+        ("_internal",),
+        "torch's store on loopback alone",
+        ray_takes_loopback_for_its_address,
+    ),
     Use(
         "ray",
         "training.ray.fit",

@@ -19,9 +19,9 @@ from ray_diffsynth.cluster.address import (
     temporary_folder,
 )
 from ray_diffsynth.cluster.session import ray_session
-from tests.processes import free_ports
+from tests.processes import LOOPBACK, free_ports
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -124,8 +124,9 @@ def test_only_host_and_port_are_asked(without: pytest.MonkeyPatch) -> None:
 
 
 _SCRIPT = """
-import os, ray
+import os, psutil, ray
 from ray_diffsynth.cluster.session import ray_session
+from tests.processes import listening
 
 @ray.remote
 def add(one, two):
@@ -133,15 +134,22 @@ def add(one, two):
 
 with ray_session():
     assert ray.get(add.remote(1, 2)) == 3
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        print("listening", process.name(), *listening(process))
     print("session in", os.path.realpath(ray._private.worker._global_node.get_session_dir_path()))
 """
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_starts_with_a_long_tmpdir(long: Path) -> None:
+def test_ray_starts_with_a_long_tmpdir_and_listens_on_loopback_alone(long: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(long)}
     for name in ("RAY_TMPDIR", "RAY_ADDRESS"):
         environment.pop(name, None)
     done = subprocess.run([sys.executable, "-c", _SCRIPT], cwd=long, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and f"session in {long}/ray/session_" in done.stdout, done.stderr
+    told = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("listening ")]
+    # The driver, the head's server, the node's daemon, its two agents, and the worker of the task.
+    assert len([name for name, *addresses in told if addresses]) >= 6, done.stdout
+    assert all(LOOPBACK.issuperset(addresses) for _, *addresses in told), done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -47,7 +48,9 @@ time.sleep(600)
 @pytest.mark.slow
 def test_a_killed_driver_is_known_to_be_gone(local_ray: None) -> None:
     command = [sys.executable, "-c", _DRIVER, ray.get_runtime_context().gcs_address]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    # It takes 127.0.0.1 for this machine's address, as the Ray does that it joins.
+    environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     try:
         assert driver.stdout is not None
         there = json.loads(driver.stdout.readline())

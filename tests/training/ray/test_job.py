@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import safetensors.torch
@@ -21,6 +22,7 @@ from ray_diffsynth.training.checkpoint import list_checkpoints
 from ray_diffsynth.training.data.source import SourceError
 from ray_diffsynth.training.ray import job
 from ray_diffsynth.training.report.metrics_log import read_metrics
+from tests.processes import LOOPBACK, listening
 from tests.training.conftest import CacheMaker
 from tests.training.helpers import make_config, train_here
 
@@ -133,13 +135,27 @@ def test_errors_come_through(tiny_qwen: Path, make_cache: CacheMaker, tmp_path: 
 
 
 def test_two_workers_train_the_lora_of_one_and_it_is_elastic(
-    tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_qwen: Path,
+    make_cache: CacheMaker,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same two virtual_ranks: served by one process, by two workers, and by 1, then 2, then 1 of them."""
     options: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3, "batch_size": 2}
     alone = make_config(tiny_qwen, make_cache(), tmp_path / "one", gradient_accumulation_steps=2, **options)
     train_here(alone)
-    report = job.run(make_config(tiny_qwen, make_cache(), tmp_path / "two", num_workers=2, **options))
+
+    def noted(arguments: dict[str, Any]) -> None:
+        (tmp_path / f"listening-{os.getpid()}").write_text(" ".join(listening(psutil.Process())))
+        job._worker(arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "_worker", noted)
+        report = job.run(make_config(tiny_qwen, make_cache(), tmp_path / "two", num_workers=2, **options))
+    # Each listens for Ray and for the other one (Gloo); the first has torch's store.
+    addresses = [path.read_text().split() for path in tmp_path.glob("listening-*")]
+    assert sorted(map(len, addresses)) == [2, 3] and {*addresses[0], *addresses[1]} <= LOOPBACK, addresses
     assert report["counts"]["workers"] == 2
     assert "trained 6 of 6 steps on 10 samples" in capsys.readouterr().out
     assert json.loads((tmp_path / "two/report.json").read_text())["counts"]["steps"] == 6
