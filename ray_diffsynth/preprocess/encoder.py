@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import torch
 
+from ray_diffsynth.cluster.living import living
 from ray_diffsynth.cluster.session import own_device
 from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.preprocess.attempts import Attempt
@@ -15,7 +16,6 @@ from ray_diffsynth.preprocess.encode_batches import DeviceError, encode_samples
 from ray_diffsynth.preprocess.errors import EncoderError, described
 from ray_diffsynth.preprocess.messages import EncoderSpec, give_up, pack, unpack
 from ray_diffsynth.preprocess.monitor import attempt_at, end_this_process
-from ray_diffsynth.preprocess.nodes import living
 from ray_diffsynth.preprocess.records import Failure
 
 logger = logging.getLogger(__name__)

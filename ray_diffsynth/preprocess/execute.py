@@ -11,13 +11,13 @@ import ray
 from ray_diffsynth.cluster.encoders import EncoderPool
 from ray_diffsynth.cluster.environment import Environment
 from ray_diffsynth.cluster.joined import alive_nodes, on_this_node
+from ray_diffsynth.cluster.living import living
 from ray_diffsynth.preprocess.attempts import Unfinished
 from ray_diffsynth.preprocess.errors import EncoderError, described
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.losses import RETRIES, Losses
 from ray_diffsynth.preprocess.metrics import PoolMetrics
 from ray_diffsynth.preprocess.monitor import Counts, Monitor
-from ray_diffsynth.preprocess.nodes import living
 from ray_diffsynth.preprocess.ray_data import PassContext, run_pass
 from ray_diffsynth.preprocess.ray_errors import Stopped
 from ray_diffsynth.preprocess.records import Failure

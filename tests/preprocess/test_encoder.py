@@ -17,7 +17,7 @@ from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.plan.run_plan import PreprocessPlan, RunPlan
 from ray_diffsynth.preprocess.decode import Decoder
 from ray_diffsynth.preprocess.encode_batches import encode_samples
-from ray_diffsynth.preprocess.encoder import Encoder
+from ray_diffsynth.preprocess.encoder import LOADS, Encoder, died_loading
 from ray_diffsynth.preprocess.messages import EncoderSpec, shard_row, unpack
 from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
@@ -84,3 +84,16 @@ def test_what_is_not_finite_or_fails_is_that_samples_own(
         encoder.pipe, encoder.group, {}, [{"input_image": n} for n in (7, 7, 7, 2, 7)], 4, lambda *b: batches.append(b)
     )
     assert batches == [(0, 4), (0, 2), (2, 4), (2, 3), (3, 4), (4, 5)]
+
+
+def test_an_actor_that_loads_on_dying_machines_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+
+    def living(those: set[str]) -> set[str]:
+        asked.append(those)
+        return those & {"a", "b"}
+
+    monkeypatch.setattr("ray_diffsynth.preprocess.encoder.living", living)
+    assert died_loading(["a"]) == 0 and died_loading(["a"] * LOADS) == LOADS - 1 and asked == []
+    assert died_loading(["a"] * (LOADS + 1)) == LOADS
+    assert died_loading(["x", "a", "y", "b", "z", "a"]) == 2 and asked[-1] == {"x", "a", "y", "b", "z"}

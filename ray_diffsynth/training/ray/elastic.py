@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,17 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_diffsynth.cluster.demand import Ask
 from ray_diffsynth.cluster.joined import joined_cluster
+from ray_diffsynth.cluster.living import living
 from ray_diffsynth.cluster.nodes import Cluster
 from ray_diffsynth.cluster.request import Requester
 from ray_diffsynth.cluster.wait import Waiting, shortage_of, unused
 from ray_diffsynth.cluster.workers import WorkerGroup
 from ray_diffsynth.ray_compat import autoscaler, draining_nodes, taken_away_nodes
-
-logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 20.0
 """A node that has not run an empty task in this time is taken for lost, though Ray may not have noticed yet."""
@@ -33,25 +30,8 @@ GROW_SECONDS = 60.0
 
 def answering(cluster: Cluster) -> Cluster:
     """Those machines on which a task runs: after a crash Ray still lists a node that is gone for a while."""
-    tasks = {
-        _nothing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
-        for node in cluster.staying
-    }
-    done, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=ANSWER_SECONDS) if tasks else ([], [])
-    there = set()
-    for task in done:
-        try:
-            ray.get(task)
-        except ray.exceptions.RayError as error:
-            logger.debug("node %s does not answer: %s", tasks[task], error)
-            continue
-        there.add(tasks[task])
-    return replace(cluster, nodes={node: found for node, found in cluster.nodes.items() if node in there})
-
-
-@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
-def _nothing() -> None:
-    """Ends."""
+    alive = living(cluster.staying, ANSWER_SECONDS)
+    return replace(cluster, nodes={node: found for node, found in cluster.nodes.items() if node in alive})
 
 
 def wait_for_room(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from ray.exceptions import WorkerCrashedError
 
-from ray_diffsynth.preprocess import encoder, nodes
-from ray_diffsynth.preprocess.encoder import LOADS, died_loading
+from ray_diffsynth.cluster import living as module
+from ray_diffsynth.cluster.living import living
 
 
 class PlayedCluster:
@@ -62,12 +62,12 @@ class PlayedCluster:
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlayedCluster], PlayedCluster]:
     def call(cluster: PlayedCluster) -> PlayedCluster:
-        monkeypatch.setattr(nodes, "ray", cluster)
-        monkeypatch.setattr(nodes, "alive_nodes", cluster.alive_nodes)
+        monkeypatch.setattr(module, "ray", cluster)
+        monkeypatch.setattr(module, "alive_nodes", cluster.alive_nodes)
         monkeypatch.setattr(
-            nodes, "NodeAffinitySchedulingStrategy", lambda node, soft: SimpleNamespace(node_id=node, soft=soft)
+            module, "NodeAffinitySchedulingStrategy", lambda node, soft: SimpleNamespace(node_id=node, soft=soft)
         )
-        monkeypatch.setattr(nodes, "_LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(module, "_LOOK_SECONDS", 0.0)
         return cluster
 
     return call
@@ -78,21 +78,21 @@ Play = Callable[[PlayedCluster], PlayedCluster]
 
 def test_the_drivers_own_machine_need_not_be_asked(play: Play) -> None:
     cluster = play(PlayedCluster({}))
-    assert nodes.living({"own"}) == {"own"} and cluster.asked == []
-    assert nodes.living(set()) == set()
+    assert living({"own"}) == {"own"} and cluster.asked == []
+    assert living(set()) == set()
 
 
 def test_one_that_is_dead_and_not_yet_declared_so_is_waited_for(play: Play) -> None:
     """Ray says of `late` that it lives, at the first looks."""
     cluster = play(PlayedCluster({"slow": 3, "quick": 1}, declared={"late": 20, "gone": 0}))
-    assert nodes.living({"own", "slow", "quick", "late", "gone"}) == {"own", "slow", "quick"}
+    assert living({"own", "slow", "quick", "late", "gone"}) == {"own", "slow", "quick"}
     assert sorted(cluster.asked) == ["late", "quick", "slow"] and cluster.look == 20
     assert cluster.cancelled == ["late"]
 
 
 def test_a_question_that_dies_is_asked_again(play: Play) -> None:
     cluster = play(PlayedCluster({"a": 1}, crashes={"a": 2}))
-    assert nodes.living({"a"}) == {"a"} and cluster.asked == ["a"] * 3
+    assert living({"a"}) == {"a"} and cluster.asked == ["a"] * 3
 
 
 def test_one_that_neither_answers_nor_dies_is_taken_for_dead_and_told(
@@ -100,18 +100,5 @@ def test_one_that_neither_answers_nor_dies_is_taken_for_dead_and_told(
 ) -> None:
     play(PlayedCluster({"a": 1}, declared={"silent": 1 << 20}))
     with caplog.at_level(logging.WARNING):
-        assert nodes.living({"a", "silent"}, seconds=0) == {"a"}
+        assert living({"a", "silent"}, seconds=0) == {"a"}
     assert "1 machines neither answer nor are declared dead" in caplog.text and "silent" in caplog.text
-
-
-def test_an_actor_that_loads_on_dying_machines_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[set[str]] = []
-
-    def living(those: set[str]) -> set[str]:
-        asked.append(those)
-        return those & {"a", "b"}
-
-    monkeypatch.setattr(encoder, "living", living)
-    assert died_loading(["a"]) == 0 and died_loading(["a"] * LOADS) == LOADS - 1 and asked == []
-    assert died_loading(["a"] * (LOADS + 1)) == LOADS
-    assert died_loading(["x", "a", "y", "b", "z", "a"]) == 2 and asked[-1] == {"x", "a", "y", "b", "z"}
