@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from ray_diffsynth.cluster.address import ClusterError
 from ray_diffsynth.cluster.demand import Ask, Demand, Shortage
@@ -15,6 +16,8 @@ from ray_diffsynth.cluster.request import Requester
 from ray_diffsynth.ray_compat import Autoscaler, autoscaler, available_resources
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 POLL_SECONDS = 1.0
 QUIET_SECONDS = 5.0
@@ -92,3 +95,16 @@ def wait_for(
         waiting.say(shortage)
         time.sleep(POLL_SECONDS)
     return False
+
+
+def sized_when_there(
+    size: Callable[[Cluster], T], demand: Callable[[T], Demand], requester: Requester, *, minutes: float
+) -> T:
+    """What `size` makes of the cluster, once that has room for the least of its `demand`, by what is there then.
+
+    The request is taken back: the actors are the demand from then on. Raises ClusterError as `wait_for`.
+    """
+    wait_for(demand(size(joined_cluster())), requester, minutes=minutes)
+    found = size(joined_cluster())
+    requester.cancel()
+    return found

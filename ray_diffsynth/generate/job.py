@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from ray_diffsynth.cluster.generators import GeneratorPool, generator_pool
-from ray_diffsynth.cluster.joined import joined_cluster
 from ray_diffsynth.cluster.request import requester
 from ray_diffsynth.cluster.session import ray_session
-from ray_diffsynth.cluster.wait import wait_for
+from ray_diffsynth.cluster.wait import sized_when_there
 from ray_diffsynth.config import GenerateConfig
 from ray_diffsynth.generate.items import IMAGES_FOLDER, check_arguments, plan_items
 from ray_diffsynth.generate.pool import Painted, paint_all
@@ -55,12 +56,11 @@ def run(config: GenerateConfig) -> dict[str, Any]:
 
 
 def _wait_for_pool(config: GenerateConfig, items: int, output: str) -> GeneratorPool:
-    """The actors, once there is room for them. They are the demand from then on, so that none is asked for beside."""
-    growing = autoscaler() is not None
+    """The actors, once there is room for them."""
+    size = partial(generator_pool, config, items, growing=autoscaler() is not None)
     with requester(f"generate {output}") as wanted:
-        pool = generator_pool(config, items, joined_cluster(), growing=growing)
-        wait_for(pool.demand, wanted, minutes=config.wait_minutes)
-    return generator_pool(config, items, joined_cluster(), growing=growing)
+        pool: GeneratorPool = sized_when_there(size, attrgetter("demand"), wanted, minutes=config.wait_minutes)
+    return pool
 
 
 def _identity(plan: GeneratePlan) -> dict[str, Any]:

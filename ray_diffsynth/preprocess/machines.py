@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from ray_diffsynth.cluster.encoders import EncoderPool, encoder_demand, encoder_pools, scan_demand
 from ray_diffsynth.cluster.joined import joined_cluster
 from ray_diffsynth.cluster.nodes import Process, room
 from ray_diffsynth.cluster.request import Requester, requester
-from ray_diffsynth.cluster.wait import wait_for
+from ray_diffsynth.cluster.wait import sized_when_there, wait_for
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.ray_compat import autoscaler
@@ -42,14 +43,13 @@ class Machines:
         runs = [run for run in runs if run.shards]
         if not runs:
             return {}
-        names, growing = [run.name for run in runs], autoscaler() is not None
-        pools = encoder_pools(self._config, names, joined_cluster(), growing=growing)
+        size = partial(encoder_pools, self._config, [run.name for run in runs], growing=autoscaler() is not None)
         fixed = self._config.worker_range != (0, 0) or self._config.pools is not None
         shards = {run.name: len(run.shards) for run in runs}
-        demand = encoder_demand(pools, shards, least=fixed and not self._begun)
-        wait_for(demand, self._requester, minutes=self._config.wait_minutes)
-        pools = encoder_pools(self._config, names, joined_cluster(), growing=growing)
-        self._requester.cancel()
+        demand = partial(encoder_demand, shards=shards, least=fixed and not self._begun)
+        pools: dict[str, EncoderPool] = sized_when_there(
+            size, demand, self._requester, minutes=self._config.wait_minutes
+        )
         self._begun = True
         return pools
 

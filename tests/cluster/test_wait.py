@@ -11,7 +11,7 @@ from ray_diffsynth.cluster import wait
 from ray_diffsynth.cluster.address import ClusterError
 from ray_diffsynth.cluster.demand import Ask, Demand
 from ray_diffsynth.cluster.nodes import Cluster, Process
-from ray_diffsynth.cluster.wait import wait_for
+from ray_diffsynth.cluster.wait import sized_when_there, wait_for
 from ray_diffsynth.ray_compat import Autoscaler
 
 WANTED = Demand((Ask("actors", Process({"GPU": 1.0}, {"stage": "encode"}), 2, 4),))
@@ -89,3 +89,16 @@ def test_a_wait_has_an_end(scene: Scene, caplog: pytest.LogCaptureFixture) -> No
     assert 120 <= scene.now < 125
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2  # at 5 and at 65 s
     assert not wait_for(WANTED, scene.requester, minutes=2, stopped=lambda: True)  # type: ignore[arg-type]
+
+
+def test_the_size_is_that_of_the_machines_that_have_come(scene: Scene) -> None:
+    scene.looks = [*[(HEAD, HEAD)] * 3, (encode_nodes(3),) * 2]
+    cancelled: list[float] = []
+    scene.requester.cancel = lambda: cancelled.append(scene.now)
+    sizes = sized_when_there(
+        lambda cluster: len(cluster.nodes),
+        lambda size: WANTED if size == 1 else Demand(()),
+        scene.requester,  # type: ignore[arg-type]
+        minutes=30,
+    )
+    assert sizes == 4 and scene.asked == [WANTED] * 3 and cancelled == [scene.now]
