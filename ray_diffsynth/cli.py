@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -106,6 +107,10 @@ def run_told(run: Callable[[], object], *, verbose: bool, output_path: str) -> i
         done = f"what is finished lies in {output_path}; the same command goes on from there"
         print(f"\ninterrupted: {done}", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:  # as Ray's handler ends a job that has none of its own
+            return 128 + signal.SIGTERM
+        raise
     except Exception as error:
         user_error = find_user_error(error)
         message = explain(error) if user_error is None else str(user_error)

@@ -9,6 +9,7 @@ import json
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -287,6 +288,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert fail(RuntimeError("a bug")) == 1
     assert "Traceback" in capsys.readouterr().err
     assert fail(KeyboardInterrupt()) == 130
+    assert fail(SystemExit(signal.SIGTERM)) == 143, "so Ray ends a job by SIGTERM"
     assert "goes on" in capsys.readouterr().err
 
 
