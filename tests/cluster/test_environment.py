@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +132,28 @@ sys.meta_path.insert(0, Watch())
 """
 """A `sitecustomize` that notes, in each process, what it has when torch or the hub's library is imported."""
 
-_JOBS = """
+PIECES = {
+    "HF_TOKEN": ("hf_S3cret", "S3cret"),
+    "MY_PROBE": ("S3cret", "N4med"),
+    "WANDB_API_KEY": ("w4ndb", "S3cret"),
+    "AWS_SECRET_ACCESS_KEY": ("4ws", "S3cret"),
+}
+"""Halves of values: Ray keeps the command of a driver, which is the very text of _JOBS."""
+SECRETS = {name: "".join(halves) for name, halves in PIECES.items()}
+
+_JOBS = (
+    f"pieces = {PIECES}"
+    + """
 import json, os, sys
 import psutil, ray
+from ray_diffsynth.ray_compat import init_local
 
-model, data, out = sys.argv[1:]
+model, data, out, folder = sys.argv[1:]
 os.environ["AWS_REGION"] = "of the workers"
-ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+init_local(folder, {"num_cpus": 3, "log_to_driver": False})
 # After Ray has started: its processes do not inherit these.
 os.environ.update(TORCH_PROBE="given", AWS_REGION="of the driver")
-# In pieces: Ray keeps the command of a driver, which is this very text.
-os.environ.update(HF_TOKEN="hf_S3cret" + "S3cret", MY_PROBE="S3cret" + "N4med")
+os.environ.update({name: "".join(halves) for name, halves in pieces.items()})
 
 from ray_diffsynth.config import GenerateConfig, PreprocessConfig, TrainConfig
 from ray_diffsynth.generate import job as generate
@@ -177,25 +191,44 @@ def memory(pid):
 def found(text):
     return [text.encode() in b"".join(map(bytes, tables)), any(text.encode() in part for part in memory(gcs.pid))]
 
-print(json.dumps({"driver": os.getpid(), "tables": len(tables), "secret": found("hf_S3cret" + "S3cret"),
-                  "named": found("S3cret" + "N4med"), "known": found("SamplerActor")}))
+secret = {name: found("".join(halves)) for name, halves in pieces.items()}
+token = found(os.environ["RAY_AUTH_TOKEN"])[0]  # the server itself knows it
+print(json.dumps({"driver": os.getpid(), "token": token, "secret": secret, "known": found("SamplerActor")}))
 """
+)
+
+
+def files_with(text: str, folder: Path) -> list[Path]:
+    """The files in a folder, and below it, that hold a text."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [path for path in files if text.encode() in path.read_bytes()]
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """One whose path leaves room for the sockets of Ray."""
+    folder = Path("/tmp") / f"rds-{secrets.token_hex(4)}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_process_has_the_variables_and_no_table_holds_them(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_every_process_has_the_variables_and_no_table_or_file_holds_them(
+    tiny_qwen: Path, tmp_path: Path, short_folder: Path
+) -> None:
     site, probe = tmp_path / "site", tmp_path / "probe"
     site.mkdir()
     (site / "sitecustomize.py").write_text(_SITE)
     draw_dataset(tmp_path / "data", 2, height=32, width=32)
     path = os.pathsep.join([str(site), str(ROOT)])
-    unset = ("TORCH_PROBE", "HF_TOKEN", "MY_PROBE")
-    known = {name: value for name, value in os.environ.items() if name not in unset}
+    known = {name: value for name, value in os.environ.items() if name not in ("TORCH_PROBE", *PIECES)}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    output = tmp_path / "output"
     done = subprocess.run(
-        [sys.executable, "-c", _JOBS, str(tiny_qwen), str(tmp_path / "data"), str(tmp_path)],
-        env={**known, "PYTHONPATH": path, "PROBE_FILE": str(probe), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", _JOBS, str(tiny_qwen), str(tmp_path / "data"), str(output), str(short_folder)],
+        env={**known, **token, "PYTHONPATH": path, "PROBE_FILE": str(probe), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -209,9 +242,15 @@ def test_every_process_has_the_variables_and_no_table_holds_them(tiny_qwen: Path
     assert len(others) <= 1, lines
     # A decoder, an encoder and a writer at least; a training worker, the actor of its images, and one that generates.
     assert len({line["pid"] for line in workers if line["name"] == "torch"}) >= 5, lines
-    expected = {"TORCH_PROBE": "given", "HF_TOKEN": "hf_S3cretS3cret", "MY_PROBE": "S3cretN4med"}
-    expected["AWS_REGION"] = "of the workers"
+    expected = {"TORCH_PROBE": "given", "AWS_REGION": "of the workers"}
+    expected |= {name: SECRETS[name] for name in ("HF_TOKEN", "MY_PROBE")}
     for line in workers:
         assert {name: line[name] for name in expected} == expected, f"{line}\n{lines}"
     assert told["known"] == [True, True], "the tables and the memory that are looked at are not those of the actors"
-    assert told["secret"] == told["named"] == [False, False], "Ray's tables hold the value of a variable"
+    assert told["secret"] == {name: [False, False] for name in PIECES}, "Ray's tables hold the value of a variable"
+    assert not told["token"], "Ray's tables hold the token"
+    for folder, text in ((output, "lora_rank"), (short_folder, "SamplerActor")):
+        assert files_with(text, folder), f"what is looked at in {folder} is not what the jobs wrote"
+        for value in (*SECRETS.values(), token["RAY_AUTH_TOKEN"]):
+            assert files_with(value, folder) == []
+    assert not [value for value in (*SECRETS.values(), token["RAY_AUTH_TOKEN"]) if value in done.stdout + done.stderr]
