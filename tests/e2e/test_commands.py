@@ -10,14 +10,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from ray_diffsynth.cache.lease import LEASE
 from ray_diffsynth.demo.draw import draw_dataset
+from ray_diffsynth.training.checkpoint import list_checkpoints
+from ray_diffsynth.training.report.metrics_log import read_metrics
 from tests.processes import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -51,6 +54,9 @@ GUIDE = (
     ),
     *("--dataset_num_workers", "8", "--find_unused_parameters"),
 )
+
+
+JOB = [str(Path(sys.executable).with_name("ray")), "job"]
 
 
 def run(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> str:
@@ -95,7 +101,7 @@ class Head:
     environment: dict[str, str]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A Ray head with a job server on loopback, with its own ports, token and temporary folder."""
     gcs, dashboard, agent, client, metrics = free_ports(5)
@@ -166,7 +172,7 @@ def test_ray_job_submit(head: Head, tiny_qwen: Path, checkout: Path, tmp_path: P
     draw_dataset(tmp_path / "data", 4)
     cache, lora = tmp_path / "cache", tmp_path / "lora"
     (checkout / "run.yaml").write_text("train: {lora_target_modules: [to_q, to_k], lora_rank: 4}\nbatch_size: 2\n")
-    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head.address]
+    submit = [*JOB, "submit", "--address", head.address]
     both = ["jobs/pipeline.py", "--config", "run.yaml", "--model", str(tiny_qwen), "--family", "my_submitted_family"]
     both += ["--dataset_base_path", str(tmp_path / "data"), "--cache_path", str(cache), "--output_path", str(lora)]
 
@@ -184,3 +190,35 @@ def test_ray_job_submit(head: Head, tiny_qwen: Path, checkout: Path, tmp_path: P
     assert before == {path: path.stat().st_mtime_ns for path in before}
     steps = [json.loads(line)["step"] for line in (lora / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def test_ray_job_stop(head: Head, tiny_qwen: Path, fp32_cache: Path, tmp_path: Path) -> None:
+    """A training that is given time saves; what is stopped in any stage leaves its path to the same command."""
+
+    def begin(name: str, output: Path, seconds: int, *options: str | Path) -> None:
+        environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(seconds)}})
+        command = ["python", str(ROOT / "jobs" / f"{name}.py"), "--model", tiny_qwen, "--output_path", output, *options]
+        submit = [*JOB, "submit", "--no-wait", "--submission-id", name, "--runtime-env-json", environment, "--"]
+        run([*submit, *map(str, command)], tmp_path, head.environment)
+
+    def stop(name: str, output: Path, when: Callable[[], bool]) -> None:
+        while not when():
+            status = run([*JOB, "status", name], tmp_path, head.environment)
+            assert "FAILED" not in status and "SUCCEEDED" not in status, status
+            time.sleep(0.5)
+        assert (output / LEASE).exists()
+        run([*JOB, "stop", name], tmp_path, head.environment)
+        assert "STOPPED" in run([*JOB, "status", name], tmp_path, head.environment)
+
+    lora, cache = tmp_path / "lora", tmp_path / "cache"
+    options: list[str | Path] = ["--dataset_base_path", fp32_cache, "--dtype", "float32", "--num_epochs", "100000"]
+    options += ["--save_steps", "100000", "--lora_target_modules", "to_q", "--log_with", "none"]
+    begin("train", lora, 300, *options)
+    stop("train", lora, lambda: len(read_metrics(str(lora))) >= 2)
+    steps = json.loads((lora / "report.json").read_text())["counts"]["steps"]
+    assert list_checkpoints(str(lora)) == [f"step-{steps}"] and not (lora / LEASE).exists()
+
+    draw_dataset(tmp_path / "data", 100, height=32, width=32)
+    begin("preprocess", cache, 300, "--dataset_base_path", tmp_path / "data")
+    stop("preprocess", cache, lambda: any(cache.glob("*/*.parquet")))
+    assert not (cache / "manifest.json").exists() and not (cache / LEASE).exists()
