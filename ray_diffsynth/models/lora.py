@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from ray_diffsynth.config.options import split_names
 from ray_diffsynth.diffusion.randomness import generator
 from ray_diffsynth.errors import nearest
 from ray_diffsynth.models.lora_file import LoraError, export_lora, lora_scale, read_lora
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 __all__ = [
     "LoraError",
@@ -113,7 +117,7 @@ def add_lora(
     return LoraInfo(name, rank, effective_alpha, rslora, targets, count)
 
 
-def is_adapted(module: nn.Module) -> bool:
+def is_adapted(module: nn.Module) -> TypeGuard[BaseTunerLayer]:
     """Whether ``module`` is a layer with an adapter of peft's in it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -150,7 +150,9 @@ def test_options_in_the_pages_exist() -> None:
     }
     for name in ("quickstart", *AFTER_QUICKSTART):
         text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-        assert set(re.findall(r"(?<![\w-])--(\w+)", text)) - known <= {"head"}, name
+        assert set(re.findall(r"(?<![\w-])--(\w+)", text)) - known <= {"head", "runtime"}, (
+            name
+        )  # of ray start, ray job submit
 
 
 def test_the_messages_of_troubleshooting_are_in_the_program() -> None:
