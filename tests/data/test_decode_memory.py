@@ -18,15 +18,15 @@ from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.data.spec import SampleSpec
 
 SIDE, TARGET = 3000, 512
-FACTOR = 3
+FACTOR = 2
 """The figure is at most this many times what is measured."""
 SLACK = 6 << 20
 """Bytes by which a process may grow beside: libraries that are loaded by the first file of their kind."""
-CONSTANT = 40 << 20
-"""Bytes of a figure that do not depend on the image (its bands), and those that a process had left from other files."""
+CONSTANT = 24 << 20
+"""Bytes of a figure that do not depend on the image: its bands."""
 
 MEASURE = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from PIL import Image
 from ray_diffsynth.data.decode_memory import cut_bytes
@@ -36,17 +36,27 @@ def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
-Image.init()
-target = int(sys.argv[1])
-found = {}
-for path in sys.argv[2:]:
+def measure(path):
     load_cut(f"{path}.small", height=16, width=16)  # its codec is loaded
     info = image_info(path)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
     load_cut(path, height=target, width=target)
     needed = info.decode_bytes + cut_bytes(info.width, info.height, target, target)
-    found[Path(path).name] = [needed, memory("VmHWM") - before]
+    return [needed, memory("VmHWM") - before]
+
+Image.init()
+target = int(sys.argv[1])
+found = {}
+for path in sys.argv[2:]:
+    reader, writer = os.pipe()
+    if os.fork() == 0:  # a process a file: what others left in this one's memory would be used again
+        os.write(writer, json.dumps(measure(path)).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        found[Path(path).name] = json.load(answer)
+    os.wait()
 print(json.dumps(found))
 """
 
