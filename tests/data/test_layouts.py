@@ -12,7 +12,7 @@ import pytest
 
 from ray_diffsynth import storage
 from ray_diffsynth.data.formats import parquet_rows
-from ray_diffsynth.data.media import MediaError, fetch
+from ray_diffsynth.data.media import MediaError, StoreFailure, fetch
 from ray_diffsynth.data.metadata import DatasetError, read_metadata, resolve_file
 from ray_diffsynth.data.metadata_files import metadata_path_from_root
 from ray_diffsynth.data.patterns import expand_braces, split_list
@@ -320,7 +320,7 @@ def test_an_archive_that_changed_under_the_run_is_told_as_such(tmp_path: Path) -
         zip_of({"0.png": png(0)})[:100]: "cannot be read now",
     }.items():
         put(tmp_path, {"a.zip": data})
-        with pytest.raises(MediaError, match=words):
+        with pytest.raises((MediaError, StoreFailure), match=words):
             fetch(path)
 
 
