@@ -9,8 +9,8 @@ from typing import IO, cast
 from ray_diffsynth import storage
 from ray_diffsynth.data.archives.samples import ArchiveSamples, table_of
 from ray_diffsynth.data.formats import DatasetError, RawTable
+from ray_diffsynth.data.formats.raw import what_it_is
 from ray_diffsynth.data.on_threads import on_threads
-from ray_diffsynth.data.placeholders import HEAD, wrong_content
 
 
 def read_tars(base_path: str, names: Sequence[str], file_column: str, text_column: str) -> RawTable:
@@ -48,16 +48,7 @@ def _read_tar(path: str, found: ArchiveSamples) -> str:
         raise DatasetError(f"the tar {path} does not exist; check --dataset_base_path") from error
     # Beside TarError: numbers in a damaged header are ValueErrors, or too large for a file's offset.
     except (OSError, tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        if why := _wrong_content(path):
+        if why := what_it_is(path):
             return f"{name} is {why}"
         return f"{name} cannot be read to its end ({error}); {len(found.samples)} samples were found"
     return ""
-
-
-def _wrong_content(path: str) -> str | None:
-    """What a file that is no tar is instead; None if unknown."""
-    try:
-        with storage.open_input(path) as file:
-            return wrong_content(file.read(HEAD))
-    except OSError:
-        return None

@@ -14,8 +14,8 @@ from ray_diffsynth import storage
 from ray_diffsynth.data.archives.samples import MAX_TEXT_BYTES, ArchiveSamples, table_of
 from ray_diffsynth.data.column_names import TEXT
 from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable
+from ray_diffsynth.data.formats.raw import what_it_is
 from ray_diffsynth.data.on_threads import on_threads
-from ray_diffsynth.data.placeholders import HEAD, wrong_content
 from ray_diffsynth.storage.zip_member import DEFLATED, STORED, check_sizes
 
 BLOCK_BYTES = 1 << 20
@@ -85,7 +85,7 @@ def _members(path: str, name: str) -> tuple[dict[str, tuple[str, int]], dict[str
     except FileNotFoundError as error:
         raise DatasetError(f"the zip {path} does not exist; check --dataset_base_path") from error
     except (OSError, zipfile.BadZipFile, ValueError, OverflowError, EOFError, NotImplementedError) as error:
-        why = _wrong_content(path) or f"not a readable zip ({error}); write it again"
+        why = what_it_is(path) or f"not a readable zip ({error}); write it again"
         raise DatasetError(f"{path} is {why}") from error
     for entry in entries:
         if entry.is_dir():
@@ -141,12 +141,3 @@ def _table(base_path: str, table: str, members: Mapping[str, tuple[str, int]], t
         return replace(found, source=source, values=None if found.values is None else values)
 
     return replace(raw, rows=tuple(row(found) for found in raw.rows))
-
-
-def _wrong_content(path: str) -> str | None:
-    """What a file that is no zip is instead; None if unknown."""
-    try:
-        with storage.open_input(path, block_size=BLOCK_BYTES) as file:
-            return wrong_content(file.read(HEAD))
-    except OSError:
-        return None

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_diffsynth import storage
-from ray_diffsynth.data.formats.raw import DatasetError, RawRow, RawTable
-from ray_diffsynth.data.placeholders import HEAD, wrong_content
+from ray_diffsynth.data.formats.raw import DatasetError, RawRow, RawTable, what_it_is
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.storage.parquet import open_parquet
 
@@ -66,8 +65,7 @@ def read_parquet(path: str) -> RawTable:
         raise
     except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
         # ValueError: bytes that are no text, a date that Python has none for
-        with storage.open_input(path) as file:
-            why = wrong_content(file.read(HEAD))
+        why = what_it_is(path)
         raise DatasetError(
             f"{path} is {why}" if why else f"{path} is not a readable Parquet file: {error}; write it again"
         ) from error

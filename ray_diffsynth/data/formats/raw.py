@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_diffsynth import storage
+from ray_diffsynth.data.placeholders import HEAD, wrong_content
 from ray_diffsynth.data.text import TextError, decode_text
 from ray_diffsynth.errors import UserError
 
@@ -71,3 +72,12 @@ def text_of(path: str, data: bytes) -> str:
 def columns_of(rows: Sequence[RawRow]) -> tuple[str, ...]:
     """Every column of the rows, in order of appearance."""
     return tuple(dict.fromkeys(name for row in rows for name in row.values or ()))
+
+
+def what_it_is(path: str) -> str | None:
+    """What a file that cannot be read as what its name says is instead, by its beginning; None if unknown."""
+    try:
+        with storage.open_input(path, block_size=HEAD) as file:
+            return wrong_content(file.read(HEAD))
+    except OSError:
+        return None
