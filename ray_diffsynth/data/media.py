@@ -26,6 +26,7 @@ from ray_diffsynth.data.color_signal import png_chunk, signalled_profile
 from ray_diffsynth.data.decode_memory import ImageHeader
 from ray_diffsynth.data.placeholders import HEAD, wrong_content
 from ray_diffsynth.errors import UserError
+from ray_diffsynth.storage.watched import WatchedFile
 
 logger = logging.getLogger(__name__)
 
@@ -153,37 +154,13 @@ def source_stamp(path: str) -> str:
     return _with_retries(path, lambda: storage.stamp(path))
 
 
-class _ErrorRecorder:
-    """An open file that remembers the error of its storage, however a decoder reports that."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.error: Exception | None = None
-
-    def _watch(self, what: Callable[[], T]) -> T:
-        try:
-            return what()
-        except Exception as error:
-            self.error = error
-            raise
-
-    def read(self, size: int = -1) -> bytes:
-        return self._watch(lambda: self.file.read(size))
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._watch(lambda: self.file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return self._watch(self.file.tell)
-
-
 @contextmanager
 def reading(path: str) -> Iterator[IO[bytes]]:
     """The open file, for what is too large to be read at once; what goes wrong becomes a MediaError or StoreFailure."""
     with _with_retries(path, lambda: storage.open_input(path)) as file:
         if file.size() == 0:
             raise MediaError(path, "the file is empty (0 bytes)")
-        watched = _ErrorRecorder(cast("IO[bytes]", file))
+        watched = WatchedFile(cast("IO[bytes]", file))
         try:
             with decoding(path):
                 if why := wrong_content(watched.read(HEAD)):

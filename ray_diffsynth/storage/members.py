@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.storage.raw import raw_stamp, read_range
-from ray_diffsynth.storage.zip_member import inflate_member
+from ray_diffsynth.storage.zip_member import CUT_SHORT, inflate_member
 
 _ENDINGS = "tar|zip|parquet"
 _MEMBER = re.compile(rf"(.+?\.({_ENDINGS}))/@([0-9]{{1,18}}(?:\+[0-9]{{1,18}})*)/([^/].*)", re.DOTALL | re.IGNORECASE)
@@ -74,7 +74,7 @@ def _read_tar(member: Member) -> bytes:
     offset, size = _numbers(member, 2)
     data = read_range(member.archive, offset, size)
     if len(data) != size:
-        raise OSError(f"{member.archive} ends within the member at {offset}")
+        raise ValueError(f"it ends within the member at {offset}: {CUT_SHORT}")
     return data
 
 

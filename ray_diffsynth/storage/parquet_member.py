@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import IO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_diffsynth.storage.parquet import open_parquet
 from ray_diffsynth.storage.raw import open_raw
+from ray_diffsynth.storage.watched import WatchedFile
 
 KEPT_BYTES = 256 << 20
 """Row groups that are kept, in bytes; the last one always is."""
@@ -94,6 +96,14 @@ def _group(path: str, stamp: str, footer: _Footer, group: int, leaf: int) -> pa.
 
 @contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    """Within it, what cannot be read of the file raises ValueError, and OSError where that is its storage's fault."""
     # What is asked for, and no more: the footer and a column of a row group lie far apart.
-    with open_raw(path, cache_type="none") as file, open_parquet(file, path) as parquet:
-        yield parquet
+    with open_raw(path, cache_type="none") as file:
+        watched = WatchedFile(cast("IO[bytes]", file))
+        try:
+            with pa.PythonFile(watched, mode="r") as source, open_parquet(source, path) as parquet:
+                yield parquet
+        except OSError as error:
+            if watched.error is not None:
+                raise
+            raise ValueError(f"damaged ({error})") from error  # as pyarrow calls pages that it cannot read

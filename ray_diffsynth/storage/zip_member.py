@@ -11,6 +11,8 @@ MAX_MEMBER_BYTES = 1 << 30
 MAX_RATIO = 1032
 """Largest factor by which deflate can shrink; an archive that claims more is damaged or hostile."""
 STORED, DEFLATED = 0, 8
+CUT_SHORT = "cut short, or written anew; copy or write it again"
+"""What an archive is that ends within a member."""
 _HEADER = struct.Struct("<4s5H3I2H")
 _SLACK = 512
 """Bytes fetched for the header before the data, whose length it alone says."""
@@ -27,12 +29,12 @@ def check_sizes(packed: int, size: int) -> None:
 def inflate_member(read: Callable[[int, int], bytes], header: int, packed: int, size: int) -> bytes:
     """The content of the member whose local header begins at `header`. `read(start, count)` reads of the archive.
 
-    Raises ValueError for a member that is not what the archive says, OSError from `read`, or for an archive cut short.
+    Raises ValueError for a member that is not what the archive says, or an archive cut short; OSError from `read`.
     """
     check_sizes(packed, size)
     data = read(header, _SLACK + packed)
     if len(data) < _HEADER.size:
-        raise OSError(f"the archive ends within the member at {header}")
+        raise ValueError(f"it ends within the member at {header}: {CUT_SHORT}")
     signature, _, flags, method, *_, name_bytes, extra_bytes = _HEADER.unpack_from(data)
     if signature != b"PK\x03\x04":
         raise ValueError(f"no member begins at {header}: the archive was changed, or is damaged")
@@ -43,7 +45,7 @@ def inflate_member(read: Callable[[int, int], bytes], header: int, packed: int, 
     if len(content) < packed:
         content = read(header + start, packed)
     if len(content) < packed:
-        raise OSError(f"the archive ends within the member at {header}")
+        raise ValueError(f"it ends within the member at {header}: {CUT_SHORT}")
     if method == STORED:
         if packed != size:
             raise ValueError(f"it is stored as it is, in {packed} bytes, and claims to have {size}")

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_diffsynth import storage
+from ray_diffsynth.data import media
 from ray_diffsynth.data.formats import parquet_rows
-from ray_diffsynth.data.media import MediaError, StoreFailure, fetch
+from ray_diffsynth.data.media import MediaError, fetch
 from ray_diffsynth.data.metadata import DatasetError, read_metadata, resolve_file
 from ray_diffsynth.data.metadata_files import metadata_path_from_root
 from ray_diffsynth.data.patterns import expand_braces, split_list
@@ -313,15 +314,53 @@ def test_an_archive_that_changed_under_the_run_is_told_as_such(tmp_path: Path) -
     put(tmp_path, {"a.zip": zip_of(wds(0, 1))})
     (first, *_) = read_metadata(str(tmp_path)).rows()
     path = resolve_file(str(tmp_path), first["image"])
-    for data, error, words in [
-        (b"x" * 20_000, MediaError, "no member begins at"),
-        (zip_of(wds(0), zipfile.ZIP_LZMA), MediaError, "is compressed by method 14"),
-        (zip_of({"0.png": png(0)[:-1]}), MediaError, "does not have|damaged|claims"),
-        (zip_of({"0.png": png(0)})[:100], StoreFailure, "cannot be read now"),
+    for data, words in [
+        (b"x" * 20_000, "no member begins at"),
+        (zip_of(wds(0), zipfile.ZIP_LZMA), "is compressed by method 14"),
+        (zip_of({"0.png": png(0)[:-1]}), "does not have|damaged|claims"),
+        (zip_of({"0.png": png(0)})[:100], "it ends within the member at 0: cut short"),
     ]:
         put(tmp_path, {"a.zip": data})
-        with pytest.raises(error, match=words):
+        with pytest.raises(MediaError, match=words):
             fetch(path)
+
+
+CUT = {
+    "zip": (zip_of(wds(0, 1)), "it ends within the member at"),
+    "tar": (tar_of(wds(0, 1)), "it ends within the member at"),
+    "parquet": (shard(0, 1), "cannot be read from"),
+}
+
+
+@pytest.mark.parametrize("base", ["local", "memory"])
+@pytest.mark.parametrize("kept", [0.4, 0.0])
+@pytest.mark.parametrize("kind", CUT)
+def test_an_archive_that_is_cut_short_is_its_rows_fault_and_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, kept: float, base: str
+) -> None:
+    """No failure of the store, which would be tried again and end the run."""
+    folder = str(tmp_path) if base == "local" else f"memory://cut/{kind}{kept}"
+    whole, words = CUT[kind]
+    storage.write_bytes_atomic(archive := f"{folder}/train.{kind}", whole)
+    *_, last = read_metadata(folder).rows()
+    path = resolve_file(folder, last["image"])
+    assert fetch(path)
+    storage.write_bytes_atomic(archive, whole[: int(len(whole) * kept)])
+    monkeypatch.setattr(media.time, "sleep", lambda seconds: pytest.fail("it was tried again"))
+    with pytest.raises(MediaError, match=words) as caught:
+        fetch(path)
+    assert type(caught.value) is MediaError
+
+
+def test_damaged_pages_of_a_parquet_file_are_its_rows_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bytearray(CUT["parquet"][0])
+    put(tmp_path, {"train.parquet": bytes(whole)})
+    *_, last = read_metadata(str(tmp_path)).rows()
+    whole[4:1000] = b"\xff" * 996
+    put(tmp_path, {"train.parquet": bytes(whole)})
+    monkeypatch.setattr(media.time, "sleep", lambda seconds: pytest.fail("it was tried again"))
+    with pytest.raises(MediaError, match=r"cannot be read from .*train\.parquet"):
+        fetch(resolve_file(str(tmp_path), last["image"]))
 
 
 @pytest.mark.parametrize(

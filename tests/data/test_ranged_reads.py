@@ -11,6 +11,8 @@ import fsspec
 import pytest
 
 from ray_diffsynth import storage
+from ray_diffsynth.data import media
+from ray_diffsynth.data.media import MediaError
 from ray_diffsynth.data.metadata import read_metadata, resolve_file
 from tests.data.dataset_files import hf_parquet, tar_of, zip_of
 from tests.s3_server import s3_server
@@ -85,3 +87,16 @@ def test_members_are_fetched_by_their_place(bucket: str, asked: Asked, kind: str
     asked.sizes.clear()
     assert storage.read_bytes(resolve_file(base, rows[-1]["image"])) == NOISE[-1]
     assert sum(asked.sizes) < (0 if kind == "parquet" else 1.1) * len(NOISE[-1]) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_member_behind_the_end_of_its_archive_is_no_failure_of_the_store(
+    bucket: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server refuses such a range with 416, which is tried again as any other failure of its own."""
+    archive = f"{bucket}/short.{kind}"
+    storage.write_bytes_atomic(archive, b"x" * 100)
+    monkeypatch.setattr(media.time, "sleep", lambda seconds: pytest.fail("it was tried again"))
+    with pytest.raises(MediaError, match="it ends within the member at 1000"):
+        media.fetch(storage.member_path(archive, (1000, 10, 10) if kind == "zip" else (1000, 10), "a.png"))
