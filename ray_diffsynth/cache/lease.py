@@ -46,6 +46,16 @@ def _parse(content: bytes) -> dict[str, Any]:
     return lease if isinstance(lease, dict) else {}
 
 
+def owner(folder: str) -> str | None:
+    """Which attempt has the lease of a folder: a name that no other attempt has; None where nobody has it.
+
+    Raises OSError and what the store raises when it cannot be read.
+    """
+    current = _read(join(folder, LEASE))
+    found: str | None = None if current is None else _parse(current).get("owner")
+    return found
+
+
 def _is_local(lease: Mapping[str, Any]) -> bool:
     """Whether its holder runs, or ran, on this machine since it was started."""
     return lease.get("host") == socket.gethostname() and lease.get("boot") == _boot_id()
@@ -112,8 +122,7 @@ class Lease:
 
     def held(self) -> bool:
         """Whether the lease file is this holder's. Raises OSError and what the store raises when it cannot be read."""
-        current = _read(self.path)
-        return current is not None and _parse(current).get("owner") == self._mine["owner"]
+        return owner(self.folder) == self._mine["owner"]
 
     def __enter__(self) -> Lease:
         return self

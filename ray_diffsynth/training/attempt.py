@@ -1,42 +1,27 @@
-"""Which command writes into an output path: the one that was started on it last.
+"""Which command writes into an output path: the one that holds its lease.
 
 A worker whose driver was killed may live on for a while, on a node that is cut off even for a minute, and would mix its
-checkpoints with those of the same command run again. So each command leaves a name of its own, and a worker that finds
-another one writes nothing more.
+checkpoints with those of the same command run again. So a worker that finds the lease another's writes nothing more.
 """
 
 from __future__ import annotations
 
-import uuid
-
-from ray_diffsynth.storage import join, read_bytes, write_bytes_atomic
+from ray_diffsynth.cache.lease import owner
 from ray_diffsynth.training.errors import TrainingError
-
-ATTEMPT_FILE = ".attempt"
-
-
-def begin_attempt(output_path: str) -> None:
-    """From now on what was started on `output_path` before writes no checkpoint there. Call it once a command."""
-    write_bytes_atomic(join(output_path, ATTEMPT_FILE), uuid.uuid4().hex.encode())
 
 
 class Attempt:
-    """The attempt that a worker belongs to: the newest when it starts."""
+    """The attempt that a worker belongs to: that of the command which has the output path when the worker starts."""
 
     def __init__(self, output_path: str) -> None:
+        """Raises StorageError."""
         self._output_path = output_path
-        self._name = self._newest()
+        self._owner = owner(output_path)
 
     def check(self) -> None:
-        """Raise TrainingError if a newer one was begun. Raises StorageError."""
-        if self._newest() != self._name:
+        """Raise TrainingError if another command has the output path, or had it meanwhile. Raises StorageError."""
+        if owner(self._output_path) != self._owner:
             raise TrainingError(
                 f"another command was started on {self._output_path} while this one ran; this one ends and writes "
                 "nothing more there. To train both, give each its own --output_path"
             )
-
-    def _newest(self) -> bytes | None:
-        try:
-            return read_bytes(join(self._output_path, ATTEMPT_FILE))
-        except (FileNotFoundError, NotADirectoryError):
-            return None

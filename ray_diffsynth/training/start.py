@@ -31,7 +31,6 @@ from ray_diffsynth.storage import (
     read_bytes,
     write_bytes_atomic,
 )
-from ray_diffsynth.training.attempt import begin_attempt
 from ray_diffsynth.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -100,10 +99,9 @@ class Start:
     def begin(self) -> None:
         """Make `output_path` hold what the run starts from; every attempt then takes the newest checkpoint in it.
 
-        What was started on it before writes no more checkpoints from then on. Call it once when a command starts, not
-        when its run recovers from a crash.
+        Call it once when a command starts, which holds the lease of `output_path`, not when its run recovers from a
+        crash.
         """
-        begin_attempt(self.output_path)
         if self.goes_on:
             self._go_on()
             return

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ray_diffsynth.cache.lease import LEASE, Lease, lease
 from ray_diffsynth.plan.run_plan import RunPlan
 from ray_diffsynth.storage import folders
 from ray_diffsynth.training import checkpointing
@@ -199,6 +200,8 @@ def test_a_worker_of_an_earlier_command_writes_nothing_more(
 ) -> None:
     """Its driver was killed and the same command began again while it lives on: the next save ends it."""
     config = make_config(tiny_qwen, make_cache(), tmp_path, max_steps=8, save_steps=2, log_with="none")
+    killed = Lease(str(tmp_path))
+    (tmp_path / LEASE).write_bytes(killed.content())
     Start.of(config).begin()
     resumed: list[TrainResult] = []
 
@@ -206,8 +209,10 @@ def test_a_worker_of_an_earlier_command_writes_nothing_more(
         if step == 3 and not resumed:
             while not list_checkpoints(str(tmp_path)):  # that of step 2 is still being written
                 time.sleep(0.01)
-            Start.of(config).begin()
-            resumed.append(run(tiny_qwen, make_cache(), tmp_path, max_steps=6))
+            (tmp_path / LEASE).unlink()
+            with lease(str(tmp_path)):
+                Start.of(config).begin()
+                resumed.append(run(tiny_qwen, make_cache(), tmp_path, max_steps=6))
 
     with pytest.raises(TrainingError, match="another command was started on .* this one ends and writes nothing more"):
         run(tiny_qwen, make_cache(), tmp_path, Steps(again), max_steps=8)

@@ -62,9 +62,9 @@ def test_never_sets_everything_of_the_earlier_run_aside_and_nothing_else(
 ) -> None:
     begin(out)
     train(out, 4)
-    before = {name: (Path(out) / name).read_bytes() for name in contents(out) - {".attempt"}}
+    before = {name: (Path(out) / name).read_bytes() for name in contents(out)}
     assert not begin(out, resume="never").goes_on
-    assert contents(out) - {f"previous-1/{name}" for name in before} == {*USERS, "run.json", ".attempt"}
+    assert contents(out) - {f"previous-1/{name}" for name in before} == {*USERS, "run.json"}
     for name, data in before.items():
         place = name if name in USERS else f"previous-1/{name}"
         assert (Path(out) / place).read_bytes() == data, name
@@ -166,7 +166,7 @@ def test_a_folder_without_a_training_is_left_as_it_is(out: str) -> None:
     for name in ("report.json", "manifest.json", "picture.png"):
         write_bytes_atomic(join(out, name), b"x")
     begin(out, resume="never")
-    assert contents(out) == {"report.json", "manifest.json", "picture.png", "run.json", ".attempt"}
+    assert contents(out) == {"report.json", "manifest.json", "picture.png", "run.json"}
 
 
 @pytest.mark.parametrize("option", ["lora_checkpoint", "preset_lora_path"])
