@@ -1,8 +1,15 @@
-"""For all tests: files that take long come first, and tests marked gpu are skipped on a machine without CUDA."""
+"""For all tests: files that take long come first, tests marked gpu are skipped on a machine without CUDA, and one that
+fails shows what the programs that it started have said."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from pathlib import Path
+
 import pytest
+
+SHOWN = 6000
+"""Characters of a log, from its end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,3 +25,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the logs in the folder of a failed test: what it waited for until its time was over may be told there."""
+    report = yield
+    folder = getattr(item, "funcargs", {}).get("tmp_path")
+    if report.failed and isinstance(folder, Path):
+        for log in sorted(folder.glob("*.log")):
+            text = log.read_text(encoding="utf-8", errors="replace")
+            report.sections.append((f"end of {log.name}", text[-SHOWN:]))
+    return report
