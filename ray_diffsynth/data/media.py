@@ -108,7 +108,7 @@ def _windows_advice(path: str) -> str:
     return "; it is a path of Windows: write it with / and relative to --dataset_base_path"
 
 
-def _with_retries(path: str, read: Callable[[], T]) -> T:
+def with_retries(path: str, read: Callable[[], T]) -> T:
     """What `read` returns, tried again where the storage fails.
 
     Raises MediaError, SourceUnavailable among them; StoreFailure when the last attempt fails too.
@@ -141,7 +141,10 @@ def _with_retries(path: str, read: Callable[[], T]) -> T:
 
 def fetch(path: str) -> bytes:
     """The whole file. Raises MediaError when it is absent, empty or may not be read, and StoreFailure."""
-    data = _with_retries(path, lambda: storage.read_bytes(path))
+    return _checked(path, with_retries(path, lambda: storage.read_bytes(path)))
+
+
+def _checked(path: str, data: bytes) -> bytes:
     if not data:
         raise MediaError(path, "the file is empty (0 bytes)")
     if why := wrong_content(data[:HEAD]):
@@ -149,15 +152,24 @@ def fetch(path: str) -> bytes:
     return data
 
 
+def fetch_stamped(path: str) -> tuple[bytes, str]:
+    """The whole file and its stamp, which is not newer. Raises as `fetch`."""
+    if not storage.is_remote(path):  # where asking costs little
+        stamp = source_stamp(path)
+        return fetch(path), stamp
+    data, stamp = with_retries(path, lambda: storage.read_stamped(path))
+    return _checked(path, data), stamp
+
+
 def source_stamp(path: str) -> str:
     """`storage.stamp` of a source. Raises MediaError when it is absent or may not be read, and StoreFailure."""
-    return _with_retries(path, lambda: storage.stamp(path))
+    return with_retries(path, lambda: storage.stamp(path))
 
 
 @contextmanager
 def reading(path: str) -> Iterator[IO[bytes]]:
     """The open file, for what is too large to be read at once; what goes wrong becomes a MediaError or StoreFailure."""
-    with _with_retries(path, lambda: storage.open_input(path)) as file:
+    with with_retries(path, lambda: storage.open_input(path)) as file:
         if file.size() == 0:
             raise MediaError(path, "the file is empty (0 bytes)")
         watched = WatchedFile(cast("IO[bytes]", file))

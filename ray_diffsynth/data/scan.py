@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from ray_diffsynth.data import media
 from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.data.media import MAX_DECODE_BYTES, bytes_hash, content_hash, fetch, image_info
+from ray_diffsynth.data.media import MAX_DECODE_BYTES, bytes_hash, fetch, fetch_stamped, image_info
+from ray_diffsynth.data.sources import hashed_file
 from ray_diffsynth.data.video import VideoInfo, available_frames, probe_video
 from ray_diffsynth.data.video_stream import is_video
 
@@ -54,30 +55,34 @@ def reads_as_video(path: str, animations: bool) -> bool:
     return is_video(path) and (animations or not path.lower().endswith(".gif"))
 
 
-def scan_file(path: str, *, animations: bool = False, max_bytes: int = MAX_DECODE_BYTES) -> SourceFile:
-    """Header and content hash of an image or video. Raises MediaError when it is absent or neither.
+def scan_file(
+    path: str, *, stamp: str | None = None, animations: bool = False, max_bytes: int = MAX_DECODE_BYTES
+) -> SourceFile:
+    """Header and content hash of an image or video, by reading it once. Raises MediaError when it is absent or neither.
 
-    `animations`: count the frames of a GIF too. `max_bytes` of memory may be taken by the first frame of a video.
+    `stamp`: the file's, where it is known. `animations`: count the frames of a GIF too. `max_bytes` of memory may be
+    taken by the first frame of a video.
     """
-    stamp = media.source_stamp(path)
     if reads_as_video(path, animations):
-        video = probe_video(path, max_bytes=max_bytes)
+        found = media.source_stamp(path) if stamp is None else stamp
+        with hashed_file(path) as (place, digest):
+            video = probe_video(place, max_bytes=max_bytes)
         return SourceFile(
             path,
-            stamp,
+            found,
             video.width,
             video.height,
-            content_hash(path),
+            digest,
             num_frames=video.num_frames,
             fps=video.fps,
             decode_bytes=video.decode_bytes,
             note=video.note,
         )
-    data = fetch(path)
+    data, found = fetch_stamped(path) if stamp is None else (fetch(path), stamp)
     image = image_info(path, data)
     return SourceFile(
         path,
-        stamp,
+        found,
         image.width,
         image.height,
         bytes_hash(data),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import posixpath
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from ray_diffsynth import storage
 from ray_diffsynth.data.media import TRANSIENT, MediaError, SourceChanged, bytes_hash, content_hash, fetch
@@ -34,16 +34,10 @@ def verified_file(path: str, digest: str | None) -> Iterator[str]:
     if digest is None:
         yield path
     elif storage.is_remote(path):
-        with tempfile.NamedTemporaryFile(suffix=posixpath.splitext(path)[1]) as copy:
-            with _missing_as_changed(path):
-                found = content_hash(path, copy.file)
+        with _copied(path, lambda: _missing_as_changed(path)) as (place, found):
             if found != digest:
                 raise _changed(path)
-            copy.flush()
-            try:
-                yield copy.name
-            except MediaError as error:
-                raise MediaError(path, error.reason) from error
+            yield place
     else:
         with _missing_as_changed(path):
             before = _stamp(path)
@@ -56,6 +50,34 @@ def verified_file(path: str, digest: str | None) -> Iterator[str]:
             # Also where the decoder failed: it may have met the new content.
             if _stamp(path) != before:
                 raise _changed(path)
+
+
+@contextmanager
+def hashed_file(path: str) -> Iterator[tuple[str, str]]:
+    """A path to read the file by, in parts, and its content hash; a remote file is copied, so that it is fetched once.
+
+    Raises MediaError and StoreFailure.
+    """
+    if storage.is_remote(path):
+        with _copied(path, nullcontext) as copy:
+            yield copy
+    else:
+        yield path, content_hash(path)
+
+
+@contextmanager
+def _copied(path: str, while_fetched: Callable[[], AbstractContextManager[None]]) -> Iterator[tuple[str, str]]:
+    """A temporary copy of a file, and its content hash. What a decoder finds in the copy is told of the file."""
+    with tempfile.NamedTemporaryFile(suffix=posixpath.splitext(path)[1]) as copy:
+        with while_fetched():
+            found = content_hash(path, copy.file)
+        copy.flush()
+        try:
+            yield copy.name, found
+        except MediaError as error:
+            if error.path != copy.name:
+                raise
+            raise MediaError(path, error.reason) from error
 
 
 def _changed(path: str, how: str = "it holds something else now") -> SourceChanged:

@@ -21,14 +21,18 @@ from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
 from ray_diffsynth.data.samples import ERRORS_OF_ALL_SAMPLES, bucket_of, pixel_keys, size_fits
 from ray_diffsynth.data.scan import SourceFile, scan_file
 from ray_diffsynth.data.spec import SampleSpec
+from ray_diffsynth.data.stamps import listed_stamps
 from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.records import Failure, Sample
 from ray_diffsynth.preprocess.scan_cache import ScanCache
+from ray_diffsynth.urls import is_remote
 
 logger = logging.getLogger(__name__)
 
 FILES_PER_TASK = 64
+REMOTE_FILES = 8
+"""Remote files that a task reads at a time, which it mostly waits for."""
 STAMP_THREADS = 32
 """Questions at once to the storage, which mostly wait."""
 MAX_PENDING_TASKS = 512
@@ -51,30 +55,44 @@ def scan_files(
     known: Mapping[str, SourceFile],
     animations: bool = False,
     max_bytes: int = MAX_DECODE_BYTES,
+    stamps: Mapping[str, str] | None = None,
 ) -> list[Scanned | Unchecked | StoreFailure]:
     """Scan each path; a file with the stamp that `known` has of it is taken from there. Errors are values.
 
-    A known file whose stamp cannot be asked stays. Where the store fails for another, the list ends with that: what is
-    scanned before it is not lost, and nothing after it is asked for. Raises StorageError and VideoSupportError.
+    `stamps`: of files whose stamps have been listed. A known file whose stamp cannot be asked stays. Where the store
+    fails for another, the list ends with that: what is scanned before it is not lost, and what is after it is not asked
+    for (of remote files, which are read some at a time, little). Raises StorageError and VideoSupportError.
     """
-    found: list[Scanned | Unchecked | StoreFailure] = []
-    for path in paths:
+    stamps = stamps or {}
+
+    def scan(path: str) -> Scanned | Unchecked | StoreFailure:
         try:
-            found.append(_scan(path, known.get(path), animations, max_bytes))
+            return _scan(path, known.get(path), stamps.get(path), animations, max_bytes)
         except StoreFailure as error:
-            return [*found, error]
+            return error
+
+    found: list[Scanned | Unchecked | StoreFailure] = []
+    with ThreadPoolExecutor(REMOTE_FILES) as threads:
+        results = threads.map(scan, paths) if any(map(is_remote, paths)) else map(scan, paths)
+        for result in results:
+            found.append(result)
+            if isinstance(result, StoreFailure):
+                threads.shutdown(wait=False, cancel_futures=True)
+                break
     return found
 
 
-def _scan(path: str, known: SourceFile | None, animations: bool, max_bytes: int) -> Scanned | Unchecked:
+def _scan(
+    path: str, known: SourceFile | None, stamp: str | None, animations: bool, max_bytes: int
+) -> Scanned | Unchecked:
     try:
         if known is not None and known.stamp:
             try:
-                if known.stamp == source_stamp(path):
+                if known.stamp == (stamp or source_stamp(path)):
                     return known
             except (SourceUnavailable, StoreFailure) as error:
                 return Unchecked(known, str(error))
-        return scan_file(path, animations=animations, max_bytes=max_bytes)
+        return scan_file(path, stamp=stamp or None, animations=animations, max_bytes=max_bytes)
     except ERRORS_OF_ALL_SAMPLES:
         raise
     except UserError as error:
@@ -95,9 +113,10 @@ def scan_dataset(
     """Samples in dataset order, and the rows that cannot be used with their reason. Ray tasks read the files.
 
     process: what a task reserves, and where; asked when there is something for one to do. stamps_here: this process
-    looks for what has changed since the last scan, as no machine is up for it. What is read is remembered as it goes,
-    so that a run which ends on the way need not read it again. Raises StoreFailure where a store fails for a file that
-    is not known, or has changed; StorageError and VideoSupportError where a machine lacks what it needs.
+    looks for what has changed since the last scan also where no listing tells that, as no machine is up for it. What is
+    read is remembered as it goes, so that a run which ends on the way need not read it again. Raises StoreFailure where
+    a store fails for a file that is not known, or has changed; StorageError and VideoSupportError where a machine lacks
+    what it needs.
     """
     rows = list(metadata.rows())
     places = _places(rows, spec)
@@ -105,8 +124,16 @@ def scan_dataset(
     require_video_support(paths)
     scan_cache = ScanCache(cache, paths, remember=remember)
     files: dict[str, Scanned] = {}
+    stamps: dict[str, str] = {}
+    for path, stamp in listed_stamps(paths):
+        before = scan_cache.files.get(path)
+        if before is not None and stamp and before.stamp == stamp:
+            files[path] = before
+        else:
+            stamps[path] = stamp
     if stamps_here:
-        files |= unchanged(scan_cache.known(paths))
+        files |= unchanged(scan_cache.known(path for path in paths if path not in files and path not in stamps))
+    if files:
         on_progress(len(files))
         paths = [path for path in paths if path not in files]
     task = ray.remote(**process().ray_options, max_retries=1)(call) if paths else None
@@ -116,7 +143,8 @@ def scan_dataset(
 
     def begin(part: Sequence[str]) -> Any:
         assert task is not None
-        return task.remote(scan, part, scan_cache.known(part), spec.size.video, spec.max_decode_bytes)
+        listed = {path: stamps[path] for path in part if path in stamps}
+        return task.remote(scan, part, scan_cache.known(part), spec.size.video, spec.max_decode_bytes, listed)
 
     def take() -> None:
         part, reference = pending.popleft()

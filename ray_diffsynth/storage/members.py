@@ -51,6 +51,11 @@ def without_place(path: str) -> str:
     return path if member is None else f"{member.archive}/{member.name}"
 
 
+def member_stamp(member: Member, whole: str) -> str:
+    """The stamp of a member of an archive with the stamp `whole`."""
+    return whole and f"{whole}@{'+'.join(map(str, member.numbers))}"
+
+
 def read_member(member: Member) -> bytes:
     """The member's content. Raises OSError, FileNotFoundError among them; MemberError where the archive is at fault."""
     try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ray_diffsynth.storage.paths import filesystem, local_path
+from ray_diffsynth.storage.s3 import get_object, is_s3
 from ray_diffsynth.urls import is_remote
 
 if TYPE_CHECKING:
@@ -45,6 +47,26 @@ def read_range(path: str, start: int, size: int) -> bytes:
         return file.read(size)
 
 
+def read_raw(path: str) -> bytes:
+    """The whole file. Raises OSError."""
+    if not is_remote(path):
+        with open(local_path(path), "rb") as file:
+            return file.read()
+    fs, inner = filesystem(path)
+    return get_object(fs, inner)[0] if is_s3(fs) else bytes(fs.cat_file(inner))
+
+
+def read_raw_stamped(path: str) -> tuple[bytes, str]:
+    """The whole file and its `raw_stamp`, by one request where its store tells both at once. Raises as both do."""
+    if is_remote(path):
+        fs, inner = filesystem(path)
+        if is_s3(fs):
+            data, info = get_object(fs, inner)
+            return data, stamp_of(info)
+    before = raw_stamp(path)
+    return read_raw(path), before
+
+
 def raw_stamp(path: str) -> str:
     """As `storage.stamp`, of a file that is no member."""
     if not is_remote(path):
@@ -52,10 +74,19 @@ def raw_stamp(path: str) -> str:
         return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}-{found.st_ino}"
     fs, inner = filesystem(path)
     info = fs.info(inner)
-    version = next((info[name] for name in _VERSIONS if info.get(name)), None)
-    if version is None:
-        try:
-            version = fs.modified(inner)
-        except NotImplementedError:
-            return ""
+    if found_stamp := stamp_of(info):
+        return found_stamp
+    try:
+        return f"{info.get('size')}-{fs.modified(inner)}"
+    except NotImplementedError:
+        return ""
+
+
+def stamp_of(info: Mapping[str, Any]) -> str:
+    """The stamp of a remote file by what its store tells of it, alone or in a listing; "" where that has no version."""
+    name = next((name for name in _VERSIONS if info.get(name)), None)
+    if name is None:
+        return ""
+    # Some stores write it with quotes in one answer and without in another.
+    version = f'"{str(info[name]).removeprefix("W/").strip(chr(34))}"' if name == "ETag" else info[name]
     return f"{info.get('size')}-{version}"

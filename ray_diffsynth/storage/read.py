@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ray_diffsynth.storage.members import member_of, member_size, read_member
+from ray_diffsynth.storage.members import member_of, member_size, member_stamp, read_member
 from ray_diffsynth.storage.paths import filesystem, local_path
-from ray_diffsynth.storage.raw import open_raw, raw_stamp
+from ray_diffsynth.storage.raw import open_raw, raw_stamp, read_raw, read_raw_stamped
 from ray_diffsynth.urls import is_remote
 
 if TYPE_CHECKING:
@@ -44,11 +44,18 @@ def read_bytes(path: str) -> bytes:
     """The whole file. Raises OSError, FileNotFoundError among them; MemberError for a member that is damaged."""
     if member := member_of(path):
         return read_member(member)
-    if is_remote(path):
-        fs, inner = filesystem(path)
-        return bytes(fs.cat_file(inner))
-    with open(local_path(path), "rb") as file:
-        return file.read()
+    return read_raw(path)
+
+
+def read_stamped(path: str) -> tuple[bytes, str]:
+    """The whole file and its `stamp`, by one request where the store tells both at once. Raises as both do.
+
+    The content is never older than the stamp: where it is newer, the next look finds another stamp.
+    """
+    if member_of(path):
+        before = stamp(path)
+        return read_bytes(path), before
+    return read_raw_stamped(path)
 
 
 def open_input(path: str, *, block_size: int | None = None) -> pa.NativeFile:
@@ -71,6 +78,5 @@ def stamp(path: str) -> str:
     Raises OSError or ValueError for a file that is absent or cannot be asked.
     """
     if member := member_of(path):
-        whole = raw_stamp(member.archive)
-        return whole and f"{whole}@{'+'.join(map(str, member.numbers))}"
+        return member_stamp(member, raw_stamp(member.archive))
     return raw_stamp(path)

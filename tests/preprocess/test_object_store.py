@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.store import GroupRow, read_shard_header, write_shard
 from ray_diffsynth.data import media
 from ray_diffsynth.data.media import READ_ATTEMPTS, MediaError, StoreFailure
+from ray_diffsynth.preprocess import summary
 from tests.faulty_proxy import FaultyProxy
 from tests.preprocess.conftest import Stage1, files
 from tests.preprocess.counting import build_model, calls
@@ -97,7 +99,7 @@ def test_a_store_that_fails_is_asked_again_and_costs_no_row(
     model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
     proxy.fail("0003.png", 503, 10**6)
     with pytest.raises(
-        StoreFailure, match=r"s3://lab/data/0003\.png cannot be read now \(tried 5 times.*Service Unavailable"
+        StoreFailure, match=r"s3://lab/data/0003\.png cannot be read now \(tried 5 times.*Service ?Unavailable"
     ):
         inline(model, f"{bucket}/data", cache)  # type: ignore[arg-type]
     assert not (cache / "manifest.json").exists()
@@ -108,6 +110,31 @@ def test_a_store_that_fails_is_asked_again_and_costs_no_row(
     proxy.fail("0003.png", 503, 10**6)
     report = inline(model, f"{bucket}/data", cache)  # type: ignore[arg-type]
     assert (report["samples"], report["quarantined"]) == (12, 0)
+
+
+@pytest.mark.slow
+def test_an_image_is_fetched_by_the_scan_and_by_the_decoder_and_listed_after(
+    bucket: str, proxy: FaultyProxy, few: Path, inline: Stage1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in few.iterdir():
+        storage.write_bytes_atomic(f"{bucket}/data/{path.name}", path.read_bytes())
+    model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
+    monkeypatch.setattr(summary, "SHEET_IMAGES", 0)  # those that the report's page shows are opened once more
+    counts = []
+    for run in range(3):
+        if run == 2:
+            storage.write_bytes_atomic(f"{bucket}/data/0003.png", (few / "0004.png").read_bytes())
+        proxy.seen.clear()
+        assert inline(model, f"{bucket}/data", cache)["samples"] == 12  # type: ignore[arg-type]
+        images = Counter(request for request in proxy.seen if request[1].endswith(".png"))
+        counts.append(len(proxy.seen) - images.total())
+        if run == 0:
+            assert images == {("GET", f"/lab/data/{number:04d}.png"): 2 for number in range(12)}
+        else:
+            # The last is another one's image now: it is known by its content, and not decoded.
+            assert images == ({("GET", "/lab/data/0003.png"): 1} if run == 2 else {})
+    # A listing, and what finds the metadata file: as much for any number of images.
+    assert max(counts) <= 15, counts
 
 
 @pytest.mark.slow
