@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from ray_diffsynth import storage
 from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable
+from ray_diffsynth.data.media import MediaError, with_retries
 from ray_diffsynth.data.on_threads import on_threads
 from ray_diffsynth.data.suffixes import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, VIDEO_SUFFIXES, why_unreadable
 from ray_diffsynth.data.text import TextError, decode_text
@@ -19,7 +21,7 @@ def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
     """Every image below `folder` in order of its path, with the text of the `.txt` file of the same stem.
 
     For the column "video", the videos too. Links to folders are followed. Files that look like images or videos, or
-    have a caption, and cannot be used are warned of. Raises DatasetError for a folder without any image.
+    have a caption, and cannot be used are warned of. Raises DatasetError for a folder without any image, StoreFailure.
     """
     suffixes = (*IMAGE_SUFFIXES, *(VIDEO_SUFFIXES if file_column == "video" else ()))
     names = storage.list_files(folder, recursive=True, hidden=True, follow_links=True)
@@ -32,10 +34,12 @@ def read_folder(folder: str, file_column: str, text_column: str) -> RawTable:
         error = ""
         if caption := captions.get(name.rpartition(".")[0]):
             try:
-                values[text_column] = decode_text(caption, storage.read_bytes(storage.join(folder, caption))).strip()
+                path = storage.join(folder, caption)
+                data = with_retries(path, partial(storage.read_bytes, path))
+                values[text_column] = decode_text(caption, data).strip()
             except TextError as problem:
                 error = f"the caption file cannot be read: {caption} {problem}"
-            except OSError as problem:
+            except MediaError as problem:
                 error = f"the caption file cannot be read: {problem}"
         return RawRow(number, storage.join(folder, name), None if error else values, error)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import fsspec
@@ -14,6 +18,9 @@ from ray_diffsynth import storage
 from ray_diffsynth.data import media
 from ray_diffsynth.data.media import MediaError
 from ray_diffsynth.data.metadata import read_metadata, resolve_file
+from ray_diffsynth.storage import members as storage_members
+from ray_diffsynth.storage import ranged, raw
+from ray_diffsynth.storage.ranged import RangedFile
 from tests.data.dataset_files import hf_parquet, tar_of, zip_of
 from tests.s3_server import s3_server
 
@@ -73,9 +80,10 @@ def test_members_are_fetched_by_their_place(bucket: str, asked: Asked, kind: str
     rows = list(read_metadata(base).rows())
     assert len(rows) == COUNT
     total = sum(map(len, NOISE))
-    if kind != "tar":  # whose headers lie between its members
-        # A zip's directory and captions, a Parquet file's footer and columns of text.
-        assert sum(asked.sizes) < total / (1.5 if kind == "zip" else 4)
+    if kind == "parquet":  # its footer and columns of text
+        assert sum(asked.sizes) < total / 4
+    else:  # a directory and the captions; a tar's headers, and the captions that lie between two
+        assert sum(asked.sizes) < 0.01 * total and len(asked.sizes) < 1.5 * COUNT
     asked.sizes.clear()
     for row, data in zip(rows, NOISE, strict=True):
         assert storage.read_bytes(resolve_file(base, row["image"])) == data
@@ -100,3 +108,122 @@ def test_a_member_behind_the_end_of_its_archive_is_no_failure_of_the_store(
     monkeypatch.setattr(media.time, "sleep", lambda seconds: pytest.fail("it was tried again"))
     with pytest.raises(MediaError, match="it ends within the member at 1000"):
         media.fetch(storage.member_path(archive, (1000, 10, 10) if kind == "zip" else (1000, 10), "a.png"))
+
+
+def named(count: int, size: int, style: int, name: str) -> tuple[bytes, list[bytes]]:
+    """A tar of so many images and captions in a style of `tarfile`, their names that long, and the images."""
+    out, images = io.BytesIO(), [os.urandom(size) for _ in range(count)]
+    with tarfile.open(fileobj=out, mode="w", format=style) as archive:
+        for number, data in enumerate(images):
+            for ending, content in (("png", data), ("txt", f"caption {number}".encode()), ("json", b'{"seed": 1}')):
+                info = tarfile.TarInfo(f"{name}{number:03d}.{ending}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return out.getvalue(), images
+
+
+@pytest.fixture
+def ranges(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each range that is read, of any file."""
+    found: list[int] = []
+    real = ranged.read_range
+
+    def read(path: str, start: int, size: int) -> bytes:
+        data = real(path, start, size)
+        found.append(len(data))
+        return data
+
+    monkeypatch.setattr(ranged, "read_range", read)
+    return found
+
+
+@pytest.mark.parametrize("size", [300, 5_000, 300_000])
+@pytest.mark.parametrize(
+    ("style", "name"),
+    [
+        (tarfile.USTAR_FORMAT, "a"),
+        *((style, name) for style in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT) for name in ("a", "sub/" + "ü" * 130)),
+    ],
+)
+def test_a_tar_is_read_by_its_headers(ranges: list[int], size: int, style: int, name: str) -> None:
+    """Of large members hardly more than those, by a request a sample; of small ones all of it, by few requests."""
+    count = 24
+    archive, images = named(count, size, style, name)
+    base = f"memory://headers/{size}-{style}-{len(name)}"
+    storage.write_bytes_atomic(f"{base}/a.tar", archive)
+    rows = list(read_metadata(base).rows())
+    assert [(row["sample_id"], row["prompt"]) for row in rows] == [
+        (f"a.tar/{name}{number:03d}.png", f"caption {number}") for number in range(count)
+    ]
+    read = list(ranges)
+    if size == 300_000:
+        assert sum(read) < (0.01 if len(name) < 100 else 0.02) * len(archive) and len(read) <= count + 6
+    elif size == 300:
+        assert sum(read) <= len(archive) and len(read) < 12
+    else:
+        assert sum(read) <= len(archive) and len(read) < count
+    for row, data in zip(rows, images, strict=True):
+        assert storage.read_bytes(resolve_file(base, row["image"])) == data
+
+
+def test_reads_here_and_there_are_those_of_the_file() -> None:
+    data, asked = os.urandom(100_000), []
+
+    def read(start: int, count: int) -> bytes:
+        asked.append(count)
+        return data[start : start + count]
+
+    file, random = RangedFile(read, len(data)), Random(0)
+    plain = io.BytesIO(data)
+    for _ in range(2000):
+        place, count = random.randrange(110_000), random.choice([0, 1, 512, 20_000])
+        assert file.seek(place) == plain.seek(place)
+        assert file.read(count) == plain.read(count) and file.tell() == plain.tell()
+    assert file.seek(-10, io.SEEK_END) == 99_990 and file.read() == data[-10:]
+    with pytest.raises(ValueError, match="no byte"):
+        file.seek(-1)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_store_that_fails_leaves_no_sample_of_an_archive_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither those that lie behind the failure, nor those whose captions cannot be read."""
+    members: dict[str, bytes] = {}
+    for number in range(8):
+        members |= {f"{number}.png": NOISE[0][:50_000], f"{number}.txt": b"a caption"}
+    base = f"memory://failing/{kind}"
+    storage.write_bytes_atomic(f"{base}/a.{kind}", (tar_of if kind == "tar" else zip_of)(members))
+    monkeypatch.setattr(media, "PAUSE_SECONDS", 0.0)
+    real, left = raw.read_range, [0]
+
+    def read(path: str, start: int, size: int) -> bytes:
+        if start and left[0]:
+            left[0] -= 1
+            raise OSError("503 SlowDown")
+        return real(path, start, size)
+
+    monkeypatch.setattr(ranged, "read_range", read)
+    monkeypatch.setattr(storage_members, "read_range", read)
+    left[0] = media.READ_ATTEMPTS - 1
+    assert len(list(read_metadata(base).rows())) == 8 and not left[0]
+    left[0] = 10**6
+    with pytest.raises(media.StoreFailure, match="503 SlowDown"):
+        read_metadata(base)
+
+
+def test_a_store_that_fails_leaves_no_caption_of_a_folder_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "a.txt").write_text("a caption")
+    monkeypatch.setattr(media, "PAUSE_SECONDS", 0.0)
+    real, left = storage.read_bytes, [media.READ_ATTEMPTS - 1]
+
+    def read(path: str) -> bytes:
+        if left[0]:
+            left[0] -= 1
+            raise OSError("503 SlowDown")
+        return real(path)
+
+    monkeypatch.setattr(storage, "read_bytes", read)
+    assert [row["prompt"] for row in read_metadata(str(tmp_path)).rows()] == ["a caption"]
+    left[0] = 10**6
+    with pytest.raises(media.StoreFailure, match="503 SlowDown"):
+        read_metadata(str(tmp_path))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Sequence
-from typing import IO, cast
+from typing import IO
 
 from ray_diffsynth import storage
+from ray_diffsynth.data.archives.opened import opened_archive
 from ray_diffsynth.data.archives.samples import ArchiveSamples, table_of
-from ray_diffsynth.data.formats import DatasetError, RawTable
+from ray_diffsynth.data.formats import RawTable
 from ray_diffsynth.data.formats.raw import what_it_is
+from ray_diffsynth.data.media import MediaError
 from ray_diffsynth.data.on_threads import on_threads
 
 
@@ -30,25 +32,30 @@ def read_tars(base_path: str, names: Sequence[str], file_column: str, text_colum
 
 
 def _read_tar(path: str, found: ArchiveSamples) -> str:
-    """Take in the members; returns what ended the reading too early."""
+    """Take in the members; returns what ended the reading too early. Raises StoreFailure."""
     name = found.archive
     try:
-        with storage.open_input(path) as file, tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                place = storage.member_path(name, (member.offset_data, member.size), member.name)
-                content = archive.extractfile(member)
-                if content is not None:
-                    found.add(member.name, place, member.size, content.read)
-            end = archive.offset
-        if storage.file_size(path) < end:
+        with opened_archive(path, "tar") as (file, size):
+            end = _members(file, found)
+        if size < end:
             return f"{name} is cut short: it ends before its last member does"
-    except FileNotFoundError as error:
-        raise DatasetError(f"the tar {path} does not exist; check --dataset_base_path") from error
     # Beside TarError: numbers in a damaged header are ValueErrors, or too large for a file's offset.
-    except (OSError, tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+    except (MediaError, tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         if why := what_it_is(path):
             return f"{name} is {why}"
-        return f"{name} cannot be read to its end ({error}); {len(found.samples)} samples were found"
+        reason = error.reason if isinstance(error, MediaError) else error
+        return f"{name} cannot be read to its end ({reason}); {len(found.samples)} samples were found"
     return ""
+
+
+def _members(file: IO[bytes], found: ArchiveSamples) -> int:
+    """Take in the members by their headers; returns where the last one ends."""
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            if not member.isfile():
+                continue
+            place = storage.member_path(found.archive, (member.offset_data, member.size), member.name)
+            content = archive.extractfile(member)
+            if content is not None:
+                found.add(member.name, place, member.size, content.read)
+        return int(archive.offset)

@@ -8,18 +8,18 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import IO, Any, cast
+from typing import Any
 
 from ray_diffsynth import storage
+from ray_diffsynth.data.archives.opened import opened_archive
 from ray_diffsynth.data.archives.samples import MAX_TEXT_BYTES, ArchiveSamples, table_of
 from ray_diffsynth.data.column_names import TEXT
 from ray_diffsynth.data.formats import READERS, DatasetError, RawRow, RawTable
 from ray_diffsynth.data.formats.raw import what_it_is
+from ray_diffsynth.data.media import MediaError, with_retries
 from ray_diffsynth.data.on_threads import on_threads
 from ray_diffsynth.storage.zip_member import DEFLATED, STORED, check_sizes
 
-BLOCK_BYTES = 1 << 20
-"""What is fetched at once of a remote archive's directory."""
 _METHODS = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "LZMA", 93: "Zstandard", 9: "Deflate64"}
 _TEXTS = (".txt", ".json")
 _TABLES = tuple(f"metadata{suffix}" for suffix in READERS)
@@ -72,19 +72,14 @@ def _read_zip(base_path: str, name: str, file_column: str, text_column: str) -> 
 def _members(path: str, name: str) -> tuple[dict[str, tuple[str, int]], dict[str, str]]:
     """Name -> (place, bytes) of the members, in the order of their names; name -> why, of those that are not read.
 
-    Raises DatasetError for a file that is no zip.
+    Raises DatasetError for a file that is no zip, StoreFailure.
     """
     good: dict[str, tuple[str, int]] = {}
     broken: dict[str, str] = {}
     try:
-        with (
-            storage.open_input(path, block_size=BLOCK_BYTES) as file,
-            zipfile.ZipFile(cast("IO[bytes]", file)) as archive,
-        ):
+        with opened_archive(path, "zip") as (file, _), zipfile.ZipFile(file) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.filename)
-    except FileNotFoundError as error:
-        raise DatasetError(f"the zip {path} does not exist; check --dataset_base_path") from error
-    except (OSError, zipfile.BadZipFile, ValueError, OverflowError, EOFError, NotImplementedError) as error:
+    except (MediaError, zipfile.BadZipFile, ValueError, OverflowError, EOFError, NotImplementedError) as error:
         why = what_it_is(path) or f"not a readable zip ({error}); write it again"
         raise DatasetError(f"{path} is {why}") from error
     for entry in entries:
@@ -110,17 +105,17 @@ def _check(entry: zipfile.ZipInfo) -> None:
     check_sizes(entry.compress_size, entry.file_size)
 
 
-def _fetched(path: str) -> bytes | Exception:
+def _fetched(path: str) -> bytes | MediaError:
     try:
-        return storage.read_bytes(path)
-    except (OSError, ValueError) as error:
+        return with_retries(path, partial(storage.read_bytes, path))
+    except MediaError as error:
         return error
 
 
-def _content(contents: Mapping[str, bytes | Exception], member: str) -> bytes:
+def _content(contents: Mapping[str, bytes | MediaError], member: str) -> bytes:
     found = contents[member]
-    if isinstance(found, Exception):
-        raise ValueError(str(found))
+    if isinstance(found, MediaError):
+        raise ValueError(found.reason)
     return found
 
 
