@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any, TypeVar, cast
 
 from PIL import Image, UnidentifiedImageError
@@ -139,9 +140,13 @@ def with_retries(path: str, read: Callable[[], T]) -> T:
     raise AssertionError("the last try returns or raises")
 
 
-def fetch(path: str) -> bytes:
-    """The whole file. Raises MediaError when it is absent, empty or may not be read, and StoreFailure."""
-    return _checked(path, with_retries(path, lambda: storage.read_bytes(path)))
+def fetch(path: str, stamp: str | None = None) -> bytes:
+    """The whole file. Raises MediaError when it is absent, empty or may not be read, and StoreFailure.
+
+    `stamp`: the file's, where it is known (see `storage.read_bytes`).
+    """
+    read = storage.read_bytes if stamp is None else partial(storage.read_bytes, stamp=stamp)
+    return _checked(path, with_retries(path, lambda: read(path)))
 
 
 def _checked(path: str, data: bytes) -> bytes:

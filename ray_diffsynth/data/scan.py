@@ -78,7 +78,7 @@ def scan_file(
             decode_bytes=video.decode_bytes,
             note=video.note,
         )
-    data, found = fetch_stamped(path) if stamp is None else (fetch(path), stamp)
+    data, found = fetch_stamped(path) if stamp is None else (fetch(path, stamp), stamp)
     image = image_info(path, data)
     return SourceFile(
         path,

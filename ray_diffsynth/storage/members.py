@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.storage.raw import raw_stamp, read_range
+from ray_diffsynth.storage.raw import raw_stamp, read_range, recent_stamp
 from ray_diffsynth.storage.zip_member import CUT_SHORT, inflate_member
 
 _ENDINGS = "tar|zip|parquet"
@@ -56,10 +56,13 @@ def member_stamp(member: Member, whole: str) -> str:
     return whole and f"{whole}@{'+'.join(map(str, member.numbers))}"
 
 
-def read_member(member: Member) -> bytes:
-    """The member's content. Raises OSError, FileNotFoundError among them; MemberError where the archive is at fault."""
+def read_member(member: Member, stamp: str | None = None) -> bytes:
+    """The member's content. `stamp`: what is known of the member's, so that the archive's is not asked for.
+
+    Raises OSError, FileNotFoundError among them; MemberError where the archive is at fault.
+    """
     try:
-        return _READERS[member.kind](member)
+        return _READERS[member.kind](member, stamp.rpartition("@")[0] if stamp else None)
     except ValueError as error:
         raise MemberError(f"cannot be read from {member.archive}: {error}") from error
 
@@ -75,7 +78,7 @@ def _numbers(member: Member, *counts: int) -> tuple[int, ...]:
     return member.numbers
 
 
-def _read_tar(member: Member) -> bytes:
+def _read_tar(member: Member, whole: str | None) -> bytes:
     offset, size = _numbers(member, 2)
     data = read_range(member.archive, offset, size)
     if len(data) != size:
@@ -83,17 +86,28 @@ def _read_tar(member: Member) -> bytes:
     return data
 
 
-def _read_zip(member: Member) -> bytes:
+def _read_zip(member: Member, whole: str | None) -> bytes:
     header, packed, size = _numbers(member, 3)
     return inflate_member(lambda start, count: read_range(member.archive, start, count), header, packed, size)
 
 
-def _read_parquet(member: Member) -> bytes:
+def _read_parquet(member: Member, whole: str | None) -> bytes:
     from ray_diffsynth.storage.parquet_member import read_cell
 
     row, leaf, *item = _numbers(member, 2, 3)
-    return read_cell(member.archive, raw_stamp(member.archive), row, leaf, item[0] if item else None)
+    stamp = whole or recent_stamp(member.archive)
+    cell = (row, leaf, item[0] if item else None)
+    try:
+        return read_cell(member.archive, stamp, *cell)
+    except ValueError:
+        if (now := raw_stamp(member.archive)) == stamp:
+            raise
+        return read_cell(member.archive, now, *cell)  # by the places of another file than it was a moment ago
 
 
-_READERS: Mapping[str, Callable[[Member], bytes]] = {"tar": _read_tar, "zip": _read_zip, "parquet": _read_parquet}
-"""Ending of an archive's name -> what reads a member of it."""
+_READERS: Mapping[str, Callable[[Member, str | None], bytes]] = {
+    "tar": _read_tar,
+    "zip": _read_zip,
+    "parquet": _read_parquet,
+}
+"""Ending of an archive's name -> what reads a member of it; it gets the archive's stamp too, if that is known."""

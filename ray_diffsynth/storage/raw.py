@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,11 @@ from ray_diffsynth.urls import is_remote
 if TYPE_CHECKING:
     import pyarrow as pa
 
+RECENT_SECONDS, MOST_RECENT = 60.0, 64
+"""How long, and of how many files, the stamp is remembered where it need not be the newest."""
+_asking = threading.Lock()
+_recent: OrderedDict[str, tuple[str, float]] = OrderedDict()
+"""Path -> its stamp, and until when that counts."""
 _VERSIONS = ("ETag", "etag", "generation", "blob_id", "mtime", "LastModified", "last_modified", "updated")
 """Keys under which file systems give the version of a file; the first that is there counts."""
 
@@ -80,6 +88,19 @@ def raw_stamp(path: str) -> str:
         return f"{info.get('size')}-{fs.modified(inner)}"
     except NotImplementedError:
         return ""
+
+
+def recent_stamp(path: str) -> str:
+    """As `raw_stamp`; that of a remote file may be as old as RECENT_SECONDS."""
+    if not is_remote(path):
+        return raw_stamp(path)
+    with _asking:
+        found = _recent.get(path)
+        if found is None or time.monotonic() > found[1]:
+            _recent[path] = found = (raw_stamp(path), time.monotonic() + RECENT_SECONDS)
+            while len(_recent) > MOST_RECENT:
+                _recent.popitem(last=False)
+    return found[0]
 
 
 def stamp_of(info: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ray_diffsynth.storage.members import member_of, member_size, member_stamp, read_member
 from ray_diffsynth.storage.paths import filesystem, local_path
-from ray_diffsynth.storage.raw import open_raw, raw_stamp, read_raw, read_raw_stamped
+from ray_diffsynth.storage.raw import open_raw, raw_stamp, read_raw, read_raw_stamped, recent_stamp
 from ray_diffsynth.urls import is_remote
 
 if TYPE_CHECKING:
@@ -40,10 +40,14 @@ def file_size(path: str) -> int:
     return os.path.getsize(local_path(path))
 
 
-def read_bytes(path: str) -> bytes:
-    """The whole file. Raises OSError, FileNotFoundError among them; MemberError for a member that is damaged."""
+def read_bytes(path: str, stamp: str | None = None) -> bytes:
+    """The whole file. Raises OSError, FileNotFoundError among them; MemberError for a member that is damaged.
+
+    `stamp`: the file's, where it is known. Without it a cell of a remote Parquet file may be some seconds old, so that
+    not every image costs a question for the file's version.
+    """
     if member := member_of(path):
-        return read_member(member)
+        return read_member(member, stamp)
     return read_raw(path)
 
 
@@ -52,9 +56,11 @@ def read_stamped(path: str) -> tuple[bytes, str]:
 
     The content is never older than the stamp: where it is newer, the next look finds another stamp.
     """
-    if member_of(path):
-        before = stamp(path)
-        return read_bytes(path), before
+    if member := member_of(path):
+        # Of a Parquet file the content is that of this version, or newer, however old the version may be.
+        whole = recent_stamp(member.archive) if member.kind == "parquet" else raw_stamp(member.archive)
+        found = member_stamp(member, whole)
+        return read_member(member, found), found
     return read_raw_stamped(path)
 
 

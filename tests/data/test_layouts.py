@@ -348,7 +348,7 @@ def test_an_archive_that_is_cut_short_is_its_rows_fault_and_is_asked_once(
     storage.write_bytes_atomic(archive, whole[: int(len(whole) * kept)])
     monkeypatch.setattr(media.time, "sleep", lambda seconds: pytest.fail("it was tried again"))
     with pytest.raises(MediaError, match=words) as caught:
-        fetch(path)
+        fetch(path, storage.stamp(path))
     assert type(caught.value) is MediaError
 
 

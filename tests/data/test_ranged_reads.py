@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -16,12 +16,14 @@ import pytest
 
 from ray_diffsynth import storage
 from ray_diffsynth.data import media
-from ray_diffsynth.data.media import MediaError
+from ray_diffsynth.data.media import MediaError, bytes_hash, fetch
 from ray_diffsynth.data.metadata import read_metadata, resolve_file
+from ray_diffsynth.data.scan import scan_file
+from ray_diffsynth.data.sources import verified_bytes
 from ray_diffsynth.storage import members as storage_members
-from ray_diffsynth.storage import ranged, raw
+from ray_diffsynth.storage import parquet_member, ranged, raw
 from ray_diffsynth.storage.ranged import RangedFile
-from tests.data.dataset_files import hf_parquet, tar_of, zip_of
+from tests.data.dataset_files import hf_parquet, png, tar_of, zip_of
 from tests.s3_server import s3_server
 
 COUNT = 12
@@ -31,9 +33,10 @@ NOISE = [os.urandom(200_000) for _ in range(COUNT)]
 
 @dataclass
 class Asked:
-    """Bytes that the server sent back, one entry a GET."""
+    """Bytes that the server sent back, one entry a GET; and how often it was asked for a version alone."""
 
     sizes: list[int] = field(default_factory=list)
+    heads: int = 0
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         answer = await real(self, method, *args, **options)
         if method == "get_object":
             found.sizes.append(answer["ContentLength"])
+        found.heads += method == "head_object"
         return answer
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", spy)
@@ -85,13 +89,14 @@ def test_members_are_fetched_by_their_place(bucket: str, asked: Asked, kind: str
     else:  # a directory and the captions; a tar's headers, and the captions that lie between two
         assert sum(asked.sizes) < 0.01 * total and len(asked.sizes) < 1.5 * COUNT
     asked.sizes.clear()
+    asked.heads = 0
     for row, data in zip(rows, NOISE, strict=True):
         assert storage.read_bytes(resolve_file(base, row["image"])) == data
     if kind == "parquet":
-        # A footer and a column chunk for each of four row groups, and the footer once more.
-        assert len(asked.sizes) <= 10 and sum(asked.sizes) < 1.5 * total
+        # A footer and a column chunk for each of four row groups, and the footer once more, each of an opened file.
+        assert len(asked.sizes) <= 10 and sum(asked.sizes) < 1.5 * total and asked.heads <= 6
     else:
-        assert len(asked.sizes) == COUNT and sum(asked.sizes) < 1.02 * total
+        assert len(asked.sizes) == COUNT and sum(asked.sizes) < 1.02 * total and asked.heads == 0
     asked.sizes.clear()
     assert storage.read_bytes(resolve_file(base, rows[-1]["image"])) == NOISE[-1]
     assert sum(asked.sizes) < (0 if kind == "parquet" else 1.1) * len(NOISE[-1]) + 1
@@ -108,6 +113,35 @@ def test_a_member_behind_the_end_of_its_archive_is_no_failure_of_the_store(
     monkeypatch.setattr(media.time, "sleep", lambda seconds: pytest.fail("it was tried again"))
     with pytest.raises(MediaError, match="it ends within the member at 1000"):
         media.fetch(storage.member_path(archive, (1000, 10, 10) if kind == "zip" else (1000, 10), "a.png"))
+
+
+def test_a_parquet_file_that_is_replaced_is_never_taken_for_what_it_was() -> None:
+    """Its version is asked for now and then; who knows it, or what the content must be, gets that content."""
+
+    def written(seeds: Sequence[int], rows_per_group: int) -> None:
+        cells = [{"bytes": png(seed), "path": None} for seed in seeds]
+        columns = {"image": cells, "text": ["a caption"] * len(cells)}
+        storage.write_bytes_atomic("memory://replaced/train.parquet", hf_parquet(columns, rows_per_group))
+
+    written([0, 1, 2, 3], 2)
+    *_, last = read_metadata("memory://replaced").rows()
+    path = resolve_file("memory://replaced", last["image"])
+    old = scan_file(path)
+    assert old.digest == bytes_hash(png(3)) and old.stamp == storage.stamp(path)
+    written([4, 5, 6, 7], 2)
+    now = storage.stamp(path)
+    # What is read without a version may be the old content, and is then told with the old version.
+    assert scan_file(path) == old and now != old.stamp
+    assert verified_bytes(path, bytes_hash(png(7))) == png(7)
+    assert scan_file(path, stamp=now).digest == bytes_hash(png(7))
+    # Places that are of no use in the new file are those of another one, not damage.
+    assert storage.read_bytes(path) == png(3)
+    raw._recent.clear()
+    parquet_member._groups.clear()
+    assert scan_file(path) == scan_file(path, stamp=now)
+    written([8, 9, 10, 11] * 50, 200)
+    parquet_member._groups.clear()
+    assert fetch(path) == png(11)
 
 
 def named(count: int, size: int, style: int, name: str) -> tuple[bytes, list[bytes]]:
