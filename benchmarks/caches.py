@@ -7,7 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
+from ray_diffsynth.cache.commit import commit
+from ray_diffsynth.cache.index import QUARANTINE_SCHEMA, index_schema
+from ray_diffsynth.cache.manifest import GroupSpec, Manifest
 from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
 from ray_diffsynth.data.buckets import Bucket, rows_per_shard
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.program import command
+from ray_diffsynth.storage import join
 
 
 class CacheError(UserError):
     """A cache that is absent, damaged, or not the one that is asked for; the message says what to do."""
+
+
+class AbsentError(CacheError):
+    """A file that the manifest names is not there."""
 
 
 class UnreadableError(CacheError):
@@ -31,6 +38,19 @@ class VersionError(CacheError):
             "preprocess into another --output_path"
         )
         self.version = version
+
+
+SHOWN = 3
+"""Names of missing files that an error gives."""
+
+
+def missing_files(cache: str, folder: str, absent: Sequence[str], wanted: int) -> str:
+    """What an error says of files that are not in `<cache>/<folder>`; `wanted` is how many the manifest names there."""
+    names = ", ".join(absent[:SHOWN]) + (", …" if len(absent) > SHOWN else "")
+    return (
+        f"{len(absent)} of the {wanted} files of {join(cache, folder)} are absent: {names}. If this is a copy of a "
+        f"cache, copy it again (its manifest.json last); else {repair_advice(cache)}"
+    )
 
 
 def repair_advice(cache: str) -> str:

@@ -14,8 +14,9 @@ from ray_diffsynth import storage
 from ray_diffsynth.cache.codec import CodecError
 from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError, repair_advice
+from ray_diffsynth.cache.index import bucket_ranges
 from ray_diffsynth.cache.local_copy import LocalCopies
-from ray_diffsynth.cache.manifest import bucket_ranges, committed
+from ray_diffsynth.cache.manifest import committed
 from ray_diffsynth.cache.names import shard_path
 from ray_diffsynth.cache.schema import RowView, row_views
 from ray_diffsynth.cache.store import READ_ERRORS, as_shard, failed_to_read

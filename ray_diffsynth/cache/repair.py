@@ -13,16 +13,11 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from ray_diffsynth import storage
+from ray_diffsynth.cache.commit import commit, old_tables
 from ray_diffsynth.cache.errors import CacheError, UnreadableError, VersionError
 from ray_diffsynth.cache.inspection import Place, named_rows
 from ray_diffsynth.cache.lease import Lease, lease
-from ray_diffsynth.cache.manifest import (
-    MANIFEST_FILE,
-    GroupSpec,
-    Manifest,
-    commit,
-    old_tables,
-)
+from ray_diffsynth.cache.manifest import MANIFEST_FILE, GroupSpec, Manifest
 from ray_diffsynth.cache.names import (
     INDEX_FOLDER,
     QUARANTINE_FOLDER,
@@ -186,7 +181,7 @@ def _read_manifest(cache: str) -> _Found:
 
 def _uncommit(cache: str, manifest: Manifest | None, done: Repair) -> None:
     """Take the manifest away, then the tables that only it named."""
-    files = (MANIFEST_FILE, *(() if manifest is None else (manifest.index_file, manifest.quarantine_file)))
+    files = (MANIFEST_FILE, *(() if manifest is None else manifest.tables()))
     reason = f"what it names is damaged; {command('preprocess')} writes a new one"
     done.remove((inside(cache, file), reason) for file in files)
 
@@ -208,7 +203,8 @@ def _prune(cache: str, found: _Found, held: Lease, done: Repair) -> None:
     if replaced:
         captions = manifest.read_captions(cache)
         quarantine = manifest.read_quarantine(cache)
-        manifest = commit(cache, replace(manifest, groups=tuple(specs)), index, quarantine, captions)
+        draft = replace(manifest, groups=tuple(specs))
+        manifest = commit(cache, draft, index, quarantine, captions, check=held.check)
     named = {shard_path(cache, spec.name, file) for spec in specs for file in named_rows(index, spec)}
     unused = [*found.unreferenced, *((path, "nothing points to it") for path in replaced)]
     done.remove((path, reason) for path, reason in unused if path not in named)

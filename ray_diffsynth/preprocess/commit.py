@@ -1,13 +1,15 @@
 """The end of stage 1: every sample is in the index or in quarantine, by one atomic write of the manifest."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import pyarrow as pa
 
+from ray_diffsynth.cache.commit import commit
 from ray_diffsynth.cache.errors import CacheError
-from ray_diffsynth.cache.manifest import MANIFEST_VERSION, QUARANTINE_SCHEMA, GroupSpec, Manifest, commit
+from ray_diffsynth.cache.index import QUARANTINE_SCHEMA
+from ray_diffsynth.cache.manifest import MANIFEST_VERSION, SAME_KEYS, GroupSpec, Manifest
 from ray_diffsynth.cache.names import shard_path
 from ray_diffsynth.cache.row_warnings import RowWarnings, write_warnings
 from ray_diffsynth.data.metadata import DUPLICATE, Quarantined
@@ -40,7 +42,7 @@ def check_family_and_version(cache: str, manifest: Manifest | None, family: str)
             f"{cache} already holds a cache of family {manifest.family}, and this model is {family}; "
             "choose another --output_path"
         )
-    if manifest.version != MANIFEST_VERSION:
+    if manifest.version not in SAME_KEYS:
         raise CacheError(
             f"{cache} is a cache of version {manifest.version}, whose keys stand on hashes of code; those of version "
             f"{MANIFEST_VERSION} stand on stated versions, so that no row of it would be found. Training still reads "
@@ -49,11 +51,18 @@ def check_family_and_version(cache: str, manifest: Manifest | None, family: str)
 
 
 def commit_cache(
-    cache: str, draft: Manifest, rows: ScannedRows, runs: Sequence[GroupRun], *, caption: str | None = None
+    cache: str,
+    draft: Manifest,
+    rows: ScannedRows,
+    runs: Sequence[GroupRun],
+    *,
+    caption: str | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Write index, quarantine and manifest.
 
-    `draft`: the manifest without groups, buckets and counts. caption: the column that holds the captions.
+    `draft`: the manifest without groups, buckets and counts. caption: the column that holds the captions. check: asked
+    right before the commit, raises if another attempt has the cache.
     Raises CacheError when no sample is left, before anything is written.
     """
     good: list[int] = []
@@ -99,7 +108,7 @@ def commit_cache(
     )
     captions = [_text(sample.row.get(caption)) for sample in samples] if caption is not None else None
     quarantine = pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA)
-    manifest = commit(cache, draft, pa.table(columns), quarantine, captions)
+    manifest = commit(cache, draft, pa.table(columns), quarantine, captions, check=check)
     listed = tuple(Quarantined(item["sample_id"], item["source"], item["error"], item["message"]) for item in bad)
     return Outcome(manifest, listed)
 

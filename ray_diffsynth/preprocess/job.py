@@ -81,7 +81,8 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
             _encode(turn, machines.for_encoding(turn), cache, config.cache_codec, environment)
             check_quarantine(rows, runs, config.max_quarantine)
         held.check()
-        outcome = commit_cache(cache, _draft(plan), rows, runs, caption=plan.sample.columns.get("prompt"))
+        captions = plan.sample.columns.get("prompt")
+        outcome = commit_cache(cache, _draft(plan), rows, runs, caption=captions, check=held.check)
         add_row_warnings(warnings, rows.samples, runs)
     seconds = time.monotonic() - started
     return write_reports(config, cache, plan.sample, outcome, rows, runs, warnings, seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ray_diffsynth.storage.paths import filesystem, local_path
@@ -21,10 +21,16 @@ if TYPE_CHECKING:
 _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
 
 
-def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer | Sequence[bytes | memoryview]) -> None:
+def write_bytes_atomic(
+    path: str,
+    data: bytes | memoryview | pa.Buffer | Sequence[bytes | memoryview],
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Write a file that is either whole or absent, also after a crash; an older one is replaced. Makes its folder.
 
-    data: the content, or its pieces, which are not put together first where the file is local.
+    data: the content, or its pieces, which are not put together first where the file is local. check: called when all
+    is ready, right before the file gets its name; where it raises, nothing is written or replaced.
 
     Local: a temporary file in the same folder, fsync, rename, fsync of the folder (where the file system has these).
     Object store: one put, atomic there.
@@ -32,11 +38,14 @@ def write_bytes_atomic(path: str, data: bytes | memoryview | pa.Buffer | Sequenc
     if is_remote(path):
         fs, inner = filesystem(path)
         _make_parent(fs, inner)
-        fs.pipe_file(inner, b"".join(pieces(data)))
+        content = b"".join(pieces(data))
+        check()
+        fs.pipe_file(inner, content)
         return
     path = os.path.abspath(local_path(path))
     temporary = _write_temporary(path, pieces(data), sync=True)
     try:
+        check()
         os.replace(temporary, path)
     except BaseException:
         os.remove(temporary)

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
+from ray_diffsynth.cache.commit import commit
+from ray_diffsynth.cache.index import QUARANTINE_SCHEMA, index_schema
+from ray_diffsynth.cache.manifest import GroupSpec, Manifest
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from tests.shard_names import shard_file, stem
 

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ray_diffsynth.cache.__main__ import main
+from ray_diffsynth.cache.commit import commit
 from ray_diffsynth.cache.errors import CacheError
-from ray_diffsynth.cache.manifest import Manifest, commit
+from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.cache.verify import is_finite, verify_cache
@@ -134,7 +135,7 @@ def test_prune_drops_rows_that_no_sample_has(cache: str, sample: Sample) -> None
 
 def test_a_damaged_manifest_is_taken_away_and_a_newer_one_is_left(cache: str) -> None:
     path = Path(cache, "manifest.json")
-    newer = path.read_text().replace('"version": 3', '"version": 99')
+    newer = path.read_text().replace('"version": 4', '"version": 99')
     path.write_text(newer)
     assert main(["repair", cache]) == 1 and path.read_text() == newer
     path.write_text(newer[:40])

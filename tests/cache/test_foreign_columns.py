@@ -83,11 +83,10 @@ def test_a_shard_of_an_interrupted_run(cache: str, registered: None) -> None:
 def test_index_and_quarantine(cache: str, registered: None, table: str) -> None:
     manifest_path = Path(cache, "manifest.json")
     content = json.loads(manifest_path.read_text())
-    data = with_extension(Path(cache, content[f"{table}_file"]), "source")
-    content[f"{table}_file"] = f"{table}/{table_hash(data)}.parquet"
-    if table == "index":
-        content["index_hash"] = table_hash(data)
-    Path(cache, content[f"{table}_file"]).write_bytes(data)
+    (part,) = content[f"{table}_parts"]
+    data = with_extension(Path(cache, part["file"]), "source")
+    part["file"] = f"{table}/{table_hash(data)}.parquet"
+    Path(cache, part["file"]).write_bytes(data)
     manifest_path.write_text(json.dumps(content))
     reads: list[Callable[[], object]] = [lambda: verify_cache(cache), lambda: inspect_cache(cache)]
     if table == "index":

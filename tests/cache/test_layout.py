@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from ray_diffsynth.cache import bounds, layout, store
 from ray_diffsynth.cache import tables as tables_module
+from ray_diffsynth.cache.commit import commit
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.layout import batch_values, equal_groups, largest_cell, parquet_bytes, row_bytes, row_groups
-from ray_diffsynth.cache.manifest import Manifest, commit
+from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.cache.verify import verify_cache
@@ -96,7 +97,7 @@ def test_captions_larger_than_a_row_group(cache: str, monkeypatch: pytest.Monkey
     captions = ["long " * 200 + str(n) if n % 3 else None for n in range(12)]
     small(monkeypatch, 2000, 500)
     whole = commit(cache, manifest, index, quarantine, captions)
-    assert pq.ParquetFile(Path(cache, whole.index_file)).num_row_groups > 3
+    assert pq.ParquetFile(Path(cache, whole.index_parts[0].file)).num_row_groups > 3
     assert whole.read_captions(cache) == captions and whole.read_index(cache) == index
     assert verify_cache(cache) == [] and len(CacheReader(cache).read(range(12))) == 12
 

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pytest
 
 from ray_diffsynth import storage
+from ray_diffsynth.cache.commit import commit
 from ray_diffsynth.cache.errors import CacheError
-from ray_diffsynth.cache.manifest import MANIFEST_FILE, QUARANTINE_SCHEMA, Manifest, bucket_ranges, commit
+from ray_diffsynth.cache.index import QUARANTINE_SCHEMA, bucket_ranges
+from ray_diffsynth.cache.manifest import MANIFEST_FILE, Manifest
 from tests.shard_names import shard_file
 
 
@@ -58,30 +60,8 @@ def test_a_second_commit_replaces_the_first(tmp_path: Path, make_cache: Callable
     first = make_cache(cache)
     second = recommit(cache, first, 7)
     assert Manifest.load(cache) == second and second.read_index(cache).num_rows == 7
-    assert storage.list_files(str(tmp_path / "index")) == [second.index_file.split("/")[1]]
+    assert storage.list_files(str(tmp_path / "index")) == [part.file.split("/")[1] for part in second.index_parts]
     assert recommit(cache, second, 7) == second and second.read_index(cache).num_rows == 7
-
-
-@pytest.mark.parametrize("at_write", [0, 1, 2])
-def test_a_crash_during_the_commit_leaves_the_first(
-    tmp_path: Path, make_cache: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch, at_write: int
-) -> None:
-    cache = str(tmp_path)
-    first = make_cache(cache)
-    write, calls = storage.write_bytes_atomic, []
-
-    def crash(path: str, data: Any) -> None:
-        calls.append(path)
-        if len(calls) > at_write:
-            raise OSError("the machine is gone")
-        write(path, data)
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
-        patch.setattr(storage, "write_bytes_atomic", crash)
-        recommit(cache, first, 7)
-    assert Manifest.load(cache) == first and first.read_index(cache).num_rows == 12
-    assert first.read_quarantine(cache).num_rows == 1
-    assert recommit(cache, first, 7).read_index(cache).num_rows == 7
 
 
 def test_counts_must_add_up(tmp_path: Path, make_cache: Callable[..., Manifest]) -> None:
@@ -161,8 +141,8 @@ def test_damaged_manifests(cache: str) -> None:
 def test_damaged_tables(cache: str) -> None:
     manifest = Manifest.load(cache)
     for file, read in (
-        (manifest.index_file, manifest.read_index),
-        (manifest.quarantine_file, manifest.read_quarantine),
+        (manifest.index_parts[0].file, manifest.read_index),
+        (manifest.quarantine_parts[0].file, manifest.read_quarantine),
     ):
         path = Path(cache) / file
         whole = path.read_bytes()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import pytest
 import torch
 
 from ray_diffsynth import storage
+from ray_diffsynth.cache.commit import commit
 from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.cache.export import export_cache
 from ray_diffsynth.cache.inspection import inspect_cache
 from ray_diffsynth.cache.local_copy import LocalCopies
-from ray_diffsynth.cache.manifest import GroupSpec, Manifest, commit
+from ray_diffsynth.cache.manifest import GroupSpec, Manifest
 from ray_diffsynth.cache.names import UnsafeNameError, check_group, check_shard, inside, is_group
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.repair import repair_cache
@@ -117,7 +119,12 @@ def test_tables(cache: str, victim: Path, reads: list[str], table: str) -> None:
     content = json.loads(path.read_text())
     other = "quarantine" if table == "index" else "index"
     for name in [*bad_files(victim, TABLE, f"{table}/"), f"{other}/{TABLE}", TABLE]:
-        path.write_text(json.dumps({**content, f"{table}_file": name}))
+        named = [{"file": name, "rows": 1}]
+        for parts in (named, [*content[f"{table}_parts"], *named]):
+            path.write_text(json.dumps({**content, f"{table}_parts": parts}))
+            refused(cache, victim, reads, name)
+        older = replace(Manifest.from_dict(content), version=3).to_dict()
+        path.write_text(json.dumps({**older, f"{table}_file": name}))
         refused(cache, victim, reads, name)
 
 
@@ -148,15 +155,16 @@ def with_files(cache: str, name: str | None) -> None:
     """Commit, past the checks, an index whose second sample's latents lie in the file of this name."""
     path = Path(cache, "manifest.json")
     content = json.loads(path.read_text())
-    table = pq.read_table(Path(cache, content["index_file"]))
+    (part,) = content["index_parts"]
+    table = pq.read_table(Path(cache, part["file"]))
     files = table["vae_file"].to_pylist()
     files[1] = name
     table = table.set_column(table.schema.get_field_index("vae_file"), "vae_file", pa.array(files, pa.string()))
     out = pa.BufferOutputStream()
     pq.write_table(table, out)
     data = out.getvalue()
-    content |= {"index_hash": table_hash(data), "index_file": f"index/{table_hash(data)}.parquet"}
-    Path(cache, content["index_file"]).write_bytes(data)
+    part["file"] = f"index/{table_hash(data)}.parquet"
+    Path(cache, part["file"]).write_bytes(data)
     path.write_text(json.dumps(content))
 
 
@@ -212,7 +220,10 @@ def test_a_commit_touches_nothing_that_the_manifest_before_it_names(cache: str, 
     index, quarantine = manifest.read_index(cache), manifest.read_quarantine(cache)
     path = Path(cache, "manifest.json")
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "index_file": str(victim / TABLE), "quarantine_file": f"../victim/{TABLE}"}))
+    index_parts, quarantine_parts = (
+        [{"file": file, "rows": 1}] for file in (str(victim / TABLE), f"../victim/{TABLE}")
+    )
+    path.write_text(json.dumps({**content, "index_parts": index_parts, "quarantine_parts": quarantine_parts}))
     before = snapshot(victim)
     assert commit(cache, manifest, index, quarantine) == manifest and snapshot(victim) == before
 
@@ -251,10 +262,10 @@ def test_links_out_of_the_cache(cache: str, victim: Path, place: str) -> None:
     manifest = Path(cache, "manifest.json")
     if place in ("index", "quarantine"):
         whole = Manifest.load(cache)
-        table = pq.read_table(Path(cache, whole.index_file)).drop_columns(["caption"])
+        table = pq.read_table(Path(cache, whole.index_parts[0].file)).drop_columns(["caption"])
         before = snapshot(victim)
         with pytest.raises(UnsafeNameError, match="is a link out of the cache"):
-            commit(cache, whole, table, pq.read_table(Path(cache, whole.quarantine_file)))
+            commit(cache, whole, table, pq.read_table(Path(cache, whole.quarantine_parts[0].file)))
         assert snapshot(victim) == before
     elif place == "vae":
         for act in (lambda: list_shards(cache, "vae"), lambda: read_shard_header(cache, "vae", SHARD)):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from ray_diffsynth import storage
 from ray_diffsynth.cache import lease as lease_module
 from ray_diffsynth.cache import repair as repair_module
 from ray_diffsynth.cache import store
+from ray_diffsynth.cache.commit import commit
 from ray_diffsynth.cache.errors import CacheError
-from ray_diffsynth.cache.inspection import named_rows
-from ray_diffsynth.cache.manifest import Manifest, commit
+from ray_diffsynth.cache.inspection import inspect_cache, named_rows
+from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.repair import repair_cache
 from ray_diffsynth.cache.store import GroupRow, write_shard
@@ -92,7 +94,7 @@ def test_what_cannot_be_read_stops_it_before_anything_is_removed(
     )
     Path(cache, "vae", shard_file("32x64-0")).write_bytes(b"damaged")
     Path(cache, "vae", ".x.parquet.tmp-1-ab").write_bytes(b"half")
-    name = Manifest.load(cache).index_file if name == "index" else name
+    name = Manifest.load(cache).index_parts[0].file if name == "index" else name
     before = snapshot(cache)
     with monkeypatch.context() as patch:
         unreadable(patch, name)
@@ -112,19 +114,45 @@ def test_another_version_is_named_and_left(cache: str) -> None:
     path.write_text(json.dumps({**content, "version": 1}))
     before = snapshot(cache)
     for act in (repair_cache, CacheReader, verify_cache):
-        with pytest.raises(CacheError, match="has version 1, this program reads version 3"):
+        with pytest.raises(CacheError, match="has version 1, this program reads version 4"):
             act(cache)
     assert snapshot(cache) == before
 
 
 def test_a_cache_of_version_2_is_read_and_stays_what_it_is(cache: str) -> None:
     path = Path(cache, "manifest.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2, "settings": {}}))
+    older = replace(Manifest.load(cache), version=2).to_dict()
+    path.write_text(json.dumps({**older, "settings": {}}))
     before = CacheReader(cache)
     # What that version's program gave: checkpoints of its runs hold it, and go on.
     assert before.identity == "ba6c6653193497c01a4d556e4ada097e"
-    assert not verify_cache(cache) and repair_cache(cache, prune=True).committed
+    shrink(cache, [0, 2, 5, 11])
+    before = CacheReader(cache)
+    assert repair_cache(cache, prune=True).compacted and not verify_cache(cache)
     assert json.loads(path.read_text())["version"] == 2 and CacheReader(cache).identity == before.identity
+
+
+def test_a_cache_of_version_3_is_read_and_stays_what_it_is(cache: str) -> None:
+    path = Path(cache, "manifest.json")
+    now = Manifest.load(cache)
+    older = replace(now, version=3)
+    content = older.to_dict()
+    names = ["index_file", "index_hash", "quarantine_file"]
+    assert [name for name in content if name not in now.to_dict()] == names
+    path.write_text(json.dumps(content))
+    assert (
+        Manifest.load(cache) == older and older.hash() == "714d7831cb17d77af35d4fbec9d6cf08"
+    )  # as that version had it
+    assert CacheReader(cache).identity == now.identity(now.read_index(cache)) == "b69525215b7671fb394d23fc79f4cb46"
+    assert inspect_cache(cache)["samples"] == 12 and not verify_cache(cache)
+    shrink(cache, [0, 2, 5, 11])
+    before = CacheReader(cache)
+    assert repair_cache(cache, prune=True).compacted
+    assert json.loads(path.read_text())["version"] == 3 and CacheReader(cache).identity == before.identity
+    # Damage is found as ever.
+    path.write_text(json.dumps({**json.loads(path.read_text()), "index_hash": "0" * 32}))
+    with pytest.raises(CacheError, match=r"is damaged .*index_hash is '000"):
+        CacheReader(cache)
 
 
 def test_a_named_file_of_another_version_stops_it(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +222,7 @@ def test_pruning_that_was_stopped_leaves_nothing_for_ever(
     known = set(snapshot(cache))
     write, left = storage.write_bytes_atomic, writes
 
-    def stopped(path: str, data: Any) -> None:
+    def stopped(path: str, data: Any, **options: Any) -> None:
         nonlocal left
         if "lease.json" not in path:
             if not left:
@@ -202,7 +230,7 @@ def test_pruning_that_was_stopped_leaves_nothing_for_ever(
                 Path(path).with_name(f".{Path(path).name}.tmp-{os.getpid()}-0af3").write_bytes(b"half")
                 raise Killed
             left -= 1
-        write(path, data)
+        write(path, data, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(storage, "write_bytes_atomic", stopped)
@@ -214,7 +242,7 @@ def test_pruning_that_was_stopped_leaves_nothing_for_ever(
         assert set(snapshot(cache)) <= known | tables  # tables go with the next commit
         repair_cache(cache, prune=True)
     manifest = Manifest.load(cache)
-    named = {manifest.index_file, manifest.quarantine_file, "manifest.json"}
+    named = {*manifest.tables(), "manifest.json"}
     index = manifest.read_index(cache)
     named |= {f"{spec.name}/{file}" for spec in manifest.groups for file in named_rows(index, spec)}
     assert set(snapshot(cache)) == named and verify_cache(cache) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from contextlib import nullcontext
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ray_diffsynth.cache import commit as commit_module
 from ray_diffsynth.cache.errors import CacheError
-from ray_diffsynth.cache.lease import Lease
+from ray_diffsynth.cache.lease import LEASE, Lease
 from ray_diffsynth.cache.manifest import Manifest
+from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cluster.nodes import Process
 from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.preprocess import catalog as catalog_module
@@ -128,11 +131,42 @@ def test_what_another_attempt_commits_before_the_lease_is_seen(
 def test_a_cache_of_version_2_is_refused_before_anything_is_read(tmp_path: Path, few: Path, inline: Stage1) -> None:
     model, data, cache = encoded(tmp_path, few, inline)
     manifest = cache / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 2, "settings": {}}))
+    older = dataclasses.replace(Manifest.load(str(cache)), version=2).to_dict()
+    manifest.write_text(json.dumps({**older, "settings": {}}))
     before, count = files(cache), len(calls(model))
     with pytest.raises(CacheError, match=r"cache is a cache of version 2.*Training still reads it.*--output_path"):
         inline(model, data, cache)
     assert files(cache) == before and len(calls(model)) == count
+
+
+def test_a_cache_of_version_3_goes_on_as_the_newest(tmp_path: Path, few: Path, inline: Stage1) -> None:
+    model, data, cache = encoded(tmp_path, few, inline)
+    manifest = Manifest.load(str(cache))
+    (cache / "manifest.json").write_text(json.dumps(dataclasses.replace(manifest, version=3).to_dict()))
+    before, identity, count = files(cache), CacheReader(str(cache)).identity, len(calls(model))
+    assert inline(model, data, cache)["samples"] == 12 and len(calls(model)) == count
+    assert Manifest.load(str(cache)) == manifest
+    assert {name: data for name, data in files(cache).items() if before[name] != data}.keys() == {"manifest.json"}
+    assert CacheReader(str(cache)).identity == identity  # what a training that goes on compares
+
+
+def test_a_run_that_loses_the_cache_at_its_end_commits_nothing(
+    tmp_path: Path, few: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
+    real = commit_module.write_parts
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        (cache / LEASE).write_text(json.dumps({"owner": "another"}))
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(CacheError, match="taken over by another attempt"):
+        patch.setattr(commit_module, "write_parts", slow)
+        inline(model, few, cache)
+    assert not (cache / "manifest.json").exists() and list((cache / "index").glob("*.parquet"))
+    (cache / LEASE).unlink()
+    count = len(calls(model))
+    assert inline(model, few, cache)["samples"] == 12 and len(calls(model)) == count
 
 
 def test_another_dataset_leaves_the_scan_cache_as_it_is(tmp_path: Path, few: Path, inline: Stage1) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
+from ray_diffsynth.cache.commit import commit
+from ray_diffsynth.cache.index import QUARANTINE_SCHEMA, index_schema
+from ray_diffsynth.cache.manifest import GroupSpec, Manifest
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.config import TrainConfig
 from ray_diffsynth.data.spec import SampleSpec

@@ -15,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_diffsynth.cache.manifest import QUARANTINE_SCHEMA, GroupSpec, Manifest, commit, index_schema
+from ray_diffsynth.cache.commit import commit
+from ray_diffsynth.cache.index import QUARANTINE_SCHEMA, index_schema
+from ray_diffsynth.cache.manifest import GroupSpec, Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cache.store import GroupRow, write_shard
 from ray_diffsynth.training.data.epoch_order import EpochOrder, epoch_order, steps_per_epoch, virtual_ranks_of
