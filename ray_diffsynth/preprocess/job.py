@@ -15,6 +15,7 @@ from ray_diffsynth.cluster.environment import Environment
 from ray_diffsynth.cluster.holder import has_ended, own_place
 from ray_diffsynth.cluster.session import ray_session
 from ray_diffsynth.config import PreprocessConfig
+from ray_diffsynth.data.archives.listings import kept_listings
 from ray_diffsynth.data.dataset import read_dataset
 from ray_diffsynth.data.metadata import Metadata
 from ray_diffsynth.data.warnings import DataWarnings, collecting
@@ -32,6 +33,10 @@ from ray_diffsynth.preprocess.scan import scan_dataset
 from ray_diffsynth.preprocess.scan_cache import forget
 from ray_diffsynth.preprocess.summary import write_reports
 from ray_diffsynth.progress import Progress
+from ray_diffsynth.storage import join
+
+ARCHIVE_LISTINGS = "index/archives"
+"""Where a cache keeps what lies in the archives of its dataset."""
 
 
 def run(config: PreprocessConfig) -> dict[str, Any]:
@@ -44,8 +49,9 @@ def run(config: PreprocessConfig) -> dict[str, Any]:
 def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
     """`warnings` takes in what happens to the data while it runs."""
     started, config, cache = time.monotonic(), plan.config, plan.output_path
-    metadata = read_dataset(plan.sample, config.dataset_metadata_path)
     with ExitStack() as stack:
+        archives = stack.enter_context(kept_listings(join(cache, ARCHIVE_LISTINGS)))
+        metadata = read_dataset(plan.sample, config.dataset_metadata_path)
         # Taken when Ray can tell who has ended, given back when it is down: nothing of this run writes any more.
         held = stack.enter_context(Lease(cache))
         session = ray_session(config.ray_address, verbose=config.verbose, env=config.env_names)
@@ -61,6 +67,8 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
                 *(cache, committed.index, metadata, plan.groups),
                 lambda part: _scan(plan, part, machines, environment, remember=False).samples,
             )
+        if not config.dry_run:
+            archives.save()
         rows = _scan(plan, metadata, machines, environment)
         runs = [
             GroupRun.begin(group, EncoderSpec(plan, group, batch_size(config, group.name)), rows.samples)

@@ -19,13 +19,16 @@ from ray_diffsynth.cache.lease import LEASE, Lease
 from ray_diffsynth.cache.manifest import Manifest
 from ray_diffsynth.cache.reader import CacheReader
 from ray_diffsynth.cluster.nodes import Process
+from ray_diffsynth.data.archives import tars as tars_module
 from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.preprocess import catalog as catalog_module
 from ray_diffsynth.preprocess import job as job_module
 from ray_diffsynth.preprocess import scan as scan_module
 from ray_diffsynth.preprocess import scan_cache as scan_cache_module
+from ray_diffsynth.preprocess.job import ARCHIVE_LISTINGS
 from ray_diffsynth.preprocess.scan import scan_files
 from ray_diffsynth.preprocess.scan_cache import SCAN_CACHE, ScanCache, forget
+from tests.data.dataset_files import tar_of
 from tests.preprocess.conftest import CAPTIONS, IMAGES, SHARD, Stage1, files
 from tests.preprocess.counting import build_model, calls
 
@@ -179,6 +182,23 @@ def test_another_dataset_leaves_the_scan_cache_as_it_is(tmp_path: Path, few: Pat
     with pytest.raises(CacheError, match="holds the cache of another dataset"):
         inline(model, other, cache)
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
+
+
+def test_a_rerun_opens_no_archive_and_a_dry_run_keeps_none(
+    tmp_path: Path, few: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cache, data = build_model(tmp_path / "model"), tmp_path / "cache", tmp_path / "tars"
+    members = {f"{n:04d}.png": (few / f"{n:04d}.png").read_bytes() for n in range(6)}
+    data.mkdir()
+    (data / "a.tar").write_bytes(tar_of({**members, **{f"{n:04d}.txt": b"a caption" for n in range(6)}}))
+    opened: list[str] = []
+    real = tars_module.opened_archive
+    monkeypatch.setattr(tars_module, "opened_archive", lambda path, kind: opened.append(path) or real(path, kind))
+    inline(model, data, cache, dry_run=True)
+    assert not (cache / ARCHIVE_LISTINGS).exists()
+    assert inline(model, data, cache)["samples"] == 6 and len(opened) == 2
+    assert inline(model, data, cache)["samples"] == 6 and len(opened) == 2
+    assert inline(model, data, cache, dry_run=True) and len(opened) == 2
 
 
 class Killed(BaseException):

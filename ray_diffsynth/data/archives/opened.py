@@ -24,8 +24,13 @@ def opened_archive(path: str, kind: str) -> Iterator[tuple[IO[bytes], int]]:
             size = with_retries(path, partial(storage.file_size, path))
             read = with_retries(path, lambda: stack.enter_context(opened_ranges(path)))
         except MediaError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise DatasetError(f"the {kind} {path} does not exist; check --dataset_base_path") from error
+            check_there(path, kind, error)
             raise
         file = RangedFile(lambda start, count: with_retries(path, partial(read, start, count)), size)
         yield cast("IO[bytes]", file), size
+
+
+def check_there(path: str, kind: str, error: Exception) -> None:
+    """Raise DatasetError if an archive's error is that it is absent."""
+    if isinstance(error.__cause__, FileNotFoundError):
+        raise DatasetError(f"the {kind} {path} does not exist; check --dataset_base_path") from error
