@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -31,14 +32,46 @@ def init_local(temporary_folder: str | None, options: Mapping[str, Any]) -> None
 
     All its processes listen on loopback alone: who reaches one of their ports runs code here.
     """
-    # Ray takes 127.0.0.1 for the machine's address where this is false, as it is on macOS. Given as the node's address
-    # it would be replaced by that of the network, and every port be open on all addresses.
+    with _on_loopback():
+        ray.init(address="local", include_dashboard=False, _temp_dir=temporary_folder, **options)
+
+
+def join(address: str, options: Mapping[str, Any]) -> None:
+    """Join the cluster at an address that answers. Raises what Ray raises.
+
+    Ray asks at the machine's address of the network instead of 127.0.0.1, where one that listens on loopback alone does
+    not answer: it would try for seven minutes.
+    """
+    host, _, port = address.rpartition(":")
+    with ExitStack() as stack:
+        if services.is_localhost(host) and port.isdigit() and not _answers(services.get_node_ip_address(), int(port)):
+            stack.enter_context(_on_loopback())
+        ray.init(address=address, **options)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within it Ray takes 127.0.0.1 for the machine's address, as it does on macOS.
+
+    Given as the node's address it would be replaced by that of the network, and every port be open on all addresses.
+    """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        ray.init(address="local", include_dashboard=False, _temp_dir=temporary_folder, **options)
+        yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+_ANSWER_SECONDS = 10.0
 
 
 def available_resources() -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import ray
 import ray.exceptions
 import ray.train
 import ray.train.torch
+from ray._private import services
 from ray.autoscaler._private.autoscaler import AutoscalerSummary
 from ray.autoscaler._private.util import format_readonly_node_type
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
@@ -52,6 +54,30 @@ def test_errors_of_other_processes_hold_what_was_raised() -> None:
     group = ray.train.WorkerGroupError("failed", {1: task})
     assert worker_failures(group) == {1: task}, "WorkerGroupError.worker_failures is no more"
     assert find_user_error(group) is told and remote_cause(told) is None and worker_failures(told) == {}
+
+
+@pytest.mark.parametrize(("listens_at", "everywhere"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_a_cluster_on_loopback_alone_is_asked_there(
+    monkeypatch: pytest.MonkeyPatch, listens_at: str, everywhere: bool
+) -> None:
+    """Where it listens on all addresses it is asked at that of the network, by which its other machines know it."""
+    asked: list[str] = []
+
+    def init(address: str, **options: object) -> None:
+        assert options == {"log_to_driver": False}
+        asked.append(services.resolve_ip_for_localhost(address.rpartition(":")[0] or address))
+
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)  # of the session's Ray, which is on loopback
+    monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda _: "127.0.0.2")
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server((listens_at, 0)) as server:
+        port = server.getsockname()[1]
+        for host in ("127.0.0.1", "localhost", "192.0.2.1"):
+            ray_compat.join(f"{host}:{port}", {"log_to_driver": False})
+        ray_compat.join("auto", {"log_to_driver": False})
+    network = "127.0.0.2" if everywhere else "127.0.0.1"
+    assert asked[:3] == [network, network, "192.0.2.1"] and len(asked) == 4
+    assert services.get_node_ip_address() == "127.0.0.2", "the setting is taken back"
 
 
 @pytest.mark.ray

@@ -20,7 +20,7 @@ from ray_diffsynth.cluster.address import check_answers, is_host_and_port, no_cl
 from ray_diffsynth.cluster.environment import Environment, environment, forwarded
 from ray_diffsynth.cluster.request import EXPIRE_SECONDS
 from ray_diffsynth.console import open_stream
-from ray_diffsynth.ray_compat import init_local, refuses_token
+from ray_diffsynth.ray_compat import init_local, join, refuses_token
 from ray_diffsynth.system_errors import explain
 
 LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
@@ -83,7 +83,7 @@ def _join(address: str, given: bool, options: dict[str, Any]) -> None:
     if is_host_and_port(address) and refuses_token(address):  # Ray would try for half a minute, and not say why
         raise no_token(address)
     try:
-        ray.init(address=address, **options)
+        join(address, options)
     except ray.exceptions.AuthenticationError as error:
         raise no_token(address) from error
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, RayError: by what is wrong with the address
