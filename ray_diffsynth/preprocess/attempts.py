@@ -4,9 +4,9 @@ Reports may arrive late, twice, or after those of another process about the same
 which belongs to one process on one machine, and never changes what is known of another attempt.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 Stage = Literal["decode", "encode", "write"]
 
@@ -71,10 +71,35 @@ class Attempts:
             del self._running[attempt.process]
         if self._of(attempt) is not None:
             del self._open[attempt.shard][attempt]
+            if not self._open[attempt.shard]:  # else it would grow with the dataset
+                del self._open[attempt.shard]
 
     def unfinished(self, shard: str) -> tuple[Unfinished, ...]:
         """The open attempts at a shard, in the order in which they began."""
         return tuple(self._open.get(shard, {}).values())
+
+    def open(self) -> Iterator[Attempt]:
+        """All attempts that have begun and not ended."""
+        for attempts in self._open.values():
+            yield from attempts
+
+    def facts(self) -> dict[str, Any]:
+        """All that is known, as JSON."""
+        found = [
+            [item.attempt, item.batch, item.exit_reason] for items in self._open.values() for item in items.values()
+        ]
+        return {"open": found, "newest": self._newest, "running": list(self._running.values())}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Self:
+        """What `facts` gave."""
+        made = cls()
+        for attempt, batch, reason in facts["open"]:
+            one = Attempt(*attempt)
+            made._open.setdefault(one.shard, {})[one] = Unfinished(one, tuple(batch), reason)
+        made._newest = dict(facts["newest"])
+        made._running = {item.process: item for item in (Attempt(*found) for found in facts["running"])}
+        return made
 
     def _of(self, attempt: Attempt) -> Unfinished | None:
         return self._open.get(attempt.shard, {}).get(attempt)
