@@ -20,7 +20,7 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.core.generated import common_pb2, gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 DATA_ERRORS_LOGGER = "ray.data._internal.execution.streaming_executor_state"
@@ -104,6 +104,18 @@ def cluster_id() -> str:
 def ended_jobs() -> set[str]:
     """Ids of the jobs of the cluster whose driver has ended or died."""
     return {str(job["JobID"]) for job in ray._private.state.jobs() if job["IsDead"]}
+
+
+def death_by_memory(worker_id: str) -> str:
+    """Says that Ray's memory monitor killed the worker process; "" for one that lives, or died otherwise."""
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    found = accessor.get_worker_info(ray.WorkerID.from_hex(worker_id))
+    if not found:
+        return ""
+    worker = gcs_pb2.WorkerTableData.FromString(found)
+    if worker.is_alive or worker.exit_type != common_pb2.NODE_OUT_OF_MEMORY:
+        return ""
+    return "Ray's memory monitor killed it, since the machine's memory ran out"
 
 
 def draining_nodes() -> set[str]:

@@ -65,6 +65,11 @@ def autoscaler_is_asked_and_answers() -> None:
     assert test_ray_compat.test_the_second_autoscaler_says_what_comes
 
 
+def ray_keeps_the_dead() -> None:
+    assert test_ray_compat.test_a_process_that_died_for_memory_is_told_apart
+    assert test_ray_compat.test_a_process_that_died_otherwise
+
+
 def ray_start_has_a_folder() -> None:
     import ray
 
@@ -212,6 +217,9 @@ USES = [
     ),
     Use("ray", "ray_compat", ("_temp_dir",), "sockets in a folder that goes with the run", ray_start_has_a_folder),
     Use("ray", "ray_compat", ("_private",), "a local Ray on loopback alone", ray_takes_loopback_for_its_address),
+    Use(
+        "ray", "ray_compat", ("_private", "_connect_and_get_accessor"), "how a worker process died", ray_keeps_the_dead
+    ),
     Use(
         "ray",
         "training.ray.process_group",

@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,8 @@ from ray._private import services
 from ray.autoscaler._private.autoscaler import AutoscalerSummary
 from ray.autoscaler._private.util import format_readonly_node_type
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
-from ray.core.generated.common_pb2 import NodeDeathInfo
+from ray.core.generated.common_pb2 import NodeDeathInfo, WorkerExitType
+from ray.core.generated.gcs_pb2 import WorkerTableData
 from ray.data import DataContext
 from ray.experimental.internal_kv import _initialize_internal_kv, _internal_kv_reset
 
@@ -78,6 +80,44 @@ def test_a_cluster_on_loopback_alone_is_asked_there(
     network = "127.0.0.2" if everywhere else "127.0.0.1"
     assert asked[:3] == [network, network, "192.0.2.1"] and len(asked) == 4
     assert services.get_node_ip_address() == "127.0.0.2", "the setting is taken back"
+
+
+@pytest.mark.parametrize(
+    ("exit_type", "alive", "expected"),
+    [
+        ("NODE_OUT_OF_MEMORY", False, "Ray's memory monitor killed it, since the machine's memory ran out"),
+        ("NODE_OUT_OF_MEMORY", True, ""),
+        ("SYSTEM_ERROR", False, ""),
+    ],
+)
+def test_a_process_that_died_for_memory_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch, exit_type: str, alive: bool, expected: str
+) -> None:
+    row = WorkerTableData(is_alive=alive, exit_type=WorkerExitType.Value(exit_type)).SerializeToString()
+    accessor = SimpleNamespace(get_worker_info=lambda worker: row if worker.hex() == "ab" * 28 else None)
+    monkeypatch.setattr(ray._private.state.state, "_connect_and_get_accessor", lambda: accessor)
+    assert ray_compat.death_by_memory("ab" * 28) == expected
+    assert ray_compat.death_by_memory("cd" * 28) == ""
+
+
+@pytest.mark.ray
+def test_a_process_that_died_otherwise(local_ray: None) -> None:
+    """Ray knows it by the id under which it reports attempts."""
+
+    @ray.remote
+    class Here:
+        def worker(self) -> str:
+            return str(ray.get_runtime_context().get_worker_id())
+
+    actor = Here.remote()
+    worker = ray.get(actor.worker.remote())
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    assert WorkerTableData.FromString(accessor.get_worker_info(ray.WorkerID.from_hex(worker))).is_alive
+    assert ray_compat.death_by_memory(worker) == ""
+    ray.kill(actor)
+    while WorkerTableData.FromString(accessor.get_worker_info(ray.WorkerID.from_hex(worker))).is_alive:
+        time.sleep(0.1)
+    assert ray_compat.death_by_memory(worker) == ""
 
 
 @pytest.mark.ray

@@ -73,3 +73,8 @@ def cut_bytes(width: int, height: int, target_height: int, target_width: int) ->
 def kept_bytes(target_height: int, target_width: int, frames: int = 1) -> int:
     """What stays of a decoded file on its way to an encoder: its pixels, as often as they are in memory at once."""
     return target_height * target_width * frames * 3 * _COPIES
+
+
+def sent_bytes(kept: int) -> int:
+    """What of `kept_bytes` is handed to an encoder: once the pixels."""
+    return kept // _COPIES

@@ -18,7 +18,7 @@ from ray_diffsynth.cache.store import GroupRow, shard_name, write_shard
 from ray_diffsynth.cluster.environment import Environment, Shipped
 from ray_diffsynth.preprocess.errors import described
 from ray_diffsynth.preprocess.messages import give_up, unpack
-from ray_diffsynth.preprocess.monitor import attempt_at
+from ray_diffsynth.preprocess.monitor import OutOfTries, add_counts, attempt_at
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,10 @@ class ShardSink(Shipped, Datasink[list[dict[str, Any]]]):
         codec: str,
         monitor: Any = None,
         environment: Environment | None = None,
+        tries: int | None = None,
     ) -> None:
         self.environment = environment
+        self.tries = tries
         self.cache = cache
         self.group = group
         self.parameters = tuple(parameters)
@@ -54,14 +56,16 @@ class ShardSink(Shipped, Datasink[list[dict[str, Any]]]):
             for item in BlockAccessor.for_block(block).iter_rows(public_row_format=False):
                 if item["given_up"]:
                     continue
-                with attempt_at(self.monitor, item["name"], "write"):
-                    try:
+                try:
+                    with attempt_at(self.monitor, item["name"], "write", self.tries):
                         written.append(self._write(item))
-                    except Exception as error:
-                        # Whatever is raised here would only make Ray Data drop the shard.
-                        logger.exception("shard %s cannot be written", item["name"])
-                        reason = f"{self.group} cannot be written to {self.cache}: {described(error)}"
-                        give_up(item, self.monitor, reason)
+                except OutOfTries:
+                    continue
+                except Exception as error:
+                    # Whatever is raised here would only make Ray Data drop the shard.
+                    logger.exception("shard %s cannot be written", item["name"])
+                    reason = f"{self.group} cannot be written to {self.cache}: {described(error)}"
+                    give_up(item, self.monitor, reason)
         return written
 
     def _write(self, item: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +92,8 @@ class ShardSink(Shipped, Datasink[list[dict[str, Any]]]):
                 warnings={key: parse_row_warnings(pairs) for key, pairs in warnings.items()},
             )
         if self.monitor is not None:
-            self.monitor.add.remote(len(rows), len(failed) + len(transient), shard.nbytes if shard is not None else 0)
+            nbytes = shard.nbytes if shard is not None else 0
+            add_counts(self.monitor, len(rows), len(failed) + len(transient), nbytes)
         return {"shard": shard.to_dict() if shard is not None else None, "transient": transient, "warnings": of_the_run}
 
     def on_write_complete(self, write_result: WriteResult[list[dict[str, Any]]]) -> None:

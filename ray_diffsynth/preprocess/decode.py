@@ -10,8 +10,8 @@ from ray_diffsynth.data.media import TRANSIENT
 from ray_diffsynth.data.samples import ERRORS_OF_ALL_SAMPLES, load_inputs
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.preprocess.errors import described
-from ray_diffsynth.preprocess.messages import EncoderSpec, give_up, pack
-from ray_diffsynth.preprocess.monitor import attempt_at
+from ray_diffsynth.preprocess.messages import EncoderSpec, give_up, pack, unanswered
+from ray_diffsynth.preprocess.monitor import OutOfTries, attempt_at
 
 logger = logging.getLogger(__name__)
 
@@ -19,22 +19,31 @@ logger = logging.getLogger(__name__)
 class Decoder(Shipped):
     """CPU task: shard -> shard with the inputs of its rows. Those not decoded are in `failed` or `transient`."""
 
-    def __init__(self, spec: EncoderSpec, monitor: Any = None, environment: Environment | None = None) -> None:
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        monitor: Any = None,
+        environment: Environment | None = None,
+        tries: int | None = None,
+    ) -> None:
         self.environment = environment
+        self.tries = tries
         self.spec = spec
         self.monitor = monitor
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        with attempt_at(self.monitor, shard["name"], "decode"):
-            try:
+        try:
+            with attempt_at(self.monitor, shard["name"], "decode", self.tries):
                 return self._decode(shard)
-            except ERRORS_OF_ALL_SAMPLES as error:
-                return give_up(shard, self.monitor, str(error))
-            except Exception as error:
-                # Whatever is raised here would only make Ray Data drop the shard.
-                logger.exception("shard %s cannot be decoded", shard["name"])
-                why = f"the inputs of {self.spec.group.name} cannot be read: {described(error)}"
-                return give_up(shard, self.monitor, why)
+        except OutOfTries:
+            return unanswered(shard)
+        except ERRORS_OF_ALL_SAMPLES as error:
+            return give_up(shard, self.monitor, str(error))
+        except Exception as error:
+            # Whatever is raised here would only make Ray Data drop the shard.
+            logger.exception("shard %s cannot be decoded", shard["name"])
+            why = f"the inputs of {self.spec.group.name} cannot be read: {described(error)}"
+            return give_up(shard, self.monitor, why)
 
     def _decode(self, shard: dict[str, Any]) -> dict[str, Any]:
         keys: list[str] = []

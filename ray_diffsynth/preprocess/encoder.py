@@ -14,8 +14,8 @@ from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.preprocess.attempts import Attempt
 from ray_diffsynth.preprocess.encode_batches import DeviceError, encode_samples
 from ray_diffsynth.preprocess.errors import EncoderError, described
-from ray_diffsynth.preprocess.messages import EncoderSpec, give_up, pack, unpack
-from ray_diffsynth.preprocess.monitor import attempt_at, end_this_process
+from ray_diffsynth.preprocess.messages import EncoderSpec, give_up, pack, unanswered, unpack
+from ray_diffsynth.preprocess.monitor import OutOfTries, attempt_at, end_this_process
 from ray_diffsynth.preprocess.records import Failure
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,9 @@ def died_loading(nodes: Sequence[str]) -> int:
 class Encoder:
     """Actor: shard with inputs -> shard with the encoded parameters in their place."""
 
-    def __init__(self, spec: EncoderSpec, monitor: Any = None) -> None:
+    def __init__(self, spec: EncoderSpec, monitor: Any = None, tries: int | None = None) -> None:
         self.spec = spec
+        self.tries = tries
         self.monitor = monitor
         self.batch_sizes: dict[str, int] = {}
         try:
@@ -49,14 +50,15 @@ class Encoder:
             # Ray starts the actor again without reporting the error, and Ray Data would wait for it for ever.
             if monitor is not None:
                 reason = f"the encoder of {spec.group.name} cannot be loaded: {described(error)}"
-                ray.get(monitor.give_up.remote(reason))
+                ray.get(monitor.report.remote("give_up", reason))
             raise
 
     def _load(self) -> None:
         spec = self.spec
         if self.monitor is not None:
             context = ray.get_runtime_context()
-            begun = ray.get(self.monitor.begin_loading.remote(context.get_actor_id(), context.get_node_id()))
+            own = (context.get_actor_id(), context.get_node_id(), context.get_worker_id())
+            begun = ray.get(self.monitor.report.remote("begin_loading", *own))
             if died_loading(begun) >= LOADS:
                 raise EncoderError(
                     "its process died each time while it loaded its models; the machine may lack memory for them (see "
@@ -71,12 +73,25 @@ class Encoder:
         self.group = next(group for group in plan.split.stages(self.pipe).groups if group.name == name)
         if self.monitor is not None:
             context = ray.get_runtime_context()
-            self.monitor.loaded.remote(context.get_actor_id(), context.current_actor)
+            self.monitor.report.remote("loaded", context.get_actor_id(), context.get_worker_id())
+            self._say_that_it_runs()
+
+    def _say_that_it_runs(self) -> None:
+        if self.monitor is not None:
+            context = ray.get_runtime_context()
+            self.monitor.running.remote(context.get_actor_id(), context.current_actor)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
         if shard["given_up"]:
             return shard
-        with attempt_at(self.monitor, shard["name"], "encode") as attempt:
+        try:
+            return self._attempt(shard)
+        except OutOfTries:
+            return unanswered(shard)
+
+    def _attempt(self, shard: dict[str, Any]) -> dict[str, Any]:
+        self._say_that_it_runs()
+        with attempt_at(self.monitor, shard["name"], "encode", self.tries) as attempt:
             try:
                 return self._encode(shard, attempt)
             except DeviceError as error:
@@ -94,7 +109,7 @@ class Encoder:
 
         def on_batch(start: int, end: int) -> None:
             if attempt is not None:
-                self.monitor.begin_batch.remote(attempt, [key for key, _ in rows[start:end]])
+                self.monitor.report.remote("begin_batch", attempt, [key for key, _ in rows[start:end]])
 
         with collecting() as collected:
             results, self.batch_sizes[shard["bucket"]] = encode_samples(

@@ -32,7 +32,7 @@ def shard_row(shard: ShardPlan) -> dict[str, Any]:
     that cannot be encoded, by key: error class and message. Those of `failed` are remembered; what is in `transient` is
     not the sample's own fault and is tried again by the next run. `warnings` are those of a row, by key: pairs of
     kind and detail; those of the key "" are of no single row and are not stored. `given_up`: a task could not go on and
-    reported why to the monitor; the next tasks pass the shard on as it is.
+    reported why to the monitor, or the shard has killed too many processes; the next tasks pass it on as it is.
     """
     rows = [
         {
@@ -63,7 +63,12 @@ def give_up(shard: Mapping[str, Any], monitor: Any, reason: str) -> dict[str, An
     """
     if monitor is None:
         raise EncoderError(reason)
-    ray.get(monitor.give_up.remote(reason))
+    ray.get(monitor.report.remote("give_up", reason))
+    return {**shard, "inputs": b"", "given_up": True}
+
+
+def unanswered(shard: Mapping[str, Any]) -> dict[str, Any]:
+    """The shard of a task that is not to try it again, since the processes before it died: it gets no result."""
     return {**shard, "inputs": b"", "given_up": True}
 
 

@@ -2,7 +2,7 @@
 
 from ray.util.metrics import Counter, Gauge
 
-from ray_diffsynth.preprocess.monitor import Counts
+from ray_diffsynth.preprocess.monitor_state import Counts
 from ray_diffsynth.progress import RateWindow
 
 

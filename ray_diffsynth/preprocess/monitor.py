@@ -1,119 +1,95 @@
 """What the driver knows of the tasks while they run: an actor beside it to which they report.
 
 The only way by which tasks report attempts, progress and why the run must end. The driver polls it while a pass runs,
-and evaluates it when the pass is over.
+and evaluates it when the pass is over. When its process is killed, Ray starts it again and it reads its journal;
+meanwhile calls wait.
 """
 
 import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 
-from ray_diffsynth.preprocess.attempts import Attempt, Attempts, Stage, Unfinished
+from ray_diffsynth.preprocess.attempts import Attempt, Stage, Unfinished
+from ray_diffsynth.preprocess.monitor_state import Counts, Journal
+
+RESTARTS = 100
+"""How often a monitor is started again; one that cannot be started ends the run instead of being awaited for ever."""
 
 
-class Counts(NamedTuple):
-    """State of a `Monitor`: rows written and failed, bytes, encoders that have loaded, and why the run must end."""
-
-    written: int = 0
-    failed: int = 0
-    nbytes: int = 0
-    encoders: int = 0
-    fatal: str = ""
-
-
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=RESTARTS, max_task_retries=-1)
 class Monitor:
-    """Actor: rows written and failed so far, encoders that have loaded, and the attempts at each shard."""
+    """Actor: a `MonitorState`, with its journal at a path of this machine, and the encoders that run."""
 
-    def __init__(self) -> None:
-        self.written = 0
-        self.failed = 0
-        self.nbytes = 0
-        self.encoders = 0
-        self.fatal = ""
-        self.running: dict[str, Any] = {}
-        self.loading: dict[str, list[str]] = {}
-        self.attempts = Attempts()
+    def __init__(self, journal: str) -> None:
+        self._journal = Journal(journal)
+        self._running: dict[str, Any] = {}
 
-    def begin_loading(self, actor_id: str, node: str) -> list[str]:
-        """An encoder begins to load its models; the node of each time that it did so without coming to the end."""
-        self.loading.setdefault(actor_id, []).append(node)
-        return self.loading[actor_id]
+    def report(self, name: str, *arguments: Any) -> Any:
+        """Take in a report: a method of `MonitorState` and its arguments; returns what that does."""
+        return self._journal.report(name, *arguments)
 
-    def loaded(self, actor_id: str, encoder: Any) -> None:
-        """An encoder has its models: its actor's id and handle."""
-        self.encoders += 1
-        self.loading.pop(actor_id, None)
-        self.running[actor_id] = encoder
+    def running(self, actor_id: str, encoder: Any) -> None:
+        """An encoder lives: its actor's id and handle. It says so again and again, since no journal holds a handle."""
+        self._running[actor_id] = encoder
 
     def end_encoders(self) -> None:
         """End all encoders. Ray Data leaves one that is just being restarted, which would keep its CPUs and GPUs."""
-        for encoder in self.running.values():
+        for encoder in self._running.values():
             ray.kill(encoder)
-        self.running.clear()
-
-    def begin(self, attempt: Attempt) -> None:
-        """A process begins an attempt at a shard, and may die in it."""
-        self.attempts.begin(attempt)
-
-    def begin_batch(self, attempt: Attempt, keys: Sequence[str]) -> None:
-        """The process begins to encode these rows of the shard."""
-        self.attempts.begin_batch(attempt, keys)
-
-    def report_exit(self, attempt: Attempt, reason: str) -> None:
-        """A process is about to end itself within an attempt."""
-        self.attempts.report_exit(attempt, reason)
-
-    def end(self, attempt: Attempt) -> None:
-        """A process has ended its attempt at a shard."""
-        self.attempts.end(attempt)
+        self._running.clear()
 
     def unfinished(self, shards: Sequence[str]) -> list[tuple[Unfinished, ...]]:
         """The attempts at each shard that have not ended."""
-        return [self.attempts.unfinished(name) for name in shards]
-
-    def give_up(self, reason: str) -> None:
-        """Nothing can be encoded: the first reason stays."""
-        self.fatal = self.fatal or reason
-
-    def add(self, written: int, failed: int, nbytes: int) -> None:
-        """Rows that were written and that failed, and bytes of the file."""
-        self.written += written
-        self.failed += failed
-        self.nbytes += nbytes
+        return self._journal.state.unfinished(shards)
 
     def get(self) -> Counts:
         """The state as of now."""
-        return Counts(self.written, self.failed, self.nbytes, self.encoders, self.fatal)
+        return self._journal.state.counts
+
+
+class OutOfTries(Exception):
+    """A shard's process has died as often as a pass allows, and Ray tries it again all the same."""
 
 
 _numbers = itertools.count()
 
 
+def add_counts(monitor: Any, written: int, failed: int, nbytes: int) -> None:
+    """Report rows that were written and that failed, and bytes of the file."""
+    monitor.report.remote("add", _process(), next(_numbers), written, failed, nbytes)
+
+
+def _process() -> str:
+    return str(ray.get_runtime_context().get_worker_id())
+
+
 @contextmanager
-def attempt_at(monitor: Any, shard: str, stage: Stage) -> Iterator[Attempt | None]:
+def attempt_at(monitor: Any, shard: str, stage: Stage, tries: int | None = None) -> Iterator[Attempt | None]:
     """An attempt of this process at the shard, reported to the monitor before it begins: the process may die within.
 
-    None without a monitor.
+    None without a monitor. tries: how many may be open in a pass. Raises OutOfTries for a further one: Ray does not
+    count the processes that its memory monitor kills, and would go on for ever.
     """
     if monitor is None:
         yield None
         return
-    context = ray.get_runtime_context()
-    attempt = Attempt(shard, stage, context.get_node_id(), context.get_worker_id(), next(_numbers))
-    ray.get(monitor.begin.remote(attempt))
+    node = ray.get_runtime_context().get_node_id()
+    attempt = Attempt(shard, stage, node, _process(), next(_numbers))
+    open_now: int = ray.get(monitor.report.remote("begin", attempt))
     try:
+        if tries is not None and open_now > tries:
+            raise OutOfTries(f"{open_now - 1} processes died at {shard}")
         yield attempt
     finally:
-        monitor.end.remote(attempt)
+        monitor.report.remote("end", attempt)
 
 
 def end_this_process(monitor: Any, attempt: Attempt | None, reason: str) -> None:
     """End the process as a crash would, so that Ray starts another in its place."""
     if monitor is not None:
-        ray.get(monitor.report_exit.remote(attempt, reason))
+        ray.get(monitor.report.remote("report_exit", attempt, reason))
     os._exit(1)

@@ -1,7 +1,6 @@
 """One pass of Ray Data over shards: decode tasks, a pool of actors, write tasks."""
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +12,10 @@ from ray_diffsynth.cluster.encoders import EncoderPool
 from ray_diffsynth.cluster.environment import CallableActor, Environment, Parcel
 from ray_diffsynth.preprocess.datasink import ShardSink
 from ray_diffsynth.preprocess.decode import Decoder
+from ray_diffsynth.preprocess.decode_passes import DecodePass
 from ray_diffsynth.preprocess.encoder import Encoder
 from ray_diffsynth.preprocess.messages import EncoderSpec, shard_row
 from ray_diffsynth.preprocess.ray_errors import PassCallback, Reports
-from ray_diffsynth.preprocess.shards import ShardPlan
 
 NO_PROGRESS_SECONDS = 24 * 3600.0
 """Ray Data gives up a pass in which nothing moves for so long; by default half an hour, in which no GPU may be free."""
@@ -36,17 +35,18 @@ class PassContext:
 
 
 def run_pass(
-    context: PassContext, shards: Sequence[ShardPlan], *, retries: int, in_flight: int
+    context: PassContext, decoded_together: DecodePass, *, retries: int, in_flight: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Encode and write the shards; the results of `ShardSink` for those that came through, and how many processes died.
+    """Encode and write the shards of a pass; the results (`ShardSink`) of those that came through, and the deaths.
 
     `retries`: how often a shard is tried again when its process died; then it is dropped. `in_flight`: shards that wait
     in or at an actor; with one, only the shard that is encoded is lost with it. Raises Stopped, EncoderError, and
     whatever Ray raises.
     """
     spec, size, monitor = context.spec, context.size, context.monitor
-    environment = context.environment
-    sink = ShardSink(context.cache, spec.group.name, spec.group.parameters, context.codec, monitor, environment)
+    environment, shards, tries = context.environment, decoded_together.shards, retries + 1
+    sink = ShardSink(context.cache, spec.group.name, spec.group.parameters, context.codec, monitor, environment, tries)
+    ray.get(monitor.report.remote("begin_pass"))
     # Rows of the dataset are whole shards, so a block never tears one apart.
     dataset = ray.data.from_items([shard_row(shard) for shard in shards], override_num_blocks=len(shards))
     options = dataset.context  # its own copy, which the steps below inherit
@@ -59,14 +59,17 @@ def run_pass(
     options.execution_options.label_selector = dict(size.selector) or None
     options.custom_execution_callback_classes = [*options.custom_execution_callback_classes, PassCallback]
     decoded = dataset.map(
-        Decoder(spec, monitor, environment),
+        Decoder(spec, monitor, environment, tries),
         num_cpus=size.decode_cpus,
-        compute=TaskPoolStrategy(size.decode_tasks),
+        # What the headers say that decoding takes. The machine's memory is shared by these reservations alone: actors
+        # and write tasks reserve none.
+        memory=decoded_together.memory or None,
+        compute=TaskPoolStrategy(decoded_together.tasks),
         max_retries=retries,
     )
     encoded = decoded.map(
         CallableActor,
-        fn_constructor_args=(Parcel(environment, partial(Encoder, spec, monitor)),),
+        fn_constructor_args=(Parcel(environment, partial(Encoder, spec, monitor, tries)),),
         num_cpus=size.actor_cpus,
         num_gpus=size.actor_gpus or None,
         resources=dict(size.others) or None,

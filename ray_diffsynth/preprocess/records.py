@@ -10,13 +10,18 @@ from ray_diffsynth.data.metadata import Quarantined
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A good row: its id, raw values, bucket, and its inputs as they enter a cache key (content hash for a file)."""
+    """A good row: its id, raw values, bucket, and its inputs as they enter a cache key (content hash for a file).
+
+    `decode_bytes`: memory that decoding its files takes at its peak, and `kept_bytes`: what of it stays.
+    """
 
     sample_id: str
     source: str
     row: Mapping[str, Any]
     bucket: Bucket
     inputs: Mapping[str, Any]
+    decode_bytes: int = 0
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

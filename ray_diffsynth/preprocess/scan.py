@@ -18,7 +18,7 @@ from ray_diffsynth.cluster.nodes import Process
 from ray_diffsynth.data.fit import Fits
 from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, StoreFailure, source_stamp
 from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
-from ray_diffsynth.data.samples import ERRORS_OF_ALL_SAMPLES, bucket_of, pixel_keys, size_fits
+from ray_diffsynth.data.samples import ERRORS_OF_ALL_SAMPLES, bucket_of, decode_bytes, pixel_keys, size_fits
 from ray_diffsynth.data.scan import SourceFile, scan_file
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.stamps import listed_stamps
@@ -248,7 +248,7 @@ def assign(
                 inputs |= {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames}
                 inputs |= pixel_keys(row, good, bucket, spec)
                 fits.add(sample_id, size_fits(good, bucket, spec))
-                samples.append(Sample(sample_id, source, row, bucket, inputs))
+                samples.append(Sample(sample_id, source, row, bucket, inputs, *decode_bytes(good, bucket, spec)))
         except UserError as error:
             failure = Failure.of(error)
         if failure is not None:

@@ -24,7 +24,8 @@ TEXT_ROWS = 32
 class Wanted:
     """A row that the cache must hold: its key, one sample that has these inputs, and that sample's row and bucket.
 
-    `files`: its file parameters as they enter the key, by their contents.
+    `files`: its file parameters as they enter the key, by their contents. `decode_bytes`: memory that decoding them
+    takes at its peak, and `kept_bytes`: what of it stays.
     """
 
     key: str
@@ -33,6 +34,8 @@ class Wanted:
     bucket: str
     size: Bucket
     files: Mapping[str, Any] = field(default_factory=dict)
+    decode_bytes: int = 0
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ def wanted_rows(
         row = {column: sample.row[column] for column in columns}
         bucket = sample.bucket.name if group.bucketed else ALL_SIZES
         files = {name: sample.inputs[name] for name in params}
-        yield Wanted(key, sample.sample_id, row, bucket, sample.bucket, files)
+        memory = (sample.decode_bytes, sample.kept_bytes) if params else (0, 0)
+        yield Wanted(key, sample.sample_id, row, bucket, sample.bucket, files, *memory)
 
 
 def not_known(wanted: Iterable[Wanted], known: Collection[str]) -> Iterator[Wanted]:

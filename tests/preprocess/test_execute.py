@@ -7,20 +7,24 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
 
+from ray_diffsynth.cluster.encoders import EncoderPool
+from ray_diffsynth.cluster.nodes import Cluster
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.preprocess import execute as execute_module
 from ray_diffsynth.preprocess.attempts import Attempt, Attempts, Stage
 from ray_diffsynth.preprocess.catalog import GroupCatalog
+from ray_diffsynth.preprocess.decode_passes import STEP, DecodePass
 from ray_diffsynth.preprocess.errors import EncoderError
 from ray_diffsynth.preprocess.execute import _side_by_side, encode_group
 from ray_diffsynth.preprocess.group_run import GroupRun
-from ray_diffsynth.preprocess.monitor import Counts
+from ray_diffsynth.preprocess.monitor_state import Counts
 from ray_diffsynth.preprocess.ray_errors import PassCallback, Reports, Stopped
 from ray_diffsynth.preprocess.records import Failure
 from ray_diffsynth.preprocess.shards import ShardPlan, Wanted, plan_shards
@@ -50,10 +54,17 @@ class PlayedRay:
         self.fatal = ""
         self.nodes = {"a", "b"}
         self.node_dies_in: int | None = None
+        self.resources: dict[str, dict[str, float]] = {}
+        self.reserved: list[int] = []
+        self.for_memory = False
+        self.told: list[tuple[int, ...]] = []
         self.monitor = SimpleNamespace(
             get=SimpleNamespace(remote=lambda: Counts(fatal=self.fatal)),
             unfinished=SimpleNamespace(remote=lambda names: [self.attempts.unfinished(name) for name in names]),
         )
+
+    def why_it_died(self, process: str) -> str:
+        return "no memory" if self.for_memory else ""
 
     def dies(self, shard: ShardPlan, stage: Stage, node: str, batch: Sequence[str] = ()) -> None:
         attempt = Attempt(shard.name, stage, node, f"process {next(self.processes)}", 0)
@@ -61,9 +72,11 @@ class PlayedRay:
         self.attempts.begin_batch(attempt, batch)
 
     def run_pass(
-        self, line: Any, shards: Sequence[ShardPlan], *, retries: int, in_flight: int
+        self, line: Any, decoded_together: DecodePass, *, retries: int, in_flight: int
     ) -> tuple[list[dict[str, Any]], int]:
+        shards = decoded_together.shards
         self.passes.append([len(shard.rows) for shard in shards])
+        self.reserved.append(decoded_together.memory)
         if self.node_dies_in == len(self.passes):
             self.nodes.remove("b")
             for shard in shards:
@@ -90,14 +103,19 @@ class PlayedRay:
 
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlayedRay, int], GroupRun]:
-    def call(played: PlayedRay, rows: int) -> GroupRun:
+    def call(played: PlayedRay, rows: int | Sequence[Wanted]) -> GroupRun:
         monkeypatch.setattr(execute_module, "run_pass", played.run_pass)
         monkeypatch.setattr(execute_module, "ray", SimpleNamespace(get=lambda value: value))
         monkeypatch.setattr(execute_module, "alive_nodes", lambda: dict.fromkeys(("a", "b")))  # as Ray says: late
         monkeypatch.setattr(execute_module, "living", lambda nodes: set(nodes) & played.nodes)
-        shards = list(plan_shards(row(number) for number in range(rows)))
+        wanted = [row(number) for number in range(rows)] if isinstance(rows, int) else rows
+        shards = list(plan_shards(wanted))
+        monkeypatch.setattr(execute_module, "death_by_memory", played.why_it_died)
+        monkeypatch.setattr(execute_module, "add_counts", lambda monitor, *counts: played.told.append(counts))
+        monkeypatch.setattr(execute_module, "joined_cluster", lambda: Cluster(played.resources))
         run = GroupRun(SimpleNamespace(name="vae"), None, None, shards=shards)  # type: ignore[arg-type]
-        encode_group(run, SimpleNamespace(monitor=played.monitor))  # type: ignore[arg-type]
+        size = EncoderPool(1, 1, 1.0, 0.0, 0.5, None, 0.25)
+        encode_group(run, SimpleNamespace(monitor=played.monitor, size=size))  # type: ignore[arg-type]
         return run
 
     return call
@@ -141,6 +159,27 @@ def test_the_search_asks_once_a_pass_what_is_known(
     assert asked == len(played.passes) == 7
 
 
+def test_large_shards_come_last_and_what_no_machine_can_decode_is_told(
+    play: Callable[[PlayedRay, int | Sequence[Wanted]], GroupRun], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A shard that kills is searched before the large ones are begun, with what its parts need."""
+    large, huge = Bucket(640, 640), Bucket(1280, 1280)
+    rows = [replace(row(number), decode_bytes=10**6, kept_bytes=10**5) for number in range(2)]
+    rows.append(replace(row(2), bucket=large.name, size=large, decode_bytes=7 * 10**8, kept_bytes=10**6))
+    rows.append(replace(row(3), bucket=huge.name, size=huge, decode_bytes=2 * 10**9, kept_bytes=10**6))
+    played = PlayedRay({row(1).key: "decode"})
+    played.resources = {"a": {"CPU": 2.0, "memory": 1e9, "object_store_memory": 1e9}}
+    run = play(played, rows)
+    assert played.passes == [[2], [1, 1], [1]]
+    assert played.reserved == [STEP, STEP, 11 * STEP]
+    assert run.encoded == 2 and run.catalog.failures[row(1).key].error == "DecoderDied"
+    assert run.catalog.transient.keys() == {row(3).key} and played.told == [(0, 1, 0)]
+    assert (
+        "1 samples lie in files so large" in caplog.text
+        and "takes 2 GB, and the largest machine has 1 GB" in caplog.text
+    )
+
+
 def test_a_shard_that_waited_behind_a_killer_is_not_cut(play: Callable[[PlayedRay, int], GroupRun]) -> None:
     played = PlayedRay({row(3).key: "encode"}, innocent=[row(64).key])
     run = play(played, 128)
@@ -157,7 +196,18 @@ def test_what_is_lost_with_a_machine_is_not_cut(play: Callable[[PlayedRay, int],
 
 def test_what_is_lost_without_a_death_is_nobodys_fault(play: Callable[[PlayedRay, int], GroupRun]) -> None:
     with pytest.raises(EncoderError, match="lost 1 of 2 shards of vae without a word"):
-        play(PlayedRay({row(3).key: "encode"}, says=0), 128)
+        play(PlayedRay({}, innocent=[row(3).key]), 128)
+
+
+def test_a_row_that_runs_out_of_memory_is_quarantined_with_the_reason(
+    play: Callable[[PlayedRay, int], GroupRun],
+) -> None:
+    """Ray tries such a shard again for ever and tells of no death: the attempts that did not end are enough."""
+    played = PlayedRay({row(3).key: "decode"}, says=0)
+    played.for_memory = True
+    run = play(played, 8)
+    assert [max(sizes) for sizes in played.passes] == [8, 4, 2, 1] and run.encoded == 7
+    assert run.catalog.failures[row(3).key].message.endswith("each time it reached this sample (no memory)")
 
 
 def test_a_dying_writer_is_no_samples_fault(play: Callable[[PlayedRay, int], GroupRun]) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,6 +19,7 @@ from ray_diffsynth.cache.inspection import inspect_cache
 from ray_diffsynth.cache.verify import verify_cache
 from tests.preprocess.conftest import CAPTIONS, IMAGES, ROOT, SHARD, Job, Stage1, files
 from tests.preprocess.counting import behave, build_model, calls
+from tests.processes import session_processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -63,6 +65,28 @@ def test_an_actor_is_killed_in_the_middle_of_a_batch(tmp_path: Path, many: Path,
     check_exactly_once(cache, whole)
     repeated = len(calls(model, "vae")) - IMAGES
     assert 0 < repeated <= SHARD and len(calls(model, "text_encoder")) == CAPTIONS + 1
+
+
+def test_the_monitor_is_killed(tmp_path: Path, many: Path, whole: Path, job: Job) -> None:
+    """It is started again and knows what it knew: nothing is encoded twice, and the count comes to its end."""
+    model, cache = build_model(tmp_path / "model", sleep=0.01), tmp_path / "cache"
+    running = job(model, many, cache)
+
+    def monitors() -> list[psutil.Process]:
+        processes = [psutil.Process(pid) for pid in session_processes(running.process.pid)]
+        return [process for process in processes if process.cmdline()[:1] == ["ray::Monitor"]]
+
+    running.wait_for(lambda: written(cache) >= SHARD)
+    (monitor,) = monitors()
+    monitor.kill()
+    running.wait_for(lambda: written(cache) >= 3 * SHARD)
+    (again,) = monitors()
+    assert again != monitor
+    again.kill()
+    assert running.process.wait() == 0
+    check_exactly_once(cache, whole)
+    assert len(calls(model, "vae")) == IMAGES and len(calls(model, "text_encoder")) == CAPTIONS + 1
+    assert f"encode vae {IMAGES}/{IMAGES}" in running.log.read_text()
 
 
 WRITER = """

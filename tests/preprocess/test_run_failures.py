@@ -41,7 +41,12 @@ def test_the_runs_own_mistakes_end_it_with_their_text(bench: Bench, process: Pro
     shard = bench.decode()
     bench.patch.setattr(counting.ImageUnit, "process_batch", process)
     one = Encoder(bench.spec)
-    one.monitor = SimpleNamespace(give_up=SimpleNamespace(remote=told.append))
+    one.monitor = SimpleNamespace(
+        report=SimpleNamespace(remote=lambda name, reason: told.append(reason)),
+        running=SimpleNamespace(remote=lambda *_: None),
+    )
+    context = SimpleNamespace(get_actor_id=lambda: "a", current_actor=None)
+    bench.patch.setattr(encoder, "ray", SimpleNamespace(get_runtime_context=lambda: context))
     bench.patch.setattr(encoder, "attempt_at", lambda *_: nullcontext())
     bench.patch.setattr(messages, "ray", SimpleNamespace(get=lambda value: value))
     result = one(shard)
@@ -87,10 +92,9 @@ def test_what_the_machine_lacks_ends_the_run(bench: Bench, monkeypatch: pytest.M
 def test_an_encoder_that_cannot_load_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monitor = SimpleNamespace(
-        begin_loading=SimpleNamespace(remote=lambda actor, node: [node] * 5),
-        give_up=SimpleNamespace(remote=told.append),
+        report=SimpleNamespace(remote=lambda name, *rest: told.append(rest[0]) if name == "give_up" else [rest[1]] * 5)
     )
-    context = SimpleNamespace(get_actor_id=lambda: "a", get_node_id=lambda: "n")
+    context = SimpleNamespace(get_actor_id=lambda: "a", get_node_id=lambda: "n", get_worker_id=lambda: "w")
     monkeypatch.setattr(encoder, "living", lambda nodes: nodes)
     fake = SimpleNamespace(get=lambda value: value, get_runtime_context=lambda: context)
     monkeypatch.setattr(encoder, "ray", fake)
