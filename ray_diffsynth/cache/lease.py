@@ -122,7 +122,7 @@ class Lease:
 
     def held(self) -> bool:
         """Whether the lease file is this holder's. Raises OSError and what the store raises when it cannot be read."""
-        return owner(self.folder) == self._mine["owner"]
+        return bool(owner(self.folder) == self._mine["owner"])
 
     def __enter__(self) -> Lease:
         return self
