@@ -71,7 +71,7 @@ def _find(base_path: str, metadata_path: str | None, split: str | None) -> tuple
         )
     if archive_ending(base_path) and not storage.is_folder(base_path):
         return base_path, [storage.absolute(base_path)]
-    found = [name for suffix in READERS if storage.exists(storage.join(base_path, name := f"metadata{suffix}"))]
+    found = storage.existing(base_path, [f"metadata{suffix}" for suffix in READERS])
     if len(found) > 1:
         shown = ", ".join(storage.join(base_path, name) for name in found)
         raise DatasetError(f"{base_path} has several metadata files ({shown}); name one with --dataset_metadata_path")

@@ -4,7 +4,7 @@ A path without a scheme is local and goes to the operating system directly, so t
 """
 
 from ray_diffsynth.storage.folders import move, remove_folder, write_folder_atomic
-from ray_diffsynth.storage.listing import file_sizes, list_files, list_folders, list_unfinished
+from ray_diffsynth.storage.listing import existing, file_sizes, list_files, list_folders, list_unfinished
 from ray_diffsynth.storage.members import MemberError, member_of, member_path, member_stamp, without_place
 from ray_diffsynth.storage.paths import StorageError, absolute, filesystem, is_hidden, join, local_path
 from ray_diffsynth.storage.raw import stamp_of
@@ -18,6 +18,7 @@ __all__ = [
     "StorageError",
     "absolute",
     "create_new",
+    "existing",
     "exists",
     "file_size",
     "file_sizes",

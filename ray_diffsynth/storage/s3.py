@@ -70,6 +70,21 @@ def look_from(fs: fsspec.AbstractFileSystem, bucket: str, keys: Sequence[str], a
     return Look({key: {**info, "size": info["Size"]} for key, info in infos.items()}, end)
 
 
+def names_in(fs: fsspec.AbstractFileSystem, folder: str, beginning: str) -> set[str] | None:
+    """Names that begin so, of the files and folders in a folder, by one request; None if it does not tell all."""
+    bucket, key, _ = fs.split_path(folder)
+    folder = f"{key.rstrip('/')}/" if key else ""
+    try:
+        answer = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=folder + beginning, Delimiter="/")
+    except PermissionError:
+        return None
+    if answer.get("IsTruncated"):
+        return None
+    found = [each["Key"] for each in answer.get("Contents", [])]
+    found += [each["Prefix"].rstrip("/") for each in answer.get("CommonPrefixes", [])]
+    return {name.removeprefix(folder) for name in found}
+
+
 def _before(key: str) -> str:
     """A string shortly before a key in the order of listings, which begin behind it."""
     last = ord(key[-1])

@@ -170,3 +170,20 @@ def test_one_get_reads_content_and_version(asked: list[tuple[str, str]], monkeyp
     with pytest.raises(FileNotFoundError):
         storage.read_stamped("s3://lab/absent.png")
     assert os.environ["AWS_ENDPOINT_URL"]
+
+
+def test_which_names_are_there_is_one_request(asked: list[tuple[str, str]], store: FaultyProxy) -> None:
+    for name in ("metadata.csv", "metadata.csv.bak", "metadata.tsv/a.png"):
+        storage.write_bytes_atomic(f"s3://lab/names/{name}", b"x")
+    wanted, there = ["metadata.tsv", "metadata.json", "metadata.csv"], ["metadata.tsv", "metadata.csv"]
+    asked.clear()
+    assert storage.existing("s3://lab/names", wanted) == there == storage.existing("s3://lab/names/", wanted)
+    assert len(asked) == 2 and storage.existing("s3://lab/absent", wanted) == []
+    # Where so many begin alike that one answer does not tell all, each is asked for.
+    for number in range(PAGE + 1):
+        storage.write_bytes_atomic(f"s3://lab/names/metadata.{number}", b"x")
+    asked.clear()
+    assert storage.existing("s3://lab/names", wanted) == there and len(asked) > 3
+    # What may not be listed too.
+    store.fail("lab", 403, 1)
+    assert storage.existing("s3://lab/names", ["metadata.csv"]) == ["metadata.csv"] and store.left == 0
