@@ -15,10 +15,12 @@ _CODES = {403: "AccessDenied", 429: "TooManyRequests", 500: "InternalError", 503
 
 
 class FaultyProxy:
-    """A context manager. `url`: where it listens; `seen`: method and path of each request; `left`: faults to come."""
+    """A context manager. `url`: where it listens; `seen`: method and path of each request; `left`: faults to come;
+    `sent`: path and bytes of each content that the server sent."""
 
     def __init__(self, server: str) -> None:
         self.seen: list[tuple[str, str]] = []
+        self.sent: list[tuple[str, int]] = []
         self.left = 0
         self._suffix, self._fault = "", 0
         self._lock = threading.Lock()
@@ -69,7 +71,10 @@ class FaultyProxy:
                     server = http.client.HTTPConnection(proxy._server)
                     server.request(self.command, self.path, body, dict(self.headers.items()))
                     found = server.getresponse()
-                    self.reply(found.status, found.getheaders(), found.read())
+                    content = found.read()
+                    with proxy._lock:
+                        proxy.sent.append((path, len(content)))
+                    self.reply(found.status, found.getheaders(), content)
                     server.close()
 
             def reply(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
