@@ -13,6 +13,7 @@ from queue import SimpleQueue
 
 from ray_diffsynth import storage
 from ray_diffsynth.data.media import with_retries
+from ray_diffsynth.data.sorted_texts import SortedTexts
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.storage import s3
 
@@ -28,9 +29,9 @@ PASSED_OVER = 256
 """How many are."""
 FEWEST_IN_FOLDER = 64
 """Files for which a whole folder is listed, of a store that does not list from a key on."""
-_S3 = re.compile(r"(s3a?)://([^/]+)/([^?]+)")
-_BY_FOLDER = re.compile(r"gc?s://")
-"""Stores whose listings tell the same version as a question for the file alone."""
+_S3 = re.compile(r"s3a?://[^/]+/")
+_LISTED = re.compile(r"(s3a?|gc?s)://[^/?]+/[^?]+")
+"""Files of stores whose listings tell the same version as a question for the file alone."""
 
 _Stamps = list[tuple[str, str]]
 _Listing = Callable[[], Iterator[_Stamps]]
@@ -43,49 +44,65 @@ def listed_stamps(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
     on a store that lists no versions, may not be listed, or lies among many that are not wanted, is left out: it is to
     be asked for alone. Members of archives have their archive's.
     """
-    members: dict[str, list[str]] = defaultdict(list)
-    alone: set[str] = set()
-    for path in paths:
-        if storage.is_remote(path):
-            if member := storage.member_of(path):
-                members[member.archive].append(path)
-            else:
-                alone.add(path)
-    for place, stamp in _listed(sorted(alone | members.keys())):
-        if place in alone:
-            yield place, stamp
-        for path in members.get(place, ()):
+    alone, members = SortedTexts.of(paths, [_listed_file, _listed_member])
+    yield from _listed(alone)
+    archives = []
+    at = 0
+    while at < len(members):
+        archives.append(_archive(members[at]))
+        at = members.range_of(f"{archives[-1]}/@")[1]
+    for archive, stamp in _listed(SortedTexts([archives])):
+        for path in members.between(*members.range_of(f"{archive}/@")):
             member = storage.member_of(path)
             assert member is not None
             yield path, storage.member_stamp(member, stamp)
 
 
-def _listed(places: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Of files that are no members, sorted."""
+def _listed_file(path: str) -> bool:
+    return bool(_LISTED.fullmatch(path)) and storage.member_of(path) is None
+
+
+def _listed_member(path: str) -> bool:
+    member = storage.member_of(path)
+    return member is not None and bool(_LISTED.fullmatch(member.archive))
+
+
+def _archive(path: str) -> str:
+    member = storage.member_of(path)
+    assert member is not None
+    return member.archive
+
+
+def _listed(paths: SortedTexts) -> Iterator[tuple[str, str]]:
+    """Of files that are no members."""
     listings: list[_Listing] = []
-    keys: dict[str, list[str]] = defaultdict(list)
     folders: dict[str, list[str]] = defaultdict(list)
-    for place in places:
-        if found := _S3.fullmatch(place):
-            keys[f"{found[1]}://{found[2]}"].append(found[3])
-        elif _BY_FOLDER.match(place):
-            folders[posixpath.dirname(place)].append(place)
-    for bucket, wanted in keys.items():
-        size = max(FEWEST_IN_PART, -(-len(wanted) // LISTINGS))
-        listings += [partial(_of_part, bucket, wanted[at : at + size]) for at in range(0, len(wanted), size)]
+    at = 0
+    while at < len(paths):
+        if bucket := _S3.match(paths[at]):
+            end = paths.range_of(bucket[0])[1]
+            size = max(FEWEST_IN_PART, -(-(end - at) // LISTINGS))
+            listings += [
+                partial(_of_part, bucket[0], paths, start, min(start + size, end)) for start in range(at, end, size)
+            ]
+            at = end
+        else:
+            folders[posixpath.dirname(paths[at])].append(paths[at])
+            at += 1
     for folder, wanted in folders.items():
         if len(wanted) >= FEWEST_IN_FOLDER:
             listings.append(partial(_of_folder, folder, wanted))
     yield from _side_by_side(listings)
 
 
-def _of_part(bucket: str, keys: Sequence[str]) -> Iterator[_Stamps]:
+def _of_part(bucket: str, paths: SortedTexts, at: int, end: int) -> Iterator[_Stamps]:
     fs, name = storage.filesystem(bucket)
-    at = 0
-    while at < len(keys):
-        look = with_retries(f"{bucket}/{keys[at]}", partial(s3.look_from, fs, name, keys, at))
-        yield [(f"{bucket}/{key}", storage.stamp_of(info)) for key, info in look.found.items()]
-        at = look.next + (PASSED_OVER if len(look.found) < FEWEST_LISTED else 0)
+    prefix = s3.common_folder(*(path.removeprefix(bucket) for path in (paths[at], paths[end - 1])))
+    while at < end:
+        keys = [path.removeprefix(bucket) for path in paths.between(at, min(at + s3.PAGE, end))]
+        look = with_retries(f"{bucket}{keys[0]}", partial(s3.look_from, fs, name.rstrip("/"), prefix, keys))
+        yield [(f"{bucket}{key}", storage.stamp_of(info)) for key, info in look.found.items()]
+        at += look.next + (PASSED_OVER if len(look.found) < FEWEST_LISTED else 0)
 
 
 def _of_folder(folder: str, places: Sequence[str]) -> Iterator[_Stamps]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import fsspec
 
+PAGE = 1000
+"""Objects of which one answer to a listing tells at most."""
 PARALLEL_BYTES = 64 << 20
 """Larger objects are fetched in parts, side by side."""
 
@@ -54,19 +56,18 @@ def get_object(fs: fsspec.AbstractFileSystem, inner: str) -> tuple[bytes, dict[s
     return bytes(fs.cat_file(inner)), info
 
 
-def look_from(fs: fsspec.AbstractFileSystem, bucket: str, keys: Sequence[str], at: int) -> Look:
-    """What a listing from `keys[at]` on, of up to 1,000 objects, tells of the sorted `keys`. Raises OSError.
+def look_from(fs: fsspec.AbstractFileSystem, bucket: str, prefix: str, keys: Sequence[str]) -> Look:
+    """What a listing from the first key on, of up to 1,000 objects, tells of the sorted keys. Raises OSError.
 
-    What lies before that key is not listed, however much it is.
+    What lies before that key is not listed, however much it is. `prefix`: with which all of them begin.
     """
-    prefix = _common_folder(keys[0], keys[-1])
-    answer = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, StartAfter=_before(keys[at]))
+    answer = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, StartAfter=_before(keys[0]))
     listed = {each["Key"]: each for each in answer.get("Contents", [])}
     end = len(keys)
     if answer.get("IsTruncated") and listed:
         # An answer that ends before the key (of a store with another order) tells nothing of it.
-        end = max(bisect_right(keys, max(listed), at), at + 1)
-    infos = {key: listed[key] for key in keys[at:end] if key in listed}
+        end = max(bisect_right(keys, max(listed)), 1)
+    infos = {key: listed[key] for key in keys[:end] if key in listed}
     return Look({key: {**info, "size": info["Size"]} for key, info in infos.items()}, end)
 
 
@@ -91,7 +92,7 @@ def _before(key: str) -> str:
     return f"{key[:-1]}{chr(last - 1)}~" if ord("!") < last <= ord("~") else key[:-1]
 
 
-def _common_folder(first: str, last: str) -> str:
+def common_folder(first: str, last: str) -> str:
     """The longest prefix that ends with "/" of two keys, and so of all that lie between them."""
     same = 0
     for a, b in zip(first, last, strict=False):
