@@ -18,6 +18,8 @@ from ray_diffsynth.storage.parquet import open_parquet
 
 WRITE_THREADS, READ_THREADS = 4, 16
 """Parts at the same time: each is one request of an object store, and holds its bytes in memory."""
+REPEATED = ("bucket", "error", "group")
+"""Columns of few values, beside those of files."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class Part:
 
 
 def table_bytes(table: pa.Table) -> pa.Buffer:
-    """The table as a Parquet file."""
-    return parquet_bytes(table, compression="zstd")
+    """The table as a Parquet file; only columns whose values repeat have a dictionary: another's holds all of them."""
+    repeated = [name for name in table.column_names if name in REPEATED or name.endswith("_file")]
+    return parquet_bytes(table, compression="zstd", use_dictionary=repeated)
 
 
 def table_hash(data: bytes | pa.Buffer) -> str:
