@@ -22,8 +22,9 @@ from tests.training.helpers import make_config, train_here
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# Each group waits after some steps of its own: the first one until the machine is lost, what is left of it until it is
-# asked to end. A node may take as long as it needs to answer and to give free what it held: Ray says which one is lost.
+# Each group waits after some steps of its own: that of two until the machine is lost, one of a single worker until it
+# is asked to end. A node may take as long as it needs to answer: Ray says which one is lost. One whose resources are
+# not listed yet, or still listed as taken, is not waited for for ever: the run begins, or goes on, with one worker.
 DRIVER = """
 import json, os, sys, time
 from ray_diffsynth.config import TrainConfig
@@ -32,7 +33,7 @@ from ray_diffsynth.training.ray import job
 from ray_diffsynth.training.ray import elastic
 _show_messages(False)  # as the command does
 elastic.POLL_SECONDS = 0.5
-elastic.ANSWER_SECONDS = elastic.SETTLE_SECONDS = 400.0
+elastic.ANSWER_SECONDS, elastic.SETTLE_SECONDS = 400.0, 30.0
 work = job._worker
 lost = sys.argv[2]  # exists when the machine is lost
 
@@ -64,7 +65,7 @@ def wait_for(what: Callable[[], Any]) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it(
     tiny_qwen: Path, make_cache: CacheMaker, tmp_path: Path
 ) -> None:
@@ -92,6 +93,9 @@ def test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it(
     def line() -> dict[str, Any]:
         return (read_metrics(str(output)) or [{}])[-1]
 
+    def saved() -> bool:
+        return bool(list_checkpoints(str(output)))
+
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "driver.log", "w") as log:
         driver = subprocess.Popen(
@@ -103,12 +107,11 @@ def test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it(
         )
         try:
             # The line of a step is written before its checkpoint: without one the run would begin anew.
-            wait_for(lambda: bool(list_checkpoints(str(output))) or driver.poll() is not None)
-            assert line()["workers"] == 2, (tmp_path / "driver.log").read_text()
+            wait_for(lambda: (line().get("workers") == 2 and saved()) or driver.poll() is not None)
             cluster.remove_node(second, allow_graceful=False)  # SIGKILL of the raylet and what it started
             (tmp_path / "lost").touch()
             wait_for(lambda: line().get("workers") == 1 or driver.poll() is not None)
-            at = line()["step"]
+            at = line().get("step", 0)
             cluster.add_node(num_cpus=1)
             wait_for(lambda: (line().get("workers") == 2 and line()["step"] > at) or driver.poll() is not None)
             wait_for(lambda: driver.poll() is not None)
@@ -122,7 +125,8 @@ def test_a_lost_node_shrinks_the_group_and_a_returned_one_grows_it(
     lines = read_metrics(str(output))
     assert [entry["step"] for entry in lines] == list(range(1, steps + 1))
     sizes = [entry["workers"] for entry in lines]
-    assert [size for n, size in enumerate(sizes) if n == 0 or sizes[n - 1] != size] == [2, 1, 2], logged
+    changes = [size for n, size in enumerate(sizes) if n == 0 or sizes[n - 1] != size]
+    assert changes in ([2, 1, 2], [1, 2, 1, 2]), logged
     assert "a worker was lost" in logged and "there is room for more workers" in logged
     assert "of the trained parameters get no gradient" in logged and logged.count("going on from step") >= 3, logged
     assert {entry["samples"] for entry in lines} == {2}
