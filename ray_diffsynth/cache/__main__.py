@@ -26,9 +26,16 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from ray_diffsynth.cache.errors import repair_advice
+    from ray_diffsynth import storage
+    from ray_diffsynth.cache.errors import MissingFilesError, repair_advice
+    from ray_diffsynth.cache.inspection import check_files
+    from ray_diffsynth.cache.manifest import committed
     from ray_diffsynth.cache.verify import verify_cache
 
+    try:  # said before all of it is read
+        check_files(storage.absolute(options.cache), *committed(storage.absolute(options.cache)))
+    except MissingFilesError as error:
+        print(error, file=sys.stderr)
     files: list[str] = []
     found = verify_cache(options.cache, files.append)
     damage = [finding for finding in found if finding.kind == "damage"]

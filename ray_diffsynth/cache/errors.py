@@ -44,13 +44,15 @@ SHOWN = 3
 """Names of missing files that an error gives."""
 
 
-def missing_files(cache: str, folder: str, absent: Sequence[str], wanted: int) -> str:
-    """What an error says of files that are not in `<cache>/<folder>`; `wanted` is how many the manifest names there."""
-    names = ", ".join(absent[:SHOWN]) + (", …" if len(absent) > SHOWN else "")
-    return (
-        f"{len(absent)} of the {wanted} files of {join(cache, folder)} are absent: {names}. If this is a copy of a "
-        f"cache, copy it again (its manifest.json last); else {repair_advice(cache)}"
-    )
+class MissingFilesError(CacheError):
+    """Files that are not in `<cache>/<folder>`; `wanted` is how many the cache names there."""
+
+    def __init__(self, cache: str, folder: str, absent: Sequence[str], wanted: int) -> None:
+        names = ", ".join(absent[:SHOWN]) + (", …" if len(absent) > SHOWN else "")
+        super().__init__(
+            f"{len(absent)} of the {wanted} files of {join(cache, folder)} are absent: {names}. If this is a copy of a "
+            f"cache, copy it again (its manifest.json last); else {repair_advice(cache)}"
+        )
 
 
 def repair_advice(cache: str) -> str:

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_diffsynth import storage
-from ray_diffsynth.cache.manifest import GroupSpec, committed
+from ray_diffsynth.cache.errors import MissingFilesError
+from ray_diffsynth.cache.manifest import GroupSpec, Manifest, committed
+from ray_diffsynth.cache.names import inside
 from ray_diffsynth.cache.store import list_shards
 
 Place = tuple[int, int, str]
@@ -34,6 +36,18 @@ def named_rows(index: pa.Table, spec: GroupSpec) -> dict[str, list[Place]]:
 def orphans(cache: str, spec: GroupSpec, named: Mapping[str, Any]) -> Iterator[str]:
     """Files of a group's folder that the manifest does not name: left by an interrupted run, or no longer needed."""
     return (file for file in list_shards(cache, spec.name) if file not in named)
+
+
+def check_files(cache: str, manifest: Manifest, index: pa.Table) -> None:
+    """Raise MissingFilesError, with counts and the first names, if files that the index names are not there.
+
+    One listing of each group's folder; no file is opened.
+    """
+    for spec in manifest.groups:
+        wanted = set(pc.unique(index.column(f"{spec.name}_file")).to_pylist())
+        wanted |= {spec.empty_at[0]} if spec.empty_at is not None else set()
+        if absent := sorted(wanted - storage.file_sizes(inside(cache, spec.name)).keys()):
+            raise MissingFilesError(cache, spec.name, absent, len(wanted))
 
 
 def inspect_cache(cache: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ray_diffsynth.cache.codec import CodecError
 from ray_diffsynth.cache.errors import CacheError as CacheError
 from ray_diffsynth.cache.errors import UnreadableError, VersionError, repair_advice
 from ray_diffsynth.cache.index import bucket_ranges
+from ray_diffsynth.cache.inspection import check_files
 from ray_diffsynth.cache.local_copy import LocalCopies
 from ray_diffsynth.cache.manifest import committed
 from ray_diffsynth.cache.names import shard_path
@@ -102,6 +103,10 @@ class CacheReader:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+    def check_files(self) -> None:
+        """Raise CacheError, with counts and the first names, if files of the cache are not there; none is opened."""
+        check_files(self.cache, self.manifest, self._index)
 
     def read(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Parameter -> value of the samples at these index rows, in this order; the tensors are the caller's own.

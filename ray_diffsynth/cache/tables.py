@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ray_diffsynth import storage
 from ray_diffsynth.cache.cuts import cut
-from ray_diffsynth.cache.errors import AbsentError, CacheError, UnreadableError, missing_files, repair_advice
+from ray_diffsynth.cache.errors import AbsentError, CacheError, MissingFilesError, UnreadableError, repair_advice
 from ray_diffsynth.cache.layout import parquet_bytes
 from ray_diffsynth.cache.names import inside
 from ray_diffsynth.storage.parquet import open_parquet
@@ -80,7 +80,7 @@ def read_parts(cache: str, parts: Sequence[Part], schema: pa.Schema, columns: Se
         held = storage.file_sizes(inside(cache, folder))
         wanted = [part.file.rpartition("/")[2] for part in parts]
         if absent := sorted({file for file in wanted if file not in held}):
-            raise CacheError(missing_files(cache, folder, absent, len(wanted))) from error
+            raise MissingFilesError(cache, folder, absent, len(wanted)) from error
         raise
     return pa.concat_tables(tables)
 

@@ -161,3 +161,11 @@ def test_the_contact_sheet_has_a_line_a_sample() -> None:
     entries = [(Image.new("RGB", (64, 32), "red"), "a.png", "a caption"), (Image.new("RGB", (32, 64), "blue"), "b", "")]
     sheet = contact_sheet(entries, side=64)
     assert sheet.getpixel((10, 10)) == (255, 0, 0) and sheet.width > 64 and sheet.height > 100
+
+
+def test_verify_says_first_what_a_copy_lacks(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in sorted(Path(cache, "vae").glob("*.parquet"))[1:]:
+        path.unlink()
+    assert main(["verify", cache]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert "4 of the 5 files of" in lines[0] and sum("it is absent" in line for line in lines) == 4

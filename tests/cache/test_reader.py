@@ -217,3 +217,17 @@ def test_on_an_object_store(make_cache: Callable[..., Manifest], sample: Sample)
     fsspec.filesystem("memory").rm(f"/bucket/cache/vae/{FIRST}")
     with pytest.raises(CacheError, match="it is absent"):
         CacheReader("memory://bucket/cache").read([0])
+
+
+def test_a_partial_copy_is_told_at_open(cache: str) -> None:
+    CacheReader(cache).check_files()
+    gone = sorted(Path(cache, "vae").glob("*.parquet"))[:4]
+    for path in gone:
+        path.unlink()
+    first = ", ".join(path.name for path in gone[:3])
+    with pytest.raises(CacheError, match=rf"4 of the 5 files of .*cache/vae are absent: {first}, …\. If this"):
+        CacheReader(cache).check_files()
+    part = Path(cache, Manifest.load(cache).index_parts[0].file)
+    part.unlink()
+    with pytest.raises(CacheError, match=rf"1 of the 1 files of .*cache/index are absent: {part.name}\. If this"):
+        CacheReader(cache)

@@ -22,6 +22,7 @@ def open_data(plan: TrainPlan) -> SampleSource:
         if config.shard_cache:
             copies = LocalCopies(config.shard_cache, int((config.shard_cache_gb or 0) * 1e9))
         reader = CacheReader(absolute(config.dataset_base_path), copies=copies)
+        reader.check_files()  # of a copy that is not whole: told now, not when a step asks for what is missing
         return CacheSource(reader, getattr(torch, config.dtype))
     return DatasetSource(plan.sample, _metadata_path(plan))
 
