@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pytest
 
 from ray_diffsynth import storage
+from ray_diffsynth.storage import spool as spool_module
+from ray_diffsynth.storage.spool import Spool
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -227,3 +231,29 @@ def test_a_folder_that_is_not_written_to_its_end_leaves_the_one_before(
 
 def fails_for_want_of_space(handle: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_spool_gives_back_its_batches_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spool = Spool(pa.schema([("n", pa.int64()), ("text", pa.string())]))
+    batches = [
+        pa.record_batch([pa.array(range(at, at + 3)), pa.array(["a", None, "x" * at])], schema=spool.schema)
+        for at in range(5)
+    ]
+    assert [spool.append(batch) for batch in batches] == list(range(5)) and not list(tmp_path.iterdir())
+    assert spool[3].equals(batches[3]) and spool[0].equals(batches[0]) and list(spool) == batches
+    # Written while it is read, by a batch that is a slice of another.
+    assert spool[spool.append(batches[2].slice(1, 1))].to_pylist() == [{"n": 3, "text": None}] and len(spool) == 6
+
+
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spool = Spool(pa.schema([("n", pa.int64())]))
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(spool_module.os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        spool.append(pa.record_batch([pa.array([1])], schema=spool.schema))
+    assert caught.value.filename == str(tmp_path)

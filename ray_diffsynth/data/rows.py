@@ -53,8 +53,7 @@ class RowColumns:
         """The inverse of `table`: each row with `sample_id` and its values as it wrote them."""
         batches = table.to_batches(max_chunksize=BATCH_ROWS) if isinstance(table, pa.Table) else [table]
         for batch in batches:
-            columns = [batch.column(name).to_pylist() for name in self.names]
-            values = [self._values(name, column) for name, column in zip(self.names, columns, strict=True)]
+            values = [self.values(batch, name) for name in self.names]
             for sample_id, *row in zip(batch.column(SAMPLE_ID).to_pylist(), *values, strict=True):
                 yield {SAMPLE_ID: sample_id, **dict(zip(self.names, row, strict=True))}
 
@@ -63,29 +62,37 @@ class RowColumns:
         for name in self.names:
             values = [_none_if_nan(row.get(name)) for _, row in rows]
             if name in self.files:
-                columns.append(pa.array([_as_files(value) for value in values], FILES))
+                columns.append(self.files_column(values))
             else:
                 texts = values if name in self.texts else [None if v is None else to_json(v) for v in values]
                 columns.append(pa.array(texts, pa.string()))
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
-    def _values(self, name: str, stored: list[Any]) -> list[Any]:
-        if name in self.texts:
-            return stored
-        if name in self.files:
-            return [None if v is None else v["paths"] if v["is_list"] else v["paths"][0] for v in stored]
-        return [None if text is None else json.loads(text) for text in stored]
+    @staticmethod
+    def files_column(values: Sequence[Any]) -> pa.Array:
+        """Files, or lists of them, as a column of `FILES`."""
+        lists = [isinstance(value, list | tuple) for value in values]
+        paths = pa.array([None if value is None else paths_of(value) for value in values], FILES.field("paths").type)
+        return pa.StructArray.from_arrays(
+            [paths, pa.array(lists, pa.bool_())], fields=list(FILES), mask=paths.is_null()
+        )
+
+    def values(self, batch: pa.RecordBatch, name: str) -> list[Any]:
+        """The values of a column as the rows wrote them."""
+        stored = batch.column(name)
+        if name in self.files and not stored.null_count and not stored.field("is_list").true_count:
+            stored = stored.field("paths").flatten()
+        elif name in self.files:
+            return [None if v is None else v["paths"] if v["is_list"] else v["paths"][0] for v in stored.to_pylist()]
+        elif name not in self.texts:
+            return [None if text is None else json.loads(text) for text in stored.to_pylist()]
+        values: list[Any] = stored.to_pylist()
+        return values
 
 
 def _none_if_nan(value: Any) -> Any:
     """pandas writes NaN for nothing, into columns of texts too."""
     return None if isinstance(value, float) and value != value else value
-
-
-def _as_files(value: Any) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    return {"paths": paths_of(value), "is_list": isinstance(value, list | tuple)}
 
 
 def paths_of(value: Any) -> list[Any]:

@@ -1,11 +1,11 @@
 """What a cache already holds: rows of the manifest, and shards that an interrupted run finished but did not commit."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pyarrow as pa
 
 from ray_diffsynth.cache.errors import CacheError, UnreadableError
@@ -13,8 +13,10 @@ from ray_diffsynth.cache.manifest import MANIFEST_FILE, GroupSpec, Manifest, com
 from ray_diffsynth.cache.names import UnsafeNameError
 from ray_diffsynth.cache.row_warnings import RowWarnings, read_warnings
 from ray_diffsynth.cache.store import Shard, list_shards, read_shard_header, shard_name
+from ray_diffsynth.preprocess.key_columns import Keys, Mask, is_among, packed, packed_column, positions, unpacked
+from ray_diffsynth.preprocess.locations import Locations, Places
 from ray_diffsynth.preprocess.records import Failure
-from ray_diffsynth.preprocess.shards import ShardPlan, remaining
+from ray_diffsynth.preprocess.shard_plans import ShardPlans
 from ray_diffsynth.storage import exists, file_sizes, join
 
 logger = logging.getLogger(__name__)
@@ -22,24 +24,16 @@ logger = logging.getLogger(__name__)
 HEADER_THREADS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where a row lies: a Parquet file of its group's folder, its row group, and the row in it."""
-
-    file: str
-    row_group: int
-    row: int
-
-
 @dataclass
 class GroupCatalog:
     """Known rows of one group by key, and the keys whose sample failed to encode.
 
+    failures: of those that are stored nevertheless, by another shard, they do not count.
     transient: those that could not be tried in this run (a file that could not be read); the next one tries again.
     warnings: those of a row, by key. run_warnings: those of this run and of no row, as (kind, detail).
     """
 
-    locations: dict[str, Location] = field(default_factory=dict)
+    locations: Locations = field(default_factory=Locations)
     failures: dict[str, Failure] = field(default_factory=dict)
     transient: dict[str, Failure] = field(default_factory=dict)
     warnings: dict[str, RowWarnings] = field(default_factory=dict)
@@ -49,22 +43,26 @@ class GroupCatalog:
         """Why the sample of a key is not stored; None for one that is, or was not tried."""
         return None if key in self.locations else self.failures.get(key) or self.transient.get(key)
 
-    def has_failures(self) -> bool:
-        """Whether any row is known not to be stored."""
-        return bool(self.failures or self.transient)
+    def failed(self, keys: Keys) -> Mask:
+        """Which of the keys have a `failure`."""
+        if not (self.failures or self.transient):
+            return np.zeros(len(keys), bool)
+        return is_among(keys, (*self.failures, *self.transient)) & (self.locations.find(keys) < 0)
 
-    def known(self) -> set[str]:
-        """Keys that need no encoding: stored, or failed before with the very same inputs."""
-        return {*self.locations, *self.failures}
+    def knows(self, keys: Keys) -> Mask:
+        """Which of the keys need no encoding: stored, or failed before with the very same inputs."""
+        stored = self.locations.find(keys) >= 0
+        return stored | is_among(keys, self.failures) if self.failures else stored
 
     def add(self, shard: Shard) -> None:
         """Take in a written shard."""
-        for row, key in enumerate(shard.keys):
-            self.locations.setdefault(key, Location(shard.file, *shard.locate(row)))
-            self.failures.pop(key, None)  # it failed before, and was tried again
+        row_groups, rows = np.divmod(np.arange(len(shard.keys)), shard.rows_per_group)
+        self.locations.add(packed(shard.keys), shard.file, row_groups, rows)
+        if self.failures:
+            for key in shard.keys:
+                self.failures.pop(key, None)  # it failed before, and was tried again
         self.warnings.update(shard.warnings)
-        failed = ((key, Failure(*reason)) for key, reason in shard.failed.items() if key not in self.locations)
-        self.failures.update(failed)
+        self.failures.update((key, Failure(*reason)) for key, reason in shard.failed.items())
 
 
 def committed_state(cache: str) -> tuple[Manifest | None, pa.Table | None]:
@@ -85,73 +83,72 @@ def committed_rows(
         return catalog
     spec = next((item for item in manifest.groups if item.name == group), None)
     if spec is not None:
-        columns = (index[f"{group}_{name}"].to_pylist() for name in ("key", "file", "row_group", "row"))
-        files: dict[str, str] = {}  # one string for all rows of a file
-        for key, file, row_group, row in zip(*columns, strict=True):
-            catalog.locations[key] = Location(files.setdefault(file, file), row_group, row)
+        keys, files, row_groups, rows = (index[f"{group}_{name}"] for name in ("key", "file", "row_group", "row"))
+        catalog.locations.add_columns(packed_column(keys), files, row_groups.to_numpy(), rows.to_numpy())
         if spec.empty_key is not None and spec.empty_at is not None:
-            catalog.locations[spec.empty_key] = Location(*spec.empty_at)
-        _forget_lost(cache, spec, catalog)
+            file, row_group, row = spec.empty_at
+            catalog.locations.add(packed([spec.empty_key]), file, [row_group], [row])
+        _forget_lost(cache, spec, catalog.locations)
         catalog.warnings.update(read_warnings(cache).get(group, {}))
-    for row in [] if retry else manifest.read_quarantine(cache).to_pylist():
-        if row["group"] == group and row["key"] not in catalog.locations:
-            catalog.failures[row["key"]] = Failure(row["error"], row["message"])
+    for entry in [] if retry else manifest.read_quarantine(cache).to_pylist():
+        if entry["group"] == group and entry["key"] is not None:
+            catalog.failures[entry["key"]] = Failure(entry["error"], entry["message"])
     return catalog
 
 
-def _forget_lost(cache: str, spec: GroupSpec, catalog: GroupCatalog) -> None:
+def _forget_lost(cache: str, spec: GroupSpec, locations: Locations) -> None:
     """Drop the locations that hold no such row any more. One listing; headers are read only if it is not as it was."""
-    named = {place.file for place in catalog.locations.values()}
-    sizes = file_sizes(join(cache, spec.name))
+    named, sizes = set(locations.files), file_sizes(join(cache, spec.name))
     if named <= sizes.keys() and sum(sizes[file] for file in named) == spec.nbytes:
         return
     headers = _headers(cache, spec.name, sorted(named & sizes.keys()))
-    lost = [key for key, place in catalog.locations.items() if not _holds(headers.get(place.file), place, key)]
-    files = sorted({catalog.locations[key].file for key in lost})
-    for key in lost:
-        del catalog.locations[key]
+    kept = np.zeros(len(locations), bool)
+    lost = []
+    for file, numbers in locations.by_file():
+        kept[numbers] = _held(headers.get(file), locations.places[numbers, 1:], locations.keys[numbers])
+        if not kept[numbers].all():
+            lost.append(file)
     if lost:
         logger.warning(
             "%s: %d files are gone or damaged, the first %s; their %d rows are encoded again",
-            *(join(cache, spec.name), len(files), files[0], len(lost)),
+            *(join(cache, spec.name), len(lost), min(lost), int((~kept).sum())),
         )
+        locations.keep(kept)
 
 
-def _holds(shard: Shard | None, place: Location, key: str) -> bool:
-    if shard is None:
-        return False
-    position = place.row_group * shard.rows_per_group + place.row
-    return position < len(shard.keys) and shard.keys[position] == key
+def _held(shard: Shard | None, places: Places, keys: Keys) -> Mask:
+    """Which of the keys a file has at their places."""
+    if shard is None or not shard.keys:
+        return np.zeros(len(keys), bool)
+    at = places[:, 0].astype(np.int64) * shard.rows_per_group + places[:, 1]
+    there = at < len(shard.keys)
+    held: Mask = there & (packed(shard.keys)[np.where(there, at, 0)] == keys)
+    return held
 
 
-def recover(
-    cache: str, group: str, shards: Iterable[ShardPlan], catalog: GroupCatalog, *, retry: bool = False
-) -> list[ShardPlan]:
+def recover(cache: str, group: str, shards: ShardPlans, catalog: GroupCatalog, *, retry: bool = False) -> ShardPlans:
     """Take finished but uncommitted shards into `catalog`; returns the shards that are still to be encoded.
 
     A file of a planned shard's name is that shard, since the name is the hash of its keys. Other files come from a run
     over other rows; what they hold of the wanted keys is used too. With `retry` their failures are not.
     """
-    open_shards = {f"{shard.name}.parquet": shard for shard in shards}
-    wanted = {key for shard in open_shards.values() for key in shard.keys}
     # Committed files too: they may hold rows of samples that left the index and came back.
-    known = _fully_named(catalog) if open_shards else set()
-    files = [file for file in list_shards(cache, group) if file not in known] if open_shards else []
-    for file, shard in sorted(_headers(cache, group, files).items(), key=lambda item: item[0] not in open_shards):
-        if shard is not None and not wanted.isdisjoint({*shard.keys, *shard.failed}):
+    known = _fully_named(catalog.locations) if len(shards) else set()
+    files = [file for file in list_shards(cache, group) if file not in known] if len(shards) else []
+    if not files:
+        return shards
+    planned = {f"{name}.parquet" for name in shards.names()}
+    wanted = np.sort(shards.keys)
+    for _, shard in sorted(_headers(cache, group, files).items(), key=lambda item: item[0] not in planned):
+        if shard is not None and (positions(packed((*shard.keys, *shard.failed)), wanted) >= 0).any():
             catalog.add(replace(shard, failed={}) if retry else shard)
-            if not (retry and shard.failed):
-                open_shards.pop(file, None)
-    done = catalog.known()
-    return [rest for shard in open_shards.values() if (rest := remaining(shard, done)) is not None]
+    return shards.without(catalog.knows(shards.keys))
 
 
-def _fully_named(catalog: GroupCatalog) -> set[str]:
+def _fully_named(locations: Locations) -> set[str]:
     """Files of which every row is known: their name is the hash of just these keys."""
-    rows: defaultdict[str, list[tuple[int, int, str]]] = defaultdict(list)
-    for key, place in catalog.locations.items():
-        rows[place.file].append((place.row_group, place.row, key))
-    return {file for file, found in rows.items() if file == f"{shard_name([row[2] for row in sorted(found)])}.parquet"}
+    keys = locations.keys
+    return {file for file, rows in locations.by_file() if file == f"{shard_name(unpacked(keys[rows]))}.parquet"}
 
 
 def _headers(cache: str, group: str, files: Iterable[str]) -> dict[str, Shard | None]:

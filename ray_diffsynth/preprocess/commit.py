@@ -1,9 +1,10 @@
 """The end of stage 1: every sample is in the index or in quarantine, by one atomic write of the manifest."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 
 from ray_diffsynth.cache.commit import commit
@@ -15,9 +16,10 @@ from ray_diffsynth.cache.row_warnings import RowWarnings, write_warnings
 from ray_diffsynth.data.metadata import DUPLICATE, Quarantined
 from ray_diffsynth.data.warnings import DataWarnings
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.preprocess.catalog import GroupCatalog
 from ray_diffsynth.preprocess.group_run import GroupRun
-from ray_diffsynth.preprocess.records import Failure, Sample, ScannedRows
+from ray_diffsynth.preprocess.key_columns import Mask, Numbers, as_strings, is_among, packed, positions, unpacked
+from ray_diffsynth.preprocess.records import Failure
+from ray_diffsynth.preprocess.samples import Samples, ScannedRows
 from ray_diffsynth.storage import file_sizes, join
 
 
@@ -27,10 +29,11 @@ class QuarantineError(UserError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was committed, and who is in quarantine."""
+    """What was committed, and who is in quarantine. `good`: the numbers of the samples in the index."""
 
     manifest: Manifest
     quarantine: tuple[Quarantined, ...]
+    good: Numbers
 
 
 def check_family_and_version(cache: str, manifest: Manifest | None, family: str) -> None:
@@ -65,72 +68,90 @@ def commit_cache(
     right before the commit, raises if another attempt has the cache.
     Raises CacheError when no sample is left, before anything is written.
     """
-    good: list[int] = []
-    failing = [run for run in runs if run.catalog.has_failures()]
-    total = rows.total
-    bad = [_entry(item) for item in rows.rejected]
-    for number, sample in enumerate(rows.samples):
-        entry = _quarantined(number, sample, failing)
-        if entry is not None:
-            bad.append(entry)
-            continue
-        good.append(number)
-        for run in runs:
-            if run.keys[number] not in run.catalog.locations:
-                raise CacheError(f"{sample.sample_id} was neither encoded nor did it fail in {run.name}; run again")
+    total, samples = rows.total, rows.samples
+    failed = _failed(runs, len(samples))
+    bad = [*map(_entry, rows.rejected), *_quarantined(samples, runs, failed)]
+    good = np.flatnonzero(~failed)
+    places = {run.name: run.catalog.locations.find(run.keys[good]) for run in runs}
+    for run in runs:
+        if (lost := places[run.name] < 0).any():
+            (sample,) = samples.reader().take(good[lost][:1])
+            raise CacheError(f"{sample.sample_id} was neither encoded nor did it fail in {run.name}; run again")
     if len(good) + len(bad) != total:
         raise CacheError(f"{total} rows came in, {len(good)} are cached and {len(bad)} quarantined: a sample was lost")
-    if not good:
+    if not len(good):
         raise CacheError(_nothing_left(bad, total))
-    samples = [rows.samples[number] for number in good]
-    index = {
-        "sample_id": [sample.sample_id for sample in samples],
-        "source": [sample.source for sample in samples],
-        "bucket": [sample.bucket.name for sample in samples],
-    }
-    columns: dict[str, pa.Array] = {name: pa.array(values, pa.string()) for name, values in index.items()}
-    keys = {run.name: [run.keys[number] for number in good] for run in runs}
+    columns, captions = _own_columns(samples, ~failed, caption)
     for run in runs:
-        places = [run.catalog.locations[key] for key in keys[run.name]]
-        columns[f"{run.name}_key"] = pa.array(keys[run.name], pa.string())
-        columns[f"{run.name}_file"] = pa.array([place.file for place in places], pa.string())
-        columns[f"{run.name}_row_group"] = pa.array([place.row_group for place in places], pa.int32())
-        columns[f"{run.name}_row"] = pa.array([place.row for place in places], pa.int32())
-    distinct = {name: set(of_group) for name, of_group in keys.items()}
-    write_warnings(cache, {run.name: _row_warnings(distinct[run.name], run.catalog) for run in runs})
+        columns |= _place_columns(run, good, places[run.name])
+    distinct = {name: np.unique(found) for name, found in places.items()}
+    write_warnings(cache, {run.name: _row_warnings(run, distinct[run.name]) for run in runs})
     groups = tuple(_group_spec(cache, run, distinct[run.name]) for run in runs)
     texts = sum(spec.rows for spec, run in zip(groups, runs, strict=True) if run.plan.caption_only)
     draft = replace(
         draft,
         groups=groups,
-        buckets=dict(Counter(index["bucket"])),
+        buckets=_counts(columns["bucket"]),
         counts={"samples": len(good), "quarantined": len(bad), "total": total, "texts": texts},
     )
-    captions = [_text(sample.row.get(caption)) for sample in samples] if caption is not None else None
     quarantine = pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA)
     manifest = commit(cache, draft, pa.table(columns), quarantine, captions, check=check)
     listed = tuple(Quarantined(item["sample_id"], item["source"], item["error"], item["message"]) for item in bad)
-    return Outcome(manifest, listed)
+    return Outcome(manifest, listed, good)
 
 
-def _row_warnings(keys: Collection[str], catalog: GroupCatalog) -> dict[str, RowWarnings]:
-    return {key: pairs for key, pairs in catalog.warnings.items() if key in keys}
+def _own_columns(
+    samples: Samples, good: Mask, caption: str | None
+) -> tuple[dict[str, pa.Array], pa.ChunkedArray | None]:
+    """Ids, sources and buckets of the good samples, and their captions, if there is a column of captions."""
+    parts: dict[str, list[pa.Array]] = {name: [] for name in ("sample_id", "source", "bucket", "caption")}
+    for part in samples.parts():
+        kept = pa.array(good[part.start : part.start + len(part.batch)])
+        parts["sample_id"].append(part.ids.filter(kept))
+        parts["source"].append(part.sources.filter(kept))
+        parts["bucket"].append(pa.repeat(part.bucket.name, kept.true_count))
+        if caption is not None:
+            parts["caption"].append(part.batch.column(caption).filter(kept))
+    columns = {name: pa.concat_arrays(arrays) for name, arrays in parts.items() if arrays}
+    captions = columns.pop("caption", None)
+    return columns, None if captions is None else pa.chunked_array([captions])
 
 
-def add_row_warnings(warnings: DataWarnings, samples: Sequence[Sample], runs: Sequence[GroupRun]) -> None:
+def _place_columns(run: GroupRun, good: Numbers, found: Numbers) -> dict[str, pa.Array]:
+    """Keys of the good samples' rows of a group, and where they lie."""
+    locations = run.catalog.locations
+    files, row_groups, rows = (np.ascontiguousarray(column) for column in locations.places[found].T)
+    return {
+        f"{run.name}_key": as_strings(run.keys[good]),
+        f"{run.name}_file": pa.array(locations.files, pa.string()).take(pa.array(files)),
+        f"{run.name}_row_group": pa.array(row_groups, pa.int32()),
+        f"{run.name}_row": pa.array(rows, pa.int32()),
+    }
+
+
+def _counts(column: pa.Array) -> dict[str, int]:
+    """How often each value occurs, in order of appearance."""
+    return {entry["values"]: entry["counts"] for entry in column.value_counts().to_pylist()}
+
+
+def _row_warnings(run: GroupRun, rows: Numbers) -> dict[str, RowWarnings]:
+    """Of these rows of the catalog, by key."""
+    warnings = run.catalog.warnings
+    named = positions(packed(warnings), run.catalog.locations.keys[rows]) >= 0
+    return {key: pairs for (key, pairs), kept in zip(warnings.items(), named.tolist(), strict=True) if kept}
+
+
+def add_row_warnings(warnings: DataWarnings, samples: Samples, runs: Sequence[GroupRun]) -> None:
     """Add what is known of each sample's rows, encoded now or by an earlier run, and of this run's batches."""
     for run in runs:
         for kind, detail in sorted(run.catalog.run_warnings):
             warnings.add(kind, "", detail)
         if not run.catalog.warnings:
             continue
-        for sample, key in zip(samples, run.keys, strict=True):
-            for kind, detail in run.catalog.warnings.get(key, ()):
+        warned = np.flatnonzero(is_among(run.keys, run.catalog.warnings))
+        for sample, key in zip(samples.reader().take(warned), unpacked(run.keys[warned]), strict=True):
+            for kind, detail in run.catalog.warnings[key]:
                 warnings.add(kind, sample.sample_id, detail)
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def check_quarantine(rows: ScannedRows, runs: Sequence[GroupRun], most: float | None) -> None:
@@ -143,9 +164,7 @@ def check_quarantine(rows: ScannedRows, runs: Sequence[GroupRun], most: float | 
     total = rows.total
     limit = int(most * total if most < 1 else most)
     bad: list[Mapping[str, str]] = [_entry(item) for item in rows.rejected if item.error != DUPLICATE]
-    if failing := [run for run in runs if run.catalog.has_failures()]:
-        found = (_quarantined(number, sample, failing) for number, sample in enumerate(rows.samples))
-        bad += [entry for entry in found if entry is not None]
+    bad += _quarantined(rows.samples, runs, _failed(runs, len(rows.samples)))
     if len(bad) <= limit:
         return
     reasons = ", ".join(f"{count} x {error}" for error, count in Counter(item["error"] for item in bad).most_common())
@@ -160,17 +179,27 @@ def _entry(item: Quarantined) -> dict[str, str]:
     return {"sample_id": item.sample_id, "source": item.source, "error": item.error, "message": item.message}
 
 
-def _quarantined(number: int, sample: Sample, runs: Sequence[GroupRun]) -> dict[str, str] | None:
-    """The quarantine's entry of a sample that failed in one of the groups; None for a good one.
+def _failed(runs: Sequence[GroupRun], samples: int) -> Mask:
+    """Which samples failed in one of the groups."""
+    failed = np.zeros(samples, bool)
+    for run in runs:
+        failed |= run.failed()
+    return failed
+
+
+def _quarantined(samples: Samples, runs: Sequence[GroupRun], failed: Mask) -> Iterator[dict[str, str]]:
+    """The quarantine's entries of the samples that failed, by the first group that they failed in.
 
     Its `group` and `key`, by which the next run knows it, are left out where that run is to try it again.
     """
-    for run in runs:
-        if (reason := run.failure(number)) is not None:
-            key = run.keys[number]
-            entry = _entry(Quarantined(sample.sample_id, sample.source, reason.error, reason.message))
-            return entry | ({"group": run.name, "key": key} if key in run.catalog.failures else {})
-    return None
+    numbers = np.flatnonzero(failed)
+    for number, sample in zip(numbers.tolist(), samples.reader().take(numbers), strict=True):
+        for run in runs:
+            key = run.key(number)
+            if (reason := run.catalog.failure(key)) is not None:
+                entry = _entry(Quarantined(sample.sample_id, sample.source, reason.error, reason.message))
+                yield entry | ({"group": run.name, "key": key} if key in run.catalog.failures else {})
+                break
 
 
 def _nothing_left(bad: Sequence[Mapping[str, str]], total: int) -> str:
@@ -180,8 +209,8 @@ def _nothing_left(bad: Sequence[Mapping[str, str]], total: int) -> str:
     return f"none of {total} samples could be encoded; the first, {name}: {error}: {message}"
 
 
-def _group_spec(cache: str, run: GroupRun, keys: set[str]) -> GroupSpec:
-    """`keys`: of the rows that the index names."""
+def _group_spec(cache: str, run: GroupRun, rows: Numbers) -> GroupSpec:
+    """`rows`: those of the catalog that the index names."""
     group, catalog, empty = run.plan, run.catalog, run.empty_key
     if empty is not None and empty not in catalog.locations:
         reason = catalog.failure(empty) or Failure("CacheError", "it was not encoded")
@@ -189,17 +218,19 @@ def _group_spec(cache: str, run: GroupRun, keys: set[str]) -> GroupSpec:
             f"the empty caption, which stage 2 needs to drop captions, could not be encoded: {reason.error}: "
             f"{reason.message}; mend the encoder, then run again with --retry_quarantined"
         )
+    locations = catalog.locations
+    files = {locations.files[number] for number in np.unique(locations.places[rows, 0]).tolist()}
+    if empty is not None:
+        files.add(locations[empty].file)
     return GroupSpec(
         name=group.name,
         parameters=group.parameters,
         fingerprint=group.fingerprint,
         parts=dict(group.parts),
-        rows=len(keys),
-        nbytes=_group_bytes(
-            cache, group.name, {catalog.locations[key].file for key in {*keys, empty} if key is not None}
-        ),
+        rows=len(rows),
+        nbytes=_group_bytes(cache, group.name, files),
         empty_key=empty,
-        empty_at=astuple(catalog.locations[empty]) if empty is not None else None,
+        empty_at=astuple(locations[empty]) if empty is not None else None,
     )
 
 

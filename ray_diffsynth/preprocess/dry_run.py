@@ -5,6 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from ray_diffsynth.cache.inspection import histogram
 from ray_diffsynth.data.buckets import Bucket
 from ray_diffsynth.data.warnings import DataWarnings
@@ -12,9 +15,11 @@ from ray_diffsynth.models.fingerprint import SKETCH
 from ray_diffsynth.plan.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.commit import add_row_warnings
 from ray_diffsynth.preprocess.group_run import GroupRun
+from ray_diffsynth.preprocess.key_columns import hashed, is_among, positions
 from ray_diffsynth.preprocess.pending import Committed, plan_pending
-from ray_diffsynth.preprocess.records import ScannedRows
-from ray_diffsynth.preprocess.shards import EMPTY_CAPTION, ShardPlan
+from ray_diffsynth.preprocess.samples import Samples, ScannedRows
+from ray_diffsynth.preprocess.shard_plans import ShardPlans
+from ray_diffsynth.preprocess.shards import EMPTY_CAPTION
 
 _LATENT_BYTES_PER_PIXEL = 0.5 * 0.7
 """16-bit latents of an 8x VAE with 16 channels, times what planes-zstd makes of them."""
@@ -31,19 +36,17 @@ def dry_run(
     rows would give are not known. retry: rows that failed in an earlier run are tried again.
     """
     samples, rejected, total = rows.samples, rows.rejected, rows.total
-    buckets = Counter(sample.bucket.name for sample in samples)
+    buckets = samples.names_of_buckets
     for run in runs:
         plan_pending(run, committed, samples, retry=retry)
     groups = {run.name: _group_figures(committed, run) for run in runs}
     add_row_warnings(warnings, samples, runs)
-    now = {sample.sample_id for sample in samples}
-    before = set() if committed.index is None else set(committed.index["sample_id"].to_pylist())
     plan: dict[str, Any] = {
         "samples": len(samples),
         "quarantined": len(rejected),
         "total": total,
-        "removed": len(before - now),
-        "buckets": dict(buckets),
+        "removed": _removed(committed.index, samples),
+        "buckets": buckets,
         "groups": groups,
         "warnings": warnings.to_json(),
     }
@@ -69,9 +72,23 @@ def dry_run(
     return plan
 
 
+def _removed(index: pa.Table | None, samples: Samples) -> int:
+    """How many samples of the cache are none of the dataset any more."""
+    if index is None:
+        return 0
+    before = np.sort(hashed(index["sample_id"].to_pylist()))
+    kept = np.zeros(len(before), bool)
+    for part in samples.parts():
+        found = positions(hashed(part.ids.to_pylist()), before)
+        kept[found[found >= 0]] = True
+    return int((~kept).sum())
+
+
 def _group_figures(committed: Committed, run: GroupRun) -> dict[str, Any]:
     group, shards, catalog = run.plan, run.shards, run.catalog
-    keys = set(run.keys)
+    assert isinstance(shards, ShardPlans)  # as they were planned
+    keys = np.unique(run.keys)
+    stored = catalog.locations.find(keys) >= 0
     spec = None
     if committed.manifest is not None:
         spec = next((item for item in committed.manifest.groups if item.name == group.name), None)
@@ -96,20 +113,21 @@ def _group_figures(committed: Committed, run: GroupRun) -> dict[str, Any]:
     mean = spec.nbytes / spec.rows if spec is not None and spec.rows else None
     return {
         "encode": run.rows,
-        "reused": len(keys & catalog.locations.keys()),
-        "known_failures": len(keys & catalog.failures.keys()),
+        "reused": int(stored.sum()),
+        "known_failures": int((is_among(keys, catalog.failures) & ~stored).sum()),
         "reasons": dict(reasons),
         "bytes": _bytes(group, shards, mean),
     }
 
 
-def _bytes(group: GroupPlan, shards: Sequence[ShardPlan], mean: float | None) -> int:
+def _bytes(group: GroupPlan, shards: ShardPlans, mean: float | None) -> int:
     """About how much will be written: as the rows that are there, else by the size of the images."""
     if mean is not None:
-        return round(mean * sum(len(shard.rows) for shard in shards))
+        return round(mean * shards.rows)
     if not group.bucketed:
-        return _TEXT_ROW_BYTES * sum(len(shard.rows) for shard in shards)
-    return round(sum(_LATENT_BYTES_PER_PIXEL * Bucket.parse(shard.bucket).area * len(shard.rows) for shard in shards))
+        return _TEXT_ROW_BYTES * shards.rows
+    areas = np.array([Bucket.parse(bucket).area for bucket in shards.buckets], dtype=np.int64)
+    return round(_LATENT_BYTES_PER_PIXEL * int((areas * np.diff(shards.ends, prepend=0)).sum()))
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ray_diffsynth.cache.store import Shard
 from ray_diffsynth.data.media import SourceChanged
 from ray_diffsynth.plan.cache_keys import GroupPlan
 from ray_diffsynth.preprocess.catalog import GroupCatalog
+from ray_diffsynth.preprocess.key_columns import Keys, Mask, is_among, packed, reduced, unpacked
 from ray_diffsynth.preprocess.messages import EncoderSpec
-from ray_diffsynth.preprocess.records import Failure, Sample
+from ray_diffsynth.preprocess.records import Failure
+from ray_diffsynth.preprocess.samples import Samples
+from ray_diffsynth.preprocess.shard_plans import ShardPlans
 from ray_diffsynth.preprocess.shards import ShardPlan
 
 
@@ -18,15 +23,15 @@ class GroupRun:
     """A group of stage-1 units while it is planned, encoded and committed.
 
     plan: the address space of its rows. encoder: its specification.
-    keys: of each sample's row, in the order of the samples; computed once. empty_key: of the row of the empty caption;
-    None in a group that no caption alone flows into.
+    keys: of each sample's row, packed, in the order of the samples; computed once. empty_key: of the row of the empty
+    caption; None in a group that no caption alone flows into.
     catalog: what is known of its rows. shards: what is to be encoded. reused: wanted rows that the cache held before.
     encoded: rows written by this run. seconds: how long it was encoded, beside others if they ran at the same time.
     """
 
     plan: GroupPlan
     encoder: EncoderSpec
-    keys: Sequence[str] = ()
+    keys: Keys = field(default_factory=lambda: packed([]))
     empty_key: str | None = None
     catalog: GroupCatalog = field(default_factory=GroupCatalog)
     shards: Sequence[ShardPlan] = ()
@@ -35,9 +40,9 @@ class GroupRun:
     seconds: float = field(default=0.0, init=False)
 
     @classmethod
-    def begin(cls, plan: GroupPlan, encoder: EncoderSpec, samples: Sequence[Sample]) -> "GroupRun":
+    def begin(cls, plan: GroupPlan, encoder: EncoderSpec, samples: Samples) -> "GroupRun":
         """With the keys of all samples."""
-        keys = [plan.key(sample.inputs) for sample in samples]
+        keys = packed(plan.key(inputs) for inputs in samples.inputs(plan.inputs))
         return cls(plan, encoder, keys, plan.key({"prompt": ""}) if plan.caption_only else None)
 
     @property
@@ -47,11 +52,17 @@ class GroupRun:
     @property
     def rows(self) -> int:
         """Rows of the shards."""
-        return sum(len(shard.rows) for shard in self.shards)
+        return (
+            self.shards.rows if isinstance(self.shards, ShardPlans) else sum(len(shard.rows) for shard in self.shards)
+        )
 
-    def failure(self, number: int) -> Failure | None:
-        """Why the sample of this number is not stored; None for one that is, or was not tried."""
-        return self.catalog.failure(self.keys[number])
+    def failed(self) -> Mask:
+        """Which samples are known not to be stored."""
+        return self.catalog.failed(self.keys)
+
+    def key(self, number: int) -> str:
+        """The key of the row of the sample of this number."""
+        return unpacked(self.keys[number : number + 1])[0]
 
     def add_results(self, results: Sequence[dict[str, Any]]) -> None:
         """Add the results of a pass (`ShardSink.results`) to what is known of the rows."""
@@ -66,13 +77,23 @@ class GroupRun:
 
     def missing(self, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
         """The shards without a result: of a shard all rows have one, or none."""
-        done = {*self.catalog.known(), *self.catalog.transient}
-        return [shard for shard in shards if not done.issuperset(shard.keys)]
+        if isinstance(shards, ShardPlans):
+            return shards.holding(~self._has_result(shards.keys))
+        keys = packed(key for shard in shards for key in shard.keys)
+        done = reduced(self._has_result(keys), np.cumsum([len(shard.keys) for shard in shards], dtype=np.int64))
+        return [shard for shard, whole in zip(shards, done.tolist(), strict=True) if not whole]
+
+    def _has_result(self, keys: Keys) -> Mask:
+        return self.catalog.knows(keys) | is_among(keys, self.catalog.transient)
 
     def changed_sources(self) -> set[str]:
         """Paths of the files of rows that could not be encoded since a file was not the one that was scanned."""
         spec = self.encoder.plan.sample
         changed = {key for key, reason in self.catalog.transient.items() if reason.error == SourceChanged.__name__}
-        rows = [row.row for shard in self.shards if changed for row in shard.rows if row.key in changed]
+        if not changed:
+            return set()
+        shards = self.shards
+        some = shards.holding(is_among(shards.keys, changed)) if isinstance(shards, ShardPlans) else shards
+        rows = [row.row for shard in some for row in shard.rows if row.key in changed]
         params = [param for param in spec.file_params if param in self.plan.inputs]
         return {path for row in rows for param in params for path in spec.paths(row, param)}

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -27,8 +26,8 @@ from ray_diffsynth.preprocess.group_run import GroupRun
 from ray_diffsynth.preprocess.machines import Machines, machines_of
 from ray_diffsynth.preprocess.messages import EncoderSpec
 from ray_diffsynth.preprocess.pending import Committed, plan_turns
-from ray_diffsynth.preprocess.records import ScannedRows
 from ray_diffsynth.preprocess.same_dataset import check_same_dataset
+from ray_diffsynth.preprocess.samples import ScannedRows
 from ray_diffsynth.preprocess.scan import scan_dataset
 from ray_diffsynth.preprocess.scan_cache import forget
 from ray_diffsynth.preprocess.summary import write_reports
@@ -76,7 +75,7 @@ def _run(plan: PreprocessPlan, warnings: DataWarnings) -> dict[str, Any]:
         ]
         if config.dry_run:
             return dry_run(committed, rows, runs, warnings, retry=config.retry_quarantined)
-        print("\n".join(histogram(Counter(sample.bucket.name for sample in rows.samples))), file=sys.stderr)
+        print("\n".join(histogram(rows.samples.names_of_buckets)), file=sys.stderr)
         check_quarantine(rows, runs, config.max_quarantine)
         turns = plan_turns(
             runs,
@@ -116,7 +115,6 @@ def _scan(
             remember=remember and not plan.config.dry_run,
             on_progress=progress.advance,
         )
-    samples.sort(key=lambda sample: sample.bucket.sort_key)  # stable
     return ScannedRows(samples, [*metadata.rejected, *bad], metadata.total)
 
 

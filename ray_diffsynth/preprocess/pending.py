@@ -1,16 +1,17 @@
 """What is still to be encoded: the wanted rows of each group without those that the cache holds, cut into shards."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from ray_diffsynth.cache.manifest import Manifest
-from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.preprocess.catalog import committed_rows, committed_state, recover
 from ray_diffsynth.preprocess.group_run import GroupRun
-from ray_diffsynth.preprocess.records import Sample
-from ray_diffsynth.preprocess.shards import not_known, plan_shards, wanted_rows
+from ray_diffsynth.preprocess.key_columns import packed
+from ray_diffsynth.preprocess.samples import Samples
+from ray_diffsynth.preprocess.shard_plans import plan_shards
 
 
 @dataclass(frozen=True)
@@ -28,31 +29,32 @@ class Committed:
 
 
 def plan_pending(
-    run: GroupRun, committed: Committed, samples: Sequence[Sample], *, retry: bool, before: Sequence[GroupRun] = ()
+    run: GroupRun, committed: Committed, samples: Samples, *, retry: bool, before: Sequence[GroupRun] = ()
 ) -> None:
     """Find the shards of a group that are still to be encoded, and what is known of its other rows.
 
     `retry`: rows that failed in an earlier run are tried again. before: groups that are done; no row is wanted of a
     sample that failed in one of them.
     """
-    failing = [other for other in before if other.catalog.has_failures()]
-
-    def alive() -> Iterable[tuple[Sample, str]]:
-        for number, pair in enumerate(zip(samples, run.keys, strict=True)):
-            if not any(other.failure(number) for other in failing):
-                yield pair
-
-    spec: SampleSpec = run.encoder.plan.sample
+    alive = np.ones(len(samples), bool)
+    for other in before:
+        alive &= ~other.failed()
     run.catalog = committed_rows(committed.cache, committed.manifest, committed.index, run.name, retry=retry)
-    wanted = not_known(wanted_rows(run.plan, alive(), spec, run.empty_key), run.catalog.known())
-    run.shards = recover(committed.cache, run.name, plan_shards(wanted), run.catalog, retry=retry)
-    locations = run.catalog.locations
-    reused = {key for _, key in alive() if key in locations}
-    run.reused = len(reused | ({run.empty_key} & locations.keys()))
+    wanted = alive & ~run.catalog.knows(run.keys)
+    empty = run.empty_key
+    if empty is not None and run.catalog.knows(packed([empty])).any():
+        empty = None
+    shards = plan_shards(run.plan, samples, run.keys, wanted, empty)
+    run.shards = recover(committed.cache, run.name, shards, run.catalog, retry=retry)
+    found = run.catalog.locations.find(run.keys[alive])
+    reused = len(np.unique(found[found >= 0]))
+    if run.empty_key is not None and run.empty_key in run.catalog.locations:
+        reused += not (run.keys[alive] == packed([run.empty_key])).any()
+    run.reused = reused
 
 
 def plan_turns(
-    runs: Sequence[GroupRun], committed: Committed, samples: Sequence[Sample], *, side_by_side: bool, retry: bool
+    runs: Sequence[GroupRun], committed: Committed, samples: Samples, *, side_by_side: bool, retry: bool
 ) -> Iterator[Sequence[GroupRun]]:
     """The groups that run at the same time, planned: all at once, or each by itself.
 

@@ -1,11 +1,10 @@
 """What stage 1 knows of the rows of the dataset: good samples, and why others cannot be used."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ray_diffsynth.data.buckets import Bucket
-from ray_diffsynth.data.metadata import Quarantined
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +34,3 @@ class Failure:
     def of(cls, error: Exception) -> "Failure":
         """The class and the message of an error."""
         return cls(type(error).__name__, str(error))
-
-
-@dataclass(frozen=True)
-class ScannedRows:
-    """All rows of a dataset after the scan: good samples in the order of training, the others with their reason."""
-
-    samples: Sequence[Sample]
-    rejected: Sequence[Quarantined]
-    total: int

@@ -12,7 +12,7 @@ from ray_diffsynth.cache.errors import CacheError
 from ray_diffsynth.data.metadata import Metadata
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.plan.cache_keys import GroupPlan
-from ray_diffsynth.preprocess.records import Sample
+from ray_diffsynth.preprocess.samples import Samples
 
 LOOKED_AT = 1000
 """Rows whose files are read to recognise a dataset by its contents, spread over all of it."""
@@ -23,7 +23,7 @@ def check_same_dataset(
     index: pa.Table | None,
     metadata: Metadata,
     groups: Sequence[GroupPlan],
-    scan: Callable[[Metadata], Sequence[Sample]],
+    scan: Callable[[Metadata], Samples],
 ) -> None:
     """Raise CacheError if `cache` holds the cache of another dataset, before anything is written.
 
@@ -55,10 +55,10 @@ def _spread(metadata: Metadata, count: int) -> Metadata:
     return Metadata(table, metadata.columns, [], total=len(table))
 
 
-def _holds(index: pa.Table, group: GroupPlan, samples: Sequence[Sample]) -> bool:
+def _holds(index: pa.Table, group: GroupPlan, samples: Samples) -> bool:
     """Whether the cache holds a row of the group for one of the samples."""
     name = f"{group.name}_key"
     if name not in index.column_names:
         return False
-    keys = pa.array({group.key(sample.inputs) for sample in samples}, pa.string())
+    keys = pa.array({group.key(inputs) for inputs in samples.inputs(group.inputs)}, pa.string())
     return bool(pc.any(pc.is_in(index[name], keys)).as_py())

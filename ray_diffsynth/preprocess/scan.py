@@ -3,29 +3,38 @@
 A file whose stamp (size, times and inode, or ETag) equals that of the last scan is not read again.
 """
 
+from __future__ import annotations
+
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ray_diffsynth.cluster.environment import Environment, Parcel, call
 from ray_diffsynth.cluster.nodes import Process
-from ray_diffsynth.data.fit import Fits
 from ray_diffsynth.data.media import MAX_DECODE_BYTES, SourceUnavailable, StoreFailure, source_stamp
 from ray_diffsynth.data.metadata import Metadata, Quarantined, resolve_file
-from ray_diffsynth.data.samples import ERRORS_OF_ALL_SAMPLES, bucket_of, decode_bytes, pixel_keys, size_fits
+from ray_diffsynth.data.rows import BATCH_ROWS
+from ray_diffsynth.data.samples import ERRORS_OF_ALL_SAMPLES
 from ray_diffsynth.data.scan import SourceFile, scan_file
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.stamps import listed_stamps
 from ray_diffsynth.data.video_stream import require_video_support
 from ray_diffsynth.errors import UserError
-from ray_diffsynth.preprocess.records import Failure, Sample
+from ray_diffsynth.preprocess.assign import Assigner, Scanned, names_of
+from ray_diffsynth.preprocess.key_columns import Keys, hashed, positions
+from ray_diffsynth.preprocess.records import Failure
+from ray_diffsynth.preprocess.samples import Samples
 from ray_diffsynth.preprocess.scan_cache import ScanCache
+from ray_diffsynth.preprocess.stamp_table import StampTable
+from ray_diffsynth.storage import join
 from ray_diffsynth.urls import is_remote
 
 logger = logging.getLogger(__name__)
@@ -45,9 +54,6 @@ class Unchecked:
 
     file: SourceFile
     reason: str
-
-
-Scanned = SourceFile | Failure
 
 
 def scan_files(
@@ -109,8 +115,8 @@ def scan_dataset(
     stamps_here: bool = False,
     remember: bool = True,
     on_progress: Callable[[int], None] = lambda n: None,
-) -> tuple[list[Sample], list[Quarantined]]:
-    """Samples in dataset order, and the rows that cannot be used with their reason. Ray tasks read the files.
+) -> tuple[Samples, list[Quarantined]]:
+    """The samples, and the rows that cannot be used with their reason. Ray tasks read the files.
 
     process: what a task reserves, and where; asked when there is something for one to do. stamps_here: this process
     looks for what has changed since the last scan also where no listing tells that, as no machine is up for it. What is
@@ -118,64 +124,156 @@ def scan_dataset(
     a store fails for a file that is not known, or has changed; StorageError and VideoSupportError where a machine lacks
     what it needs.
     """
-    rows = list(metadata.rows())
-    places = _places(rows, spec)
-    paths = list(dict.fromkeys(places.values()))
-    require_video_support(paths)
-    scan_cache = ScanCache(cache, paths, remember=remember)
-    files: dict[str, Scanned] = {}
-    stamps: dict[str, str] = {}
-    for path, stamp in listed_stamps(paths):
-        before = scan_cache.files.get(path)
-        if before is not None and stamp and before.stamp == stamp:
-            files[path] = before
-        else:
-            stamps[path] = stamp
-    if stamps_here:
-        files |= unchanged(scan_cache.known(path for path in paths if path not in files and path not in stamps))
-    if files:
-        on_progress(len(files))
-        paths = [path for path in paths if path not in files]
-    task = ray.remote(**process().ray_options, max_retries=1)(call) if paths else None
-    scan = Parcel(environment, scan_files)
-    unchecked: list[Unchecked] = []
-    pending: deque[tuple[list[str], Any]] = deque()
+    assigner = Assigner(spec, metadata.columns)
+    batches = metadata.table.to_batches(max_chunksize=BATCH_ROWS)
+    shared = _shared(assigner, batches)
+    scan_cache = ScanCache(cache, remember=remember)
+    # Of all at once: a listing of a part of them might go over all.
+    stamps = StampTable(listed_stamps(_remote(assigner, batches)))
+    scanner = _Scanner(spec, scan_cache, stamps, process, environment, stamps_here, on_progress)
+    ahead: list[tuple[pa.RecordBatch, _Asked]] = []
 
-    def begin(part: Sequence[str]) -> Any:
-        assert task is not None
-        listed = {path: stamps[path] for path in part if path in stamps}
-        return task.remote(scan, part, scan_cache.known(part), spec.size.video, spec.max_decode_bytes, listed)
+    def assign() -> None:
+        batch, asked = ahead.pop()
+        found = scanner.take(asked)
+        shared.update((name, found[name]) for name in found if name in shared)
+        assigner.add(batch, found)
 
-    def take() -> None:
-        part, reference = pending.popleft()
-        results = _result(part, reference, begin)
+    for batch in batches:
+        if ahead and shared:  # of which some may be asked for just now
+            assign()
+        # Each file is read once, though several rows name it: in the same batch mostly, else it is in `shared`.
+        names = dict.fromkeys(name for values in assigner.names(batch).values() for v in values for name in names_of(v))
+        asked = scanner.ask({name: shared.get(name) for name in names})
+        if ahead:
+            assign()
+        ahead.append((batch, asked))
+    if ahead:
+        assign()
+    scanner.finish()
+    return assigner.finish(), assigner.bad
+
+
+def _remote(assigner: Assigner, batches: Sequence[pa.RecordBatch]) -> Iterator[str]:
+    """The URLs of the dataset's files that lie on a store."""
+    base = assigner.spec.base_path
+    for batch in batches:
+        names = {name for values in assigner.names(batch).values() for value in values for name in names_of(value)}
+        yield from (resolve_file(base, name) for name in names if is_remote(join(base, name)))
+
+
+def _shared(assigner: Assigner, batches: Sequence[pa.RecordBatch]) -> dict[str, Scanned | None]:
+    """The files that rows of several batches name. Raises VideoSupportError, before anything is read."""
+    seen: list[Keys] = []
+    for batch in batches:
+        names = {name for values in assigner.names(batch).values() for value in values for name in names_of(value)}
+        require_video_support(names)
+        seen.append(hashed(names))
+    hashes, counts = np.unique(np.concatenate([*seen, hashed([])]), return_counts=True)
+    several = hashes[counts > 1]
+    if not len(several):
+        return {}
+    return {
+        name: None
+        for batch in batches
+        for values in assigner.names(batch).values()
+        for name in {name for value in values for name in names_of(value)}
+        if positions(hashed([name]), several)[0] >= 0
+    }
+
+
+@dataclass
+class _Asked:
+    """Files that are being scanned: what is known of each name; the path of each other; and of each path what was known
+    before, the stamp that a listing told, and what was found, which is whole when no task is pending."""
+
+    names: Mapping[str, Scanned | None]
+    places: Mapping[str, str]
+    known: Mapping[str, SourceFile]
+    stamps: Mapping[str, str]
+    files: dict[str, Scanned] = field(default_factory=dict)
+    pending: int = 0
+
+
+class _Scanner:
+    """Scans files, those of the last scan by their stamps alone, in Ray tasks of a few files each."""
+
+    def __init__(
+        self,
+        spec: SampleSpec,
+        scan_cache: ScanCache,
+        stamps: StampTable,
+        process: Callable[[], Process],
+        environment: Environment | None,
+        stamps_here: bool,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self.spec, self.scan_cache, self.stamps, self.process = spec, scan_cache, stamps, process
+        self.stamps_here, self.on_progress = stamps_here, on_progress
+        self._scan_files = Parcel(environment, scan_files)
+        self._pending: deque[tuple[_Asked, Sequence[str], Any]] = deque()
+        self._unchecked: list[str] = []
+        self._task: Any = None
+
+    def ask(self, names: Mapping[str, Scanned | None]) -> _Asked:
+        """Begin to scan the files of these names, of which some may be known; as many tasks as may be pending."""
+        places = {name: resolve_file(self.spec.base_path, name) for name, known in names.items() if known is None}
+        paths = list(dict.fromkeys(places.values()))
+        asked = _Asked(names, places, self.scan_cache.known(paths), self.stamps.of(paths))
+        asked.files |= {path: file for path, file in asked.known.items() if asked.stamps.get(path) == file.stamp}
+        if self.stamps_here:
+            asked.files |= unchanged({path: f for path, f in asked.known.items() if path not in asked.stamps})
+        if asked.files:
+            self.on_progress(len(asked.files))
+            paths = [path for path in paths if path not in asked.files]
+        for start in range(0, len(paths), FILES_PER_TASK):
+            while len(self._pending) >= MAX_PENDING_TASKS:
+                self._take()
+            part = paths[start : start + FILES_PER_TASK]
+            self._pending.append((asked, part, self._begin(asked, part)))
+            asked.pending += 1
+        return asked
+
+    def take(self, asked: _Asked) -> dict[str, Scanned]:
+        """What the files of the names are, when they are scanned. Raises StoreFailure, and what `scan_files` raises."""
+        while asked.pending:
+            self._take()
+        return {name: known or asked.files[asked.places[name]] for name, known in asked.names.items()}
+
+    def _begin(self, asked: _Asked, part: Sequence[str]) -> Any:
+        if self._task is None:
+            self._task = ray.remote(**self.process().ray_options, max_retries=1)(call)
+        known = {path: asked.known[path] for path in part if path in asked.known}
+        stamps = {path: asked.stamps[path] for path in part if path in asked.stamps}
+        return self._task.remote(
+            self._scan_files, part, known, self.spec.size.video, self.spec.max_decode_bytes, stamps
+        )
+
+    def _take(self) -> None:
+        asked, part, reference = self._pending.popleft()
+        results = _result(part, reference, lambda some: self._begin(asked, some))
+        asked.pending -= 1
         for path, found in zip(part, results, strict=False):
             if isinstance(found, Unchecked):
-                unchecked.append(found)
-                files[path] = found.file
+                self._unchecked.append(found.reason)
+                asked.files[path] = found.file
             elif not isinstance(found, StoreFailure):
-                files[path] = found
-        scan_cache.add({path: files[path] for path in part if path in files})
+                asked.files[path] = found
+        self.scan_cache.add({path: asked.files[path] for path in part if path in asked.files}, asked.known)
         if failures := [found for found in results if isinstance(found, StoreFailure)]:
-            scan_cache.save()
+            self.scan_cache.save()
             raise failures[0]
-        on_progress(len(part))
+        self.on_progress(len(part))
 
-    for start in range(0, len(paths), FILES_PER_TASK):
-        if len(pending) >= MAX_PENDING_TASKS:
-            take()
-        part = paths[start : start + FILES_PER_TASK]
-        pending.append((part, begin(part)))
-    while pending:
-        take()
-    scan_cache.save()
-    if unchecked:
-        logger.warning(
-            "%d files are taken as they were at the last scan, since it cannot be asked now whether they have changed "
-            "(the first: %s); run again to have them checked",
-            *(len(unchecked), unchecked[0].reason),
-        )
-    return assign(rows, {name: files[path] for name, path in places.items()}, spec)
+    def finish(self) -> None:
+        """When all is scanned: remember it, and warn of what could not be asked."""
+        self.scan_cache.finish()
+        if self._unchecked:
+            logger.warning(
+                "%d files are taken as they were at the last scan, since it cannot be asked now whether they have "
+                "changed (the first: %s); run again to have them checked",
+                *(len(self._unchecked), self._unchecked[0]),
+            )
 
 
 def unchanged(known: Mapping[str, SourceFile]) -> dict[str, SourceFile]:
@@ -208,50 +306,3 @@ def _result(
         why = f"{part[0]}: the process that reads its header died each time ({type(error).__name__})"
         return [Failure("ScannerDied", why)]
     return found
-
-
-def _names(row: Mapping[str, Any], param: str, spec: SampleSpec) -> list[str]:
-    """The files that a row names for a parameter, as it names them."""
-    value = row[spec.columns[param]]
-    return value if isinstance(value, list) else [value]
-
-
-def _places(rows: Iterable[Mapping[str, Any]], spec: SampleSpec) -> dict[str, str]:
-    """Each file's name in the rows -> its path or URL, found once (on a disk that may take several questions)."""
-    names = dict.fromkeys(name for row in rows for param in spec.file_params for name in _names(row, param, spec))
-    return {name: resolve_file(spec.base_path, name) for name in names}
-
-
-def assign(
-    rows: Iterable[Mapping[str, Any]], files: Mapping[str, Scanned], spec: SampleSpec
-) -> tuple[list[Sample], list[Quarantined]]:
-    """Give every row its bucket and key inputs, or its reason for quarantine. `files`: by the names in the rows.
-
-    Warns of what is enlarged, cut or left aside.
-    """
-    samples: list[Sample] = []
-    bad: list[Quarantined] = []
-    fits = Fits()
-    for row in rows:
-        sample_id = row["sample_id"]
-        found = {param: [files[name] for name in _names(row, param, spec)] for param in spec.file_params}
-        # As the dataset writes it: the same data under another folder gives the same index.
-        source = str(row[spec.columns[spec.file_params[0]]]) if spec.file_params else ""
-        failure = next((item for items in found.values() for item in items if isinstance(item, Failure)), None)
-        try:
-            if failure is None:
-                good = {
-                    param: [item for item in items if isinstance(item, SourceFile)] for param, items in found.items()
-                }
-                bucket = bucket_of(good, spec)
-                inputs = {param: row[column] for param, column in spec.columns.items() if param not in good}
-                inputs |= {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames}
-                inputs |= pixel_keys(row, good, bucket, spec)
-                fits.add(sample_id, size_fits(good, bucket, spec))
-                samples.append(Sample(sample_id, source, row, bucket, inputs, *decode_bytes(good, bucket, spec)))
-        except UserError as error:
-            failure = Failure.of(error)
-        if failure is not None:
-            bad.append(Quarantined(sample_id, source, failure.error, failure.message))
-    fits.warn_all()
-    return samples, bad

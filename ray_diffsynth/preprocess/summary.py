@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ray_diffsynth.cache.manifest import GroupSpec
@@ -17,7 +18,8 @@ from ray_diffsynth.data.warnings import DataWarnings, collecting
 from ray_diffsynth.errors import UserError
 from ray_diffsynth.preprocess.commit import Outcome
 from ray_diffsynth.preprocess.group_run import GroupRun
-from ray_diffsynth.preprocess.records import Sample, ScannedRows
+from ray_diffsynth.preprocess.records import Sample
+from ray_diffsynth.preprocess.samples import ScannedRows
 from ray_diffsynth.report import PageImage, make_report, thumbnail, write_json, write_page
 from ray_diffsynth.storage import join
 
@@ -59,8 +61,9 @@ def write_reports(
     }
     report = make_report(counts=counts, seconds=round(seconds, 3), config=config, **summary, **more)
     write_json(cache, report)
-    bad = {entry.sample_id for entry in outcome.quarantine}
-    images = sample_images([sample for sample in rows.samples if sample.sample_id not in bad], spec)
+    good = outcome.good
+    shown = good[np.arange(count := min(SHEET_IMAGES, len(good))) * len(good) // max(count, 1)]
+    images = sample_images(rows.samples.reader().take(shown), spec)
     write_page(cache, report, images=images)
     for entry in outcome.quarantine[:10]:
         logger.warning("quarantined %s: %s: %s", entry.sample_id, entry.error, entry.message)
@@ -103,16 +106,15 @@ def quarantine_numbers(entries: Sequence[Quarantined]) -> dict[str, Any]:
 
 
 def sample_images(samples: Sequence[Sample], spec: SampleSpec) -> list[PageImage]:
-    """Some samples, evenly spread over the sizes, as the encoder sees them; of a video the first frame.
+    """The samples as the encoder sees them; of a video the first frame.
 
     One that cannot be opened (it may have failed in a decode task as well) is left out.
     """
     if not spec.file_params:
         return []
     param = spec.file_params[0]
-    count = min(SHEET_IMAGES, len(samples))
     images = []
-    for sample in (samples[i * len(samples) // count] for i in range(count)):
+    for sample in samples:
         try:
             bucket = replace(sample.bucket, num_frames=1)  # the first frame, not the whole video
             with collecting():  # warned of already, when it was decoded for the cache

@@ -10,15 +10,28 @@ import pytest
 from ray_diffsynth.config import PreprocessConfig
 from ray_diffsynth.data.buckets import Bucket, BucketError, SizeRule
 from ray_diffsynth.data.fit import Fits, SizeFit
+from ray_diffsynth.data.metadata import Quarantined
+from ray_diffsynth.data.rows import RowColumns
 from ray_diffsynth.data.samples import bucket_of, size_fits
 from ray_diffsynth.data.scan import SourceFile
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.data.warnings import collecting
 from ray_diffsynth.errors import ConfigError
-from ray_diffsynth.preprocess.scan import assign
+from ray_diffsynth.preprocess.assign import Assigner
+from ray_diffsynth.preprocess.records import Sample
 from ray_diffsynth.training.data.source import DatasetSource
 
 SPEC = SampleSpec(".", {"input_image": "image"}, ("input_image",), SizeRule(resolutions=(512,)))
+
+
+def assigned(
+    table: list[dict[str, str]], files: dict[str, SourceFile], spec: SampleSpec
+) -> tuple[list[Sample], list[Quarantined]]:
+    columns = RowColumns(("image",), frozenset({"image"}))
+    assigner = Assigner(spec, columns)
+    for batch in columns.table((row["sample_id"], row) for row in table).to_batches():
+        assigner.add(batch, files)
+    return list(assigner.finish()), assigner.bad
 
 
 def file(width: int, height: int, note: str = "") -> SourceFile:
@@ -50,7 +63,7 @@ def test_the_scan_tells_the_worst_first() -> None:
     table, files = rows((300, 300), (40, 40), (600, 600), (3000, 150))
     files["600x600.png"] = replace(files["600x600.png"], note="its colour profile is damaged and was not used")
     with collecting() as told:
-        samples, bad = assign(table, files, SPEC)
+        samples, bad = assigned(table, files, SPEC)
     assert len(samples) == 4 and not bad
     by_kind: dict[str, list[tuple[str, str]]] = {}
     for one in told:
@@ -71,7 +84,7 @@ def test_the_scan_tells_the_worst_first() -> None:
 def test_limits_put_violators_into_quarantine() -> None:
     table, files = rows((300, 300), (40, 40), (600, 600), (3000, 150))
     with collecting() as told:
-        samples, bad = assign(table, files, replace(SPEC, max_upscale=1.75, max_crop=0.5))
+        samples, bad = assigned(table, files, replace(SPEC, max_upscale=1.75, max_crop=0.5))
     assert [sample.sample_id for sample in samples] == ["id of 300x300.png", "id of 600x600.png"]
     assert {one.sample_id: one.error for one in bad} == {
         "id of 40x40.png": "BucketError",

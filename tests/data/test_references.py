@@ -16,7 +16,7 @@ from ray_diffsynth.data.samples import bucket_of, load_inputs, pixel_keys
 from ray_diffsynth.data.scan import SourceFile, scan_file
 from ray_diffsynth.data.spec import SampleSpec
 from ray_diffsynth.preprocess.records import Sample
-from ray_diffsynth.preprocess.shards import wanted_rows
+from ray_diffsynth.preprocess.shards import wanted_row
 
 
 def file(width: int, height: int, path: str = "a.png", digest: str = "digest") -> SourceFile:
@@ -112,6 +112,6 @@ def test_a_group_that_reads_one_of_two_references_finds_its_size(tmp_path: Path)
     assert size.name == "64x64+64x32+32x96"
     sample = Sample("0", "a.png", row, size, pixel_keys(row, files, size, spec))
     group: Any = SimpleNamespace(inputs=("style",), bucketed=True)
-    (wanted,) = wanted_rows(group, [(sample, "key")], spec)
+    wanted = wanted_row(group, sample, "key", spec)
     assert set(wanted.row) == {"pose", "style"}
     assert load_inputs(wanted.row, wanted.size, spec, only=("style",))["style"].size == (96, 32)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
 
+from ray_diffsynth.cache.store import shard_name
 from ray_diffsynth.cluster.encoders import EncoderPool
 from ray_diffsynth.cluster.nodes import Cluster
 from ray_diffsynth.data.buckets import Bucket
@@ -24,10 +25,11 @@ from ray_diffsynth.preprocess.decode_passes import STEP, DecodePass
 from ray_diffsynth.preprocess.errors import EncoderError
 from ray_diffsynth.preprocess.execute import _side_by_side, encode_group
 from ray_diffsynth.preprocess.group_run import GroupRun
+from ray_diffsynth.preprocess.key_columns import Keys, Mask, packed
 from ray_diffsynth.preprocess.monitor_state import Counts
 from ray_diffsynth.preprocess.ray_errors import PassCallback, Reports, Stopped
 from ray_diffsynth.preprocess.records import Failure
-from ray_diffsynth.preprocess.shards import ShardPlan, Wanted, plan_shards
+from ray_diffsynth.preprocess.shards import ShardPlan, Wanted
 
 SIZE = Bucket(64, 64)
 
@@ -109,7 +111,9 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlayedRay, int], GroupRun
         monkeypatch.setattr(execute_module, "alive_nodes", lambda: dict.fromkeys(("a", "b")))  # as Ray says: late
         monkeypatch.setattr(execute_module, "living", lambda nodes: set(nodes) & played.nodes)
         wanted = [row(number) for number in range(rows)] if isinstance(rows, int) else rows
-        shards = list(plan_shards(wanted))
+        in_buckets = [list(some) for _, some in itertools.groupby(wanted, key=lambda one: one.bucket)]
+        planned = [tuple(some[at : at + 64]) for some in in_buckets for at in range(0, len(some), 64)]
+        shards = [ShardPlan(shard_name([one.key for one in some]), some[0].bucket, some) for some in planned]
         monkeypatch.setattr(execute_module, "death_by_memory", played.why_it_died)
         monkeypatch.setattr(execute_module, "add_counts", lambda monitor, *counts: played.told.append(counts))
         monkeypatch.setattr(execute_module, "joined_cluster", lambda: Cluster(played.resources))
@@ -146,14 +150,14 @@ def test_the_search_asks_once_a_pass_what_is_known(
     play: Callable[[PlayedRay, int], GroupRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
-    known = GroupCatalog.known
+    knows = GroupCatalog.knows
 
-    def count(self: GroupCatalog) -> set[str]:
+    def count(self: GroupCatalog, keys: Keys) -> Mask:
         nonlocal asked
         asked += 1
-        return known(self)
+        return knows(self, keys)
 
-    monkeypatch.setattr(GroupCatalog, "known", count)
+    monkeypatch.setattr(GroupCatalog, "knows", count)
     played = PlayedRay({row(3).key: "encode"})
     play(played, 640)
     assert asked == len(played.passes) == 7
@@ -361,4 +365,4 @@ def test_transient_failures_are_kept_apart() -> None:
     run = GroupRun(None, None, None)  # type: ignore[arg-type]
     catalog = run.catalog
     run.add_results([{"shard": None, "transient": {"k": ["SourceChanged", "changed"]}, "warnings": []}])
-    assert catalog.known() == set() and catalog.failure("k") == Failure("SourceChanged", "changed")
+    assert not catalog.knows(packed(["k"])).any() and catalog.failure("k") == Failure("SourceChanged", "changed")

@@ -27,7 +27,6 @@ from ray_diffsynth.preprocess import scan as scan_module
 from ray_diffsynth.preprocess import scan_cache as scan_cache_module
 from ray_diffsynth.preprocess.job import ARCHIVE_LISTINGS
 from ray_diffsynth.preprocess.scan import scan_files
-from ray_diffsynth.preprocess.scan_cache import SCAN_CACHE, ScanCache, forget
 from tests.data.dataset_files import tar_of
 from tests.preprocess.conftest import CAPTIONS, IMAGES, SHARD, Stage1, files
 from tests.preprocess.counting import build_model, calls
@@ -209,7 +208,7 @@ def test_a_scan_that_was_killed_goes_on(
     tmp_path: Path, many: Path, inline: Stage1, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, cache = build_model(tmp_path / "model"), tmp_path / "cache"
-    monkeypatch.setattr(scan_cache_module, "MIN_SAVED_FILES", 1)
+    monkeypatch.setattr(scan_cache_module, "PART_FILES", 32)
     read: list[str] = []
     real = scan_module.scan_file
 
@@ -227,44 +226,10 @@ def test_a_scan_that_was_killed_goes_on(
     done = len(read)
     read.clear()
     assert inline(model, many, cache)["samples"] == IMAGES
-    assert done == 300 and len(read) <= IMAGES - 300 + IMAGES // 10 + 16
+    assert done == 300 and len(read) <= IMAGES - 300 + 32 + 16
     read.clear()
     inline(model, many, cache)
     assert read == []
-
-
-def source(path: str, stamp: str = "1-2") -> SourceFile:
-    return SourceFile(path, stamp, 64, 32, "abc")
-
-
-def test_the_scan_cache_keeps_what_can_be_trusted(tmp_path: Path) -> None:
-    scan_cache = ScanCache(str(tmp_path), ["a", "b", "c"])
-    scan_cache.add({"a": source("a"), "b": source("b", stamp=""), "c": "not there"})
-    scan_cache.save()
-    assert ScanCache(str(tmp_path), ["a", "b", "c"]).files == {"a": source("a")}
-    assert ScanCache(str(tmp_path), ["b"]).files == {} == ScanCache(str(tmp_path), ["a"]).known(["b"])
-    path = tmp_path / SCAN_CACHE
-    whole = path.read_text()
-    for text in (whole.replace('"version": 3', '"version": 2'), whole[:-5], "", "[]"):
-        path.write_text(text)
-        assert ScanCache(str(tmp_path), ["a"]).files == {}
-    path.unlink()
-    ScanCache(str(tmp_path), ["a"], remember=False).save()
-    assert not path.exists()
-
-
-def test_what_is_forgotten_is_read_again(tmp_path: Path) -> None:
-    cache = str(tmp_path)
-    forget(cache, ["a"])
-    assert not (tmp_path / SCAN_CACHE).exists()
-    scan_cache = ScanCache(cache, ["a", "b", "c"])
-    scan_cache.add({name: source(name) for name in "abc"})
-    scan_cache.save()
-    forget(cache, ["b", "x"])
-    assert ScanCache(cache, ["a", "b", "c"]).files == {"a": source("a"), "c": source("c")}
-    before = (tmp_path / SCAN_CACHE).stat()
-    forget(cache, ["b", "x"])  # nothing to do: the file stays
-    assert (tmp_path / SCAN_CACHE).stat() == before
 
 
 def test_a_replaced_file_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
