@@ -6,7 +6,6 @@ tests/test_ray_compat.py fails when an upgrade of Ray changes one of them.
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
@@ -28,17 +27,11 @@ DATA_ERRORS_LOGGER = "ray.data._internal.execution.streaming_executor_state"
 """Logger by which Ray Data reports, with the exception, that it ignores a block that failed (`max_errored_blocks`)."""
 
 
-START_SECONDS = 180
-"""How long a Ray that is started here may take until its node is known; by Ray's default it is half a minute, which a
-machine with much else to do needs more than."""
-
-
 def init_local(temporary_folder: str | None, options: Mapping[str, Any]) -> None:
     """Start a Ray on this machine, with its sockets and logs below `temporary_folder` (None: where Ray puts them).
 
     All its processes listen on loopback alone: who reaches one of their ports runs code here.
     """
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(START_SECONDS))
     with _on_loopback():
         ray.init(address="local", include_dashboard=False, _temp_dir=temporary_folder, **options)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -200,24 +199,3 @@ from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler, cr
 assert RateBasedClusterAutoscaler.AUTOSCALING_REQUEST_EXPIRE_TIME_S == 7
 """
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_how_long_a_starting_node_is_waited_for(local_ray: None) -> None:
-    """Ray reads the variable when it first asks for a node, not when it is imported; without it, it asks for 30 s."""
-    program = """
-import os, sys, time
-import ray
-from ray._private.services import get_node
-os.environ["RAY_raylet_start_wait_time_s"] = "0"
-begun = time.monotonic()
-try:
-    get_node(sys.argv[1], "f" * 56)  # one that there is not
-except RuntimeError as error:
-    assert "RAY_raylet_start_wait_time_s" in str(error), error
-    assert time.monotonic() - begun < 30
-else:
-    sys.exit("found")
-"""
-    address = ray.get_runtime_context().gcs_address
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_raylet_start_wait_time_s"}
-    subprocess.run([sys.executable, "-c", program, address], env=environment, check=True)
