@@ -17,9 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Ray gives its workers niceness 15. On a machine that others load too they would starve, and Ray's own deadlines pass.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# Nor may half a minute be enough for it to start, which Ray gives it by itself.
+# A node has five minutes to start in place of Ray's half a one. Ray reads this when it is imported.
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
-# Nor may a test start a Ray by accident, by the first call that needs one: the session's own could not start any more.
+# No test may start a Ray by accident, by the first call that needs one: the session's own could not start any more.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 
