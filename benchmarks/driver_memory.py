@@ -119,13 +119,11 @@ def measure(folder: Path, rows: int, columns: int) -> dict[str, Any]:
             timed(job, name, phase)
     timed(job, "encode_all", "encode")
     timed(job, "commit_cache", "commit")
-    further = [f"column_{number}" for number in range(columns)]
     config = PreprocessConfig(
         model=str(model),
         family=FAMILY,
         dataset_base_path=str(data),
         output_path=str(cache),
-        extra_inputs=tuple(further),
     )
     start, began = memory("VmRSS"), time.process_time()
     job.run(config)
