@@ -14,7 +14,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from benchmarks.harness import ROOT, Row, main
+from benchmarks.harness import ROOT, Row, earlier_build, main
 
 BEFORE = "dc813ee"
 """Commit of the earlier build."""
@@ -73,11 +73,8 @@ def decoded(build: Path, image: Path) -> tuple[float, str]:
 
 def measure() -> list[Row]:
     root = Path(tempfile.mkdtemp(prefix="claim-11-"))
-    old = root / "before"
-    git = ["git", "-C", str(ROOT), "worktree"]
-    subprocess.run([*git, "add", "--detach", str(old), BEFORE], check=True, capture_output=True)
     rows = []
-    try:
+    with earlier_build(BEFORE) as old:
         for name, (kind, channels) in KINDS.items():
             image = draw(root / f"{name}.png", kind, channels)
             pairs = [(decoded(old, image), decoded(ROOT, image)) for _ in range(TIMES)]
@@ -91,8 +88,6 @@ def measure() -> list[Row]:
             rows.append(Row("11", f"GB to decode {SIDE}x{SIDE}, 16 bit {name}", max(now), "<=", TARGET, details))
             ratio = statistics.median(b / a for a, b in zip(before, now, strict=True))
             rows.append(Row("11", f"the same / by {BEFORE}, {name}", ratio, "<=", 0.6, {}))
-    finally:
-        subprocess.run([*git, "remove", "--force", str(old)], check=True, capture_output=True)
     return rows
 
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, Row, main
+from benchmarks.harness import ROOT, Row, earlier_build, main
 
 BEFORE = "e1ebf4a"
 """Commit of the last build that held a row as objects; in those before it other modules read the metadata."""
@@ -25,10 +25,10 @@ COMPARED = 100_000
 TIMES = 3
 
 
-def run(build: Path, place: Path, rows: int, columns: int = 0) -> dict[str, Any]:
+def run(build: Path, rows: int, columns: int = 0) -> dict[str, Any]:
     """One run of a build; see `driver_memory.py`."""
     environment = {**os.environ, "PYTHONPATH": str(build), "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory(dir=place) as folder:
+    with tempfile.TemporaryDirectory(prefix="claim-12-") as folder:
         script = str(ROOT / "benchmarks" / "driver_memory.py")
         command = [sys.executable, "-W", "ignore", script, str(Path(folder) / "run"), str(rows), str(columns)]
         done = subprocess.run(command, cwd=build, env=environment, text=True, capture_output=True, check=True)
@@ -37,16 +37,10 @@ def run(build: Path, place: Path, rows: int, columns: int = 0) -> dict[str, Any]
 
 
 def measure() -> list[Row]:
-    place = Path(tempfile.mkdtemp(prefix="claim-12-"))
-    old = place / "before"
-    git = ["git", "-C", str(ROOT), "worktree"]
-    subprocess.run([*git, "add", "--detach", str(old), BEFORE], check=True, capture_output=True)
-    try:
-        pairs = [(run(old, place, COMPARED), run(ROOT, place, COMPARED)) for _ in range(TIMES)]
-        alone = [run(ROOT, place, rows) for rows in ROWS]
-        wide = run(ROOT, place, COMPARED, columns=15)
-    finally:
-        subprocess.run([*git, "remove", "--force", str(old)], check=True, capture_output=True)
+    with earlier_build(BEFORE) as old:
+        pairs = [(run(old, COMPARED), run(ROOT, COMPARED)) for _ in range(TIMES)]
+        alone = [run(ROOT, rows) for rows in ROWS]
+        wide = run(ROOT, COMPARED, columns=15)
     details = {"before": [a for a, _ in pairs], "now": [b for _, b in pairs]}
     seconds = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
     memory = statistics.median(b["peak"] / a["peak"] for a, b in pairs)

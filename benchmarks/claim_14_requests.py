@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness import ROOT, Row, main
+from benchmarks.harness import ROOT, Row, earlier_build, main
 from benchmarks.stage1 import draw
 
 BEFORE = "dc813ee"
@@ -117,23 +117,17 @@ def measure() -> list[Row]:
     from tests.s3_server import s3_server
 
     root = Path(tempfile.mkdtemp(prefix="claim-14-"))
-    old = root / "before"
-    git = ["git", "-C", str(ROOT), "worktree"]
-    subprocess.run([*git, "add", "--detach", str(old), BEFORE], check=True, capture_output=True)
-    try:
-        with s3_server() as server, FaultyProxy(server["AWS_ENDPOINT_URL"]) as proxy:
-            os.environ.update(server)
-            fs = fsspec.filesystem("s3")
-            fs.mkdir("lab")
-            folder = draw(root / "images", IMAGES, 64, captions=50)
-            with ThreadPoolExecutor(8) as threads:
-                list(threads.map(lambda p: fs.pipe_file(f"lab/images/{p.name}", p.read_bytes()), folder.iterdir()))
-            archive = tar()
-            fs.pipe_file("lab/tar/a.tar", archive)
-            behind = {**server, "AWS_ENDPOINT_URL": proxy.url}
-            before, now = (counted(build, proxy, behind) for build in (old, ROOT))
-    finally:
-        subprocess.run([*git, "remove", "--force", str(old)], check=True, capture_output=True)
+    with earlier_build(BEFORE) as old, s3_server() as server, FaultyProxy(server["AWS_ENDPOINT_URL"]) as proxy:
+        os.environ.update(server)
+        fs = fsspec.filesystem("s3")
+        fs.mkdir("lab")
+        folder = draw(root / "images", IMAGES, 64, captions=50)
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda p: fs.pipe_file(f"lab/images/{p.name}", p.read_bytes()), folder.iterdir()))
+        archive = tar()
+        fs.pipe_file("lab/tar/a.tar", archive)
+        behind = {**server, "AWS_ENDPOINT_URL": proxy.url}
+        before, now = (counted(build, proxy, behind) for build in (old, ROOT))
     details = {"images": IMAGES, "tar_bytes": len(archive), "before": before, "now": now}
 
     def fetched(run: dict[str, dict[str, Any]], phase: str) -> float:

@@ -10,8 +10,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +77,19 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+@contextmanager
+def earlier_build(commit: str) -> Iterator[Path]:
+    """The files of this repository at an earlier commit, in a folder that is removed at the end."""
+    git = ["git", "-C", str(ROOT), "worktree"]
+    with tempfile.TemporaryDirectory(prefix="earlier-build-") as folder:
+        build = Path(folder) / commit
+        subprocess.run([*git, "add", "--detach", str(build), commit], check=True, capture_output=True)
+        try:
+            yield build
+        finally:
+            subprocess.run([*git, "remove", "--force", str(build)], check=True, capture_output=True)
 
 
 def main(file: str, measure: Callable[[], list[Row]]) -> int:
